@@ -1,0 +1,42 @@
+"""PLUG in Python: a Chinese model that both understands and writes.
+
+The public names are imported on first use (PEP 562), so that `import plug` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from plug.checkpoints.store import load as load
+    from plug.errors import PlugError as PlugError
+    from plug.errors import UsageError as UsageError
+    from plug.model.configuration import PRESETS as PRESETS
+    from plug.model.configuration import PlugConfig as PlugConfig
+    from plug.model.plug import Plug as Plug
+    from plug.tokenization import PlugTokenizer as PlugTokenizer
+
+_HOMES = {  # public name -> the module it lives in
+    "PRESETS": "plug.model.configuration",
+    "Plug": "plug.model.plug",
+    "PlugConfig": "plug.model.configuration",
+    "PlugError": "plug.errors",
+    "PlugTokenizer": "plug.tokenization",
+    "UsageError": "plug.errors",
+    "load": "plug.checkpoints.store",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'plug' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

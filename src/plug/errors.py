@@ -1,0 +1,18 @@
+"""The two ways the package says no: what the caller asked is wrong, or it could not be done.
+
+Messages are read by users of the command line, so they are Chinese and name the value, the limit
+and the next step. The command line prints them as one line and exits with ``exit_code``; a bug
+keeps its traceback.
+"""
+
+
+class PlugError(Exception):
+    """What was asked could not be done: a broken file, a full disk, a run that cannot resume."""
+
+    exit_code = 1
+
+
+class UsageError(PlugError, ValueError):
+    """What was asked makes no sense: a wrong value, an unknown name, a missing input."""
+
+    exit_code = 2

@@ -1,0 +1,1 @@
+"""Plain PyTorch: the mathematics of PLUG on one device."""

@@ -1,0 +1,34 @@
+"""What stands on the encoder: the masked-LM head and the 3-way sentence head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plug.model.configuration import PlugConfig
+from plug.model.layers import LayerNorm
+
+NUM_SENTENCE_CLASSES = 3  # 0 another document, 1 the next segment, 2 the previous one
+
+
+class MaskedLMHead(nn.Module):
+    """Dense, GELU, LayerNorm, then the tied word table with a bias of its own."""
+
+    def __init__(self, config: PlugConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = LayerNorm(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor, word_table: Tensor) -> Tensor:
+        """(…, hidden) and (vocab, hidden) to logits (…, vocab)."""
+        transformed = self.layer_norm(F.gelu(self.dense(hidden_states)))
+        return F.linear(transformed, word_table, self.bias)
+
+
+class SentenceHead(nn.Linear):
+    """3-way linear layer on the encoder's first position, no pooler; (…, hidden) to (…, 3)."""
+
+    def __init__(self, config: PlugConfig) -> None:
+        super().__init__(config.hidden_size, NUM_SENTENCE_CLASSES)
