@@ -1,1 +1,87 @@
+"""The command line: one short file a command, put together here.
 
+Command files import only typer, rich and the standard library at their top, so that `plug --help`
+does not wait for torch; the work is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import plug
+from plug.errors import PlugError
+
+app = typer.Typer(
+    help="PLUG：既能理解、又能写作的中文模型。",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"plug {plug.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="显示版本号。")
+    ] = False,
+) -> None:
+    pass
+
+
+for _name in ("generate", "convert", "info"):
+    if importlib.util.find_spec(f"plug.cli.{_name}"):
+        app.command()(getattr(importlib.import_module(f"plug.cli.{_name}"), _name))
+for _name in ("pretrain", "evaluate"):
+    if importlib.util.find_spec(f"plug.cli.{_name}"):
+        app.add_typer(importlib.import_module(f"plug.cli.{_name}").app, name=_name)
+
+
+# typer brings its own copy of click, older versions use click itself: ask typer which is in use.
+_ClickUsageError = typer.BadParameter.__bases__[0]
+
+
+def main() -> int:
+    """Run `plug`; the exit status.
+
+    Returns:
+        0 done; 1 it could not be done; 2 wrong use; 130 Ctrl-C. Nobody reading any more (a closed
+        pipe) is 1 and quiet. A bug keeps its traceback.
+    """
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except PlugError as error:
+        return _say(str(error), error.exit_code)
+    except _ClickUsageError as error:
+        return _say(_in_chinese(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # What is still buffered would raise again when the interpreter flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _say(message: str, status: int) -> int:
+    print(f"错误：{message}", file=sys.stderr)
+    return status
+
+
+def _in_chinese(error: Exception) -> str:
+    """typer's own complaint about the command line, in Chinese."""
+    return str(error)
