@@ -15,12 +15,12 @@ from typing import Annotated
 import typer
 
 import plug
+from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
 
 app = typer.Typer(
     help="PLUG：既能理解、又能写作的中文模型。",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,10 +50,6 @@ for _name in ("pretrain", "evaluate"):
         app.add_typer(importlib.import_module(f"plug.cli.{_name}").app, name=_name)
 
 
-# typer brings its own copy of click, older versions use click itself: ask typer which is in use.
-_ClickUsageError = typer.BadParameter.__bases__[0]
-
-
 def main() -> int:
     """Run `plug`; the exit status.
 
@@ -62,12 +58,12 @@ def main() -> int:
         pipe) is 1 and quiet. A bug keeps its traceback.
     """
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except PlugError as error:
         return _say(str(error), error.exit_code)
-    except _ClickUsageError as error:
-        return _say(_in_chinese(error), 2)
+    except WrongUsage as error:
+        return _say(in_chinese(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
@@ -80,8 +76,3 @@ def main() -> int:
 def _say(message: str, status: int) -> int:
     print(f"错误：{message}", file=sys.stderr)
     return status
-
-
-def _in_chinese(error: Exception) -> str:
-    """typer's own complaint about the command line, in Chinese."""
-    return str(error)
