@@ -1,0 +1,77 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from plug.model.configuration import PRESETS, PlugConfig
+from plug.model.plug import Plug
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
+
+torch.set_num_threads(2)  # tiny tensors: more threads only wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `shared` or `gpu` say why they skip where there is none."""
+    no_shared = pytest.mark.skip(reason="needs ../shared (golden files, corpora), not found here")
+    no_gpu = pytest.mark.skip(reason="needs CUDA")
+    for item in items:
+        if "shared" in item.keywords and not SHARED.is_dir():
+            item.add_marker(no_shared)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """`golden/plug-tiny`: what the original code computed for a tiny model. See its README."""
+    return _shared_folder("golden/plug-tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """`data/`: corpora, tasks and the original vocabulary."""
+    return _shared_folder("data")
+
+
+def _shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs ../shared/{name}, not found here")
+    return folder
+
+
+@pytest.fixture
+def config() -> PlugConfig:
+    """The test size: every dimension unlike the others, so that swapped axes show."""
+    return PRESETS["test"]
+
+
+@pytest.fixture
+def make_model() -> Callable[[PlugConfig], Plug]:
+    """Builds a model in eval mode whose every parameter is random: no zero biases, no unit norms.
+
+    Weights are large enough that each part changes the outcome.
+    """
+
+    def make(config: PlugConfig) -> Plug:
+        torch.manual_seed(0)
+        model = Plug(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                is_norm_weight = "norm" in name and name.endswith("weight")
+                parameter.normal_(1.0 if is_norm_weight else 0.0, 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(config: PlugConfig, make_model: Callable[[PlugConfig], Plug]) -> Plug:
+    """A model of the test size, as `make_model` builds it."""
+    return make_model(config)
