@@ -46,7 +46,9 @@ def test_a_config_survives_json(name: str, tmp_path: Path) -> None:
         ({"mask_token_id": 320}, "mask_token_id=320"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+def test_a_value_that_makes_no_sense_is_refused_by_name(
+    changes: dict[str, Any], named: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         PlugConfig.from_dict(PRESETS["test"].to_dict() | changes)
     assert named in str(caught.value)
@@ -72,7 +74,7 @@ def test_the_keys_that_transformers_adds_are_passed_over() -> None:
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(UsageError, match="'bert'.*不是 PLUG 模型"):
+    with pytest.raises(UsageError, match=r"'bert'.*不是 PLUG 模型"):
         PlugConfig.from_dict({"model_type": "bert", "hidden_size": 768})
 
 
