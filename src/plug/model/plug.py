@@ -86,18 +86,26 @@ class Decoder(nn.Module):
         return self.final_norm(hidden_states)
 
 
-class Plug(nn.Module):
-    """The whole model. With `num_decoder_layers=0` it is an encoder alone (`decoder` is None)."""
+class PlugParts(nn.Module):
+    """The parts of a model by name, and what can be asked of them.
 
-    def __init__(self, config: PlugConfig) -> None:
-        super().__init__()
-        self.config = config
+    `Plug` holds them; so do the classes of `plug.integrations.transformers`, under the same
+    parameter names.
+    """
+
+    embeddings: Embeddings
+    encoder: Encoder
+    decoder: Decoder | None
+    mlm_head: MaskedLMHead
+    sentence_head: SentenceHead
+
+    def build_parts(self, config: PlugConfig) -> None:
+        """Make every part; weights are still PyTorch's until `initialize_weights`."""
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config) if config.num_decoder_layers else None
         self.mlm_head = MaskedLMHead(config)
         self.sentence_head = SentenceHead(config)
-        initialize_weights(self, config)
 
     def encode(
         self,
@@ -132,8 +140,20 @@ class Plug(nn.Module):
         return self.sentence_head(encoder_hidden_states[:, 0])
 
 
+class Plug(PlugParts):
+    """The whole model. With `num_decoder_layers=0` it is an encoder alone (`decoder` is None)."""
+
+    def __init__(self, config: PlugConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.build_parts(config)
+        initialize_weights(self, config)
+
+
 def initialize_weights(module: nn.Module, config: PlugConfig) -> None:
     """Normal weights of `initializer_range`, zero biases; the decoder's residual outputs smaller.
+
+    Sets every parameter, so that it also serves weights that memory was just reserved for.
 
     Source: the reference's `scaled_init_method`: std / sqrt(2 * layers) on the decoder's
     output projections, here `out_proj` and `fc2`.
@@ -144,5 +164,7 @@ def initialize_weights(module: nn.Module, config: PlugConfig) -> None:
             residual = "decoder." in name and name.endswith(("out_proj", "fc2"))
             std = config.initializer_range * (scale if residual else 1.0)
             nn.init.normal_(part.weight, std=std)
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+        if isinstance(part, (nn.Linear, nn.LayerNorm, MaskedLMHead)):
             nn.init.zeros_(part.bias)
