@@ -90,15 +90,19 @@ def load(
     directory = find_model_directory(name_or_path)
     with torch.device("meta"):
         model = Plug(PlugConfig.from_file(directory / CONFIG_FILE))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     weights = {
         name: tensor if dtype is None else tensor.to(dtype)
-        for name, tensor in read_weights(directory, expected, device)
+        for name, tensor in read_weights(directory, weight_shapes(model), device)
     }
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def weight_shapes(model: Plug) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that a model directory must hold."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def save(
@@ -122,18 +126,32 @@ def save(
         PlugError: the disk is full or cannot be written; what was there is untouched.
         UsageError: ``directory`` holds something that is not a model.
     """
+    with replace_directory(directory) as temporary:
+        write_model(
+            model, temporary, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
+
+
+def write_model(
+    model: Plug,
+    directory: Path,
+    *,
+    tokenizer: PlugTokenizer | None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """What `save` writes, into a directory that is there (arguments as in `save`)."""
     state = model.state_dict()
     specs = {
         name: TensorSpec(dtype or tensor.dtype, tuple(tensor.shape))
         for name, tensor in state.items()
     }
-    with replace_directory(directory) as temporary:
-        with WeightWriter(temporary, specs, max_shard_bytes) as writer:
-            for name, tensor in state.items():
-                writer.write(name, tensor.detach())
-        write_configs(temporary, model.config, specs)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+    with WeightWriter(directory, specs, max_shard_bytes) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor.detach())
+    write_configs(directory, model.config, specs)
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def write_configs(directory: Path, config: PlugConfig, specs: dict[str, TensorSpec]) -> None:
