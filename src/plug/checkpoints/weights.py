@@ -29,6 +29,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 1024**3
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES_BY_CODE = {code: dtype for dtype, code in _CODES.items()}
 
 Region = tuple[slice, ...] | EllipsisType
 
@@ -161,13 +162,42 @@ def read_weights(
     Raises:
         PlugError: a file is missing or damaged, or names or shapes differ from ``expected``.
     """
-    files = weight_files(directory)
-    shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
-    check_names_and_shapes(directory, shapes, expected)
-    for file in files:
+    names_by_file: dict[Path, list[str]] = {}
+    for name, (file, _) in locate_weights(directory, expected).items():
+        names_by_file.setdefault(file, []).append(name)
+    for file, names in names_by_file.items():
         with safe_open(file, framework="pt", device=str(device)) as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
+            for name in names:
                 yield name, opened.get_tensor(name)
+
+
+def locate_weights(
+    directory: Path, expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Path, TensorSpec]]:
+    """Where each tensor of a model directory lies, and what it is; from the headers alone.
+
+    Raises:
+        PlugError: as in `read_weights`.
+    """
+    found: dict[str, tuple[Path, TensorSpec]] = {}
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    part = opened.get_slice(name)
+                    dtype = _DTYPES_BY_CODE[part.get_dtype()]
+                    found[name] = (file, TensorSpec(dtype, tuple(part.get_shape())))
+        except (SafetensorError, OSError) as error:
+            raise PlugError(
+                f"{file} 已损坏或不是 safetensors 文件（{error}）。请重新取得模型。"
+            ) from None
+        except KeyError as error:
+            raise PlugError(
+                f"{file} 里有 {error.args[0]} 类型的张量，只支持 {'、'.join(DTYPES)}。"
+            ) from None
+    shapes = {name: spec.shape for name, (_, spec) in found.items()}
+    check_names_and_shapes(directory, shapes, expected)
+    return found
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -223,17 +253,6 @@ def write_json(path: Path, values: object) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise PlugError(
-            f"{file} 已损坏或不是 safetensors 文件（{error}）。请重新取得模型。"
-        ) from None
 
 
 def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:

@@ -1,0 +1,129 @@
+"""The shard files of an original's checkpoint: find them, read them safely, check them, write one."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plug.checkpoints import original_layout as layout
+from plug.checkpoints.weights import DTYPES, check_names_and_shapes
+from plug.errors import PlugError, UsageError
+from plug.model.configuration import PlugConfig
+
+SHARD_FILE = "mp_rank_{:02d}_model_states.pt"
+
+
+def find_shards(source: Path) -> list[Path]:
+    """The shards in the order of their ranks, none missing."""
+    pattern = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+    found = {
+        int(match[1]): path
+        for path in (source / "model").glob("*.pt")
+        if (match := pattern.fullmatch(path.name))
+    }
+    if not found:
+        raise UsageError(
+            f"{source} 里没有 model/mp_rank_NN_model_states.pt，不是原版 PLUG 的目录。"
+            "若要把本项目的模型写成原版格式，请加 --to-original N。"
+        )
+    world_size = open_shard(found[min(found)])[1] or max(found) + 1
+    missing = [SHARD_FILE.format(rank) for rank in range(world_size) if rank not in found]
+    if missing:
+        raise PlugError(
+            f"{source / 'model'} 缺少分片 {'、'.join(missing)}（应有 {world_size} 片）。"
+        )
+    if len(found) > world_size:
+        raise PlugError(
+            f"{source / 'model'} 有 {len(found)} 个分片，而文件里写着 {world_size} 片。"
+        )
+    return [found[rank] for rank in range(world_size)]
+
+
+def open_shard(path: Path) -> tuple[dict[str, Tensor], int | None]:
+    """A shard's tensors, mapped from the file, and the number of shards it says there are."""
+    try:
+        # Files of torch before 1.6 are no zip archives and cannot be mapped.
+        payload = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).split("\n")[0][:160]
+        raise PlugError(
+            f"读不了分片 {path}：文件不完整、已损坏，或含有张量以外的内容"
+            f"（{type(error).__name__}：{reason}）。请重新取得它。"
+        ) from None
+    state = payload.get("module") if isinstance(payload, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise PlugError(f"分片 {path} 里没有 'module' 张量表，不是原版 PLUG 的权重。")
+    world_size = payload.get("mp_world_size")
+    return state, world_size if world_size in range(1, 4097) else None
+
+
+def check_shards(
+    shards: list[Path], config: PlugConfig, table: Mapping[str, layout.Entry]
+) -> dict[str, torch.dtype]:
+    """Check names, shapes and dtypes of every shard; the dtype of each tensor."""
+    dtypes: dict[str, torch.dtype] = {}
+    for path in shards:
+        state = open_shard(path)[0]
+        expected = {name: entry.shard_shape(len(shards)) for name, entry in table.items()}
+        optional = {
+            f"{layout.POOLER}.weight": (config.hidden_size, config.hidden_size),
+            f"{layout.POOLER}.bias": (config.hidden_size,),
+            layout.TIED_TABLE: expected[layout.WORD_TABLE],
+        }
+        expected |= {name: shape for name, shape in optional.items() if name in state}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_names_and_shapes(path, found, expected)
+        for name in table:
+            dtype = state[name].dtype
+            if dtype not in DTYPES.values():
+                raise PlugError(f"{path} 的 {name} 是 {dtype}，只支持 {'、'.join(DTYPES)}。")
+            if dtypes.setdefault(name, dtype) != dtype:
+                raise PlugError(
+                    f"{path} 的 {name} 是 {dtype}，{shards[0].name} 的是 {dtypes[name]}。"
+                    "各分片应来自同一次保存。"
+                )
+    return dtypes
+
+
+def check_tied_table(path: Path, state: Mapping[str, Tensor]) -> None:
+    tied, table = state.get(layout.TIED_TABLE), state[layout.WORD_TABLE]
+    if tied is not None and tied.data_ptr() != table.data_ptr() and not torch.equal(tied, table):
+        raise PlugError(
+            f"{path} 的 {layout.TIED_TABLE} 与 {layout.WORD_TABLE} 不同，本应是同一个张量。"
+        )
+
+
+def check_values(what: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    if not torch.isfinite(tensor).all():
+        raise PlugError(f"{what} 里有 NaN 或无穷大，权重已损坏。请重新取得它。")
+    if dtype == torch.float16 and tensor.abs().max() > torch.finfo(dtype).max:
+        raise PlugError(f"{what} 里有超出 float16 范围的值。请改用 --dtype bfloat16。")
+
+
+def write_shard(path: Path, state: dict[str, Tensor], num_shards: int) -> None:
+    payload: dict[str, Any] = {
+        "module": state,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "csr_tensor_module_names": [],
+        "skipped_steps": 0,
+        "global_steps": 0,
+        "dp_world_size": 1,
+        "mp_world_size": num_shards,
+    }
+    with path.open("wb") as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:  # how torch reports a write that failed
+            raise OSError(None, str(error).split("\n")[0]) from error
+        file.flush()
+        os.fsync(file.fileno())
