@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from plug.checkpoints.store import load as load
     from plug.errors import PlugError as PlugError
     from plug.errors import UsageError as UsageError
+    from plug.integrations.transformers import (
+        PlugForConditionalGeneration as PlugForConditionalGeneration,
+    )
+    from plug.integrations.transformers import PlugForMaskedLM as PlugForMaskedLM
+    from plug.integrations.transformers import PlugForPreTraining as PlugForPreTraining
+    from plug.integrations.transformers import (
+        PlugForSequenceClassification as PlugForSequenceClassification,
+    )
+    from plug.integrations.transformers import (
+        PlugForTokenClassification as PlugForTokenClassification,
+    )
+    from plug.integrations.transformers import PlugModel as PlugModel
+    from plug.integrations.transformers import PlugTransformersConfig as PlugTransformersConfig
     from plug.model.configuration import PRESETS as PRESETS
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
@@ -24,7 +37,14 @@ _HOMES = {  # public name -> the module it lives in
     "Plug": "plug.model.plug",
     "PlugConfig": "plug.model.configuration",
     "PlugError": "plug.errors",
+    "PlugForConditionalGeneration": "plug.integrations.transformers",
+    "PlugForMaskedLM": "plug.integrations.transformers",
+    "PlugForPreTraining": "plug.integrations.transformers",
+    "PlugForSequenceClassification": "plug.integrations.transformers",
+    "PlugForTokenClassification": "plug.integrations.transformers",
+    "PlugModel": "plug.integrations.transformers",
     "PlugTokenizer": "plug.tokenization",
+    "PlugTransformersConfig": "plug.integrations.transformers",
     "UsageError": "plug.errors",
     "load": "plug.checkpoints.store",
 }
