@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from plug.checkpoints.store import load as load
     from plug.errors import PlugError as PlugError
     from plug.errors import UsageError as UsageError
+    from plug.generation.generate import GenerationResult as GenerationResult
+    from plug.generation.generate import Generator as Generator
+    from plug.generation.generate import generate as generate
+    from plug.generation.pipeline import pipeline as pipeline
     from plug.integrations.transformers import (
         PlugForConditionalGeneration as PlugForConditionalGeneration,
     )
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from plug.tokenization import PlugTokenizer as PlugTokenizer
 
 _HOMES = {  # public name -> the module it lives in
+    "GenerationResult": "plug.generation.generate",
+    "Generator": "plug.generation.generate",
     "PRESETS": "plug.model.configuration",
     "Plug": "plug.model.plug",
     "PlugConfig": "plug.model.configuration",
@@ -46,7 +52,9 @@ _HOMES = {  # public name -> the module it lives in
     "PlugTokenizer": "plug.tokenization",
     "PlugTransformersConfig": "plug.integrations.transformers",
     "UsageError": "plug.errors",
+    "generate": "plug.generation.generate",
     "load": "plug.checkpoints.store",
+    "pipeline": "plug.generation.pipeline",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -1,0 +1,138 @@
+"""`plug generate`: continue a text, shown as it is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plug.errors import UsageError
+from plug.generation.settings import MAX_BEAMS, MAX_OUT_LENGTH, WINDOW, GenerationSettings
+
+if TYPE_CHECKING:
+    from plug.generation.generate import GenerationResult
+
+_BATCH_SIZE = 8
+_DEFAULTS = GenerationSettings()
+
+
+def generate(
+    text: Annotated[str | None, typer.Argument(help="要续写的文字。")] = None,
+    model: Annotated[
+        str, typer.Option(help="plug-mini-zh（随附的模型）或模型目录。")
+    ] = "plug-mini-zh",
+    out_length: Annotated[
+        int, typer.Option(help=f"最多写多少个词元，1 到 {MAX_OUT_LENGTH}。")
+    ] = _DEFAULTS.out_length,
+    mode: Annotated[
+        str, typer.Option(help="plug；或 original：原版 27B 的写法。")
+    ] = _DEFAULTS.mode,
+    temperature: Annotated[
+        float, typer.Option(help="越高越随意，0 为贪心（总取最可能的）。")
+    ] = _DEFAULTS.temperature,
+    top_k: Annotated[
+        int, typer.Option(help="只在最可能的这么多个词元里抽，0 为不限。")
+    ] = _DEFAULTS.top_k,
+    top_p: Annotated[
+        float, typer.Option(help="只在概率合计达到它的最可能的词元里抽，0 为不限。")
+    ] = _DEFAULTS.top_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="大于 1 时，写过的词元更难再写。")
+    ] = _DEFAULTS.repetition_penalty,
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option(help="连续这么多个词元不写第二遍，0 为不限。")
+    ] = _DEFAULTS.no_repeat_ngram_size,
+    num_beams: Annotated[
+        int, typer.Option(help=f"大于 1 时用束搜索，不再抽样；至多 {MAX_BEAMS}。")
+    ] = _DEFAULTS.num_beams,
+    min_length: Annotated[
+        int | None, typer.Option(help="至少写多少个词元才可结束（默认 0，束搜索 5）。")
+    ] = _DEFAULTS.min_length,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="写满多少个词元后，编码器重读已写的内容"
+            f"（默认 {WINDOW['plug']}，original 为 {WINDOW['original']}）。"
+        ),
+    ] = _DEFAULTS.window,
+    seed: Annotated[int | None, typer.Option(help="随机种子：同样的种子写出同样的文字。")] = None,
+    allow_special_tokens: Annotated[
+        bool, typer.Option("--allow-special-tokens", help="把文字里的 [SEP] 等当作特殊符号。")
+    ] = False,
+    file: Annotated[str | None, typer.Option(help="逐行续写文件里的文字，- 为标准输入。")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda（默认有 cuda 就用）。")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON，一段文字一行。")] = False,
+) -> None:
+    """续写一段文字，边写边显示。"""
+    settings = GenerationSettings(
+        out_length=out_length,
+        mode=mode,  # type: ignore[arg-type]  # the settings check it
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        num_beams=num_beams,
+        min_length=min_length,
+        window=window,
+    )
+    texts = _texts(text, file)
+
+    from plug.generation.generate import Generator
+
+    generator = Generator(model, device=device)
+    shown_as_written = file is None and not as_json
+    for first in range(0, len(texts), _BATCH_SIZE):
+        results = generator(
+            texts[first : first + _BATCH_SIZE],
+            settings,
+            seed=seed,
+            batch_size=_BATCH_SIZE,
+            allow_special_tokens=allow_special_tokens,
+            on_text=_show if shown_as_written else None,
+        )
+        for prompt, result in zip(texts[first:], results, strict=False):
+            if as_json:
+                print(json.dumps(_record(prompt, result), ensure_ascii=False), flush=True)
+            else:
+                print("" if shown_as_written else f"{result.text}\n", flush=True)
+
+
+def _texts(text: str | None, file: str | None) -> list[str]:
+    if (text is None) == (file is None):
+        raise UsageError('请给出要续写的文字（plug generate "…"）或 --file，二者选一。')
+    if text is not None:
+        return [text]
+    assert file is not None
+    try:
+        read = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = read.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UsageError(f"读不了 {file}：{error.strerror}。") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} 不是 UTF-8 文本（第 {error.start + 1} 个字节）。") from None
+    texts = [line.rstrip("\r") for line in lines if line.strip()]
+    if not texts:
+        raise UsageError(f"{file} 里没有文字。请一行写一段。")
+    return texts
+
+
+def _show(_row: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _record(prompt: str, result: GenerationResult) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "prompt_token_count": result.prompt_token_count,
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "seconds": round(result.seconds, 4),
+        "tokens_per_second": round(result.tokens_per_second, 2),
+    }
