@@ -1,0 +1,70 @@
+"""The losses of both stages by name, as sums, so that any split of a batch adds up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plug.model.plug import Plug
+from plug.pretraining.batches import Batch
+from plug.pretraining.structbert import IGNORE_INDEX
+
+LABELS = {  # loss -> the batch's labels it is computed on
+    "lm": "labels",
+    "mlm": "mlm_labels",
+    "word": "word_labels",
+    "sentence": "sentence_label",
+}
+
+
+def prediction_counts(batch: Batch) -> dict[str, Tensor]:
+    """How many predictions each loss of this batch sums over; losses without any are left out."""
+    return {
+        name: (batch[key] != IGNORE_INDEX).sum()
+        for name, key in LABELS.items()
+        if key in batch and batch[key].numel()
+    }
+
+
+def structbert_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
+    """Stage 1, in summed nats: `mlm` at masked positions, `word` at shuffled ones, `sentence`."""
+    hidden_states = model.encode(batch["input_ids"], token_type_ids=batch["token_type_ids"])
+    losses = {"mlm": _token_loss(model, hidden_states, batch["mlm_positions"], batch["mlm_labels"])}
+    if batch["word_labels"].numel():
+        losses["word"] = _token_loss(
+            model, hidden_states, batch["word_positions"], batch["word_labels"]
+        )
+    logits = model.sentence_logits(hidden_states)
+    losses["sentence"] = cross_entropy_sum(logits, batch["sentence_label"])
+    return losses
+
+
+def palm_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
+    """Stage 2, in summed nats: `lm` on the target, `mlm` on the source while it is corrupted."""
+    hidden_states = model.encode(batch["input_ids"])
+    decoded = model.decode(batch["decoder_input_ids"], hidden_states)
+    losses = {"lm": cross_entropy_sum(model.lm_logits(decoded), batch["labels"])}
+    if batch["mlm_labels"].numel():
+        losses["mlm"] = _token_loss(
+            model, hidden_states, batch["mlm_positions"], batch["mlm_labels"]
+        )
+    return losses
+
+
+def _token_loss(model: Plug, hidden_states: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+    """Masked-LM head at ``positions`` (batch, n) of (batch, length, hidden)."""
+    batch, length, hidden = hidden_states.shape
+    rows = torch.arange(batch, device=positions.device)[:, None] * length
+    selected = hidden_states.reshape(-1, hidden).index_select(0, (positions + rows).flatten())
+    return cross_entropy_sum(model.mlm_logits(selected), labels)
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in fp32, summed over the labels that are not ignored."""
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )

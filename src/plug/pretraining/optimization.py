@@ -1,0 +1,74 @@
+"""The optimiser and its learning rate over time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from plug.errors import UsageError
+
+
+def learning_rate_scale(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
+    """Factor on the peak learning rate at ``step`` (from 0): warm-up, then decay to 0 at the end.
+
+    Args:
+        step: the step about to be taken.
+        steps: all steps of the run.
+        warmup_steps: linear rise over these.
+        schedule: "linear", "cosine", or "constant" (no decay).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    if schedule == "constant":
+        return 1.0
+    raise UsageError(f"schedule={schedule!r} 应为 linear、cosine 或 constant。")
+
+
+def build_optimizers(
+    model: nn.Module,
+    *,
+    name: str,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> list[torch.optim.Optimizer]:
+    """AdamW for every weight, or Muon for the layers' matrices and AdamW for the rest.
+
+    Weight decay is on matrices alone. Muon's update is scaled to AdamW's size
+    (`match_rms_adamw`), so one learning rate serves both. Source: Jordan et al. 2024 and
+    arXiv 2502.16982, as `torch.optim.Muon` has it.
+
+    Raises:
+        UsageError: another name.
+    """
+    if name not in ("adamw", "muon"):
+        raise UsageError(f"optimizer={name!r} 应为 adamw 或 muon。")
+    trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    in_layers = [p for key, p in trained if ".layers." in key and p.ndim == 2]
+    chosen = {id(p) for p in in_layers} if name == "muon" else set()
+    rest = [p for _, p in trained if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.is_cuda for p in rest)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+    ]
+    if chosen:
+        optimizers.append(
+            torch.optim.Muon(
+                in_layers,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers

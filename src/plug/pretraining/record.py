@@ -1,0 +1,66 @@
+"""What a run writes down as it goes: a CSV row every few steps, and the loss curves as a PNG."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+FIELDS = ["step", "tokens", "seconds", "tokens_per_second", "learning_rate", "grad_norm"]
+
+
+class Record:
+    """`log.csv`: `FIELDS`, then the losses by name in nats a prediction.
+
+    Args:
+        path: the file; with ``resume_step`` its rows up to that step stay.
+        losses: names of the loss columns.
+        resume_step: the step the run goes on from, 0 for a new run.
+    """
+
+    def __init__(self, path: Path, losses: list[str], resume_step: int) -> None:
+        self.path = path
+        self.fields = FIELDS + losses
+        kept = [row for row in read_rows(path) if row["step"] <= resume_step] if resume_step else []
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.fields, restval="")
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.fields, restval="").writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a `log.csv`, numbers as numbers, empty cells left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def plot_losses(log: Path, image: Path) -> None:
+    """Draw every loss of a `log.csv` over the tokens seen.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra `train`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_rows(log)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name in dict.fromkeys(key for row in rows for key in row if key not in FIELDS):
+        points = [(row["tokens"] / 1e6, row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("loss (nats a prediction)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(image, dpi=120)
+    plt.close(figure)

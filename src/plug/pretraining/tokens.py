@@ -1,0 +1,170 @@
+"""Token ids on disk: `plug pretrain data` writes them, the objectives read them memory-mapped.
+
+A folder holds, for each domain (see `corpus.domain_name`), the ids of all documents one after
+another (`DOMAIN.tokens.npy`), where each document starts (`DOMAIN.documents.npy`, one entry more
+than documents) and where each sentence starts (`DOMAIN.sentences.npy`); `corpus.json` with the
+counts; the tokenizer; and in `heldout/` the text of the documents kept for evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from plug.errors import UsageError
+from plug.pretraining.corpus import domain_name, read_documents, split_sentences
+from plug.tokenization import PlugTokenizer
+
+Ids = npt.NDArray[np.uint16]
+Offsets = npt.NDArray[np.int64]
+
+DOCUMENTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One domain's documents as ids, and where documents and sentences start in them."""
+
+    name: str
+    tokens: Ids  # (tokens,)
+    documents: Offsets  # (documents + 1,)
+    sentences: Offsets  # (sentences,), sorted; every document start is one
+
+
+@dataclass(frozen=True, slots=True)
+class DomainCounts:
+    name: str
+    documents: int
+    heldout_documents: int
+    characters: int
+    tokens: int
+    unknown_tokens: int
+
+
+def write_tokens(
+    paths: Iterable[Path],
+    tokenizer: PlugTokenizer,
+    directory: Path,
+    *,
+    heldout: float = 0.005,
+    character_share: float = 0.0,
+) -> Iterator[DomainCounts]:
+    """Encode a corpus into ``directory``, a domain at a time; yields each domain's counts.
+
+    Args:
+        paths: corpus files.
+        tokenizer: written beside the ids.
+        directory: must not hold a corpus yet.
+        heldout: share of documents whose text goes to `heldout/DOMAIN.txt` instead: one in every
+            1 / heldout of each domain, evenly spaced.
+        character_share: share of documents encoded one piece a character, so that the model also
+            knows text cut for labels by character (our own vocabulary merges characters).
+
+    Raises:
+        UsageError: the folder already holds a corpus, a share is outside [0, 1), or the
+            vocabulary does not fit 16 bits.
+    """
+    for name, share in (("heldout", heldout), ("character_share", character_share)):
+        if not 0 <= share < 1:
+            raise UsageError(f"{name}={share} 应在 [0, 1) 之内。")
+    if tokenizer.vocab_size > 2**16:
+        raise UsageError(f"词表有 {tokenizer.vocab_size} 项，语料只支持 65536 项以内。")
+    if (directory / "corpus.json").exists():
+        raise UsageError(f"{directory} 已有编码好的语料。请换一个文件夹或先删去它。")
+    (directory / "heldout").mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory)
+    by_domain: dict[str, list[Path]] = {}
+    for path in paths:
+        by_domain.setdefault(domain_name(path), []).append(path)
+    counts = []
+    for name, files in by_domain.items():
+        counts.append(_write_domain(name, files, tokenizer, directory, heldout, character_share))
+        yield counts[-1]
+    (directory / "corpus.json").write_text(
+        json.dumps([asdict(one) for one in counts], ensure_ascii=False, indent=2), encoding="utf-8"
+    )
+
+
+def _write_domain(
+    name: str,
+    files: list[Path],
+    tokenizer: PlugTokenizer,
+    directory: Path,
+    heldout: float,
+    character_share: float,
+) -> DomainCounts:
+    documents, sentences = [0], [0]
+    heldout_documents = characters = unknown = total = 0
+    hold, spell = (round(1 / share) if share else 0 for share in (heldout, character_share))
+    seen = 0
+    with ExitStack() as stack:
+        raw_path = directory / f"{name}.tokens.raw"
+        raw = stack.enter_context(raw_path.open("wb"))
+        kept = stack.enter_context(
+            (directory / "heldout" / f"{name}.txt").open("w", encoding="utf-8")
+        )
+        stream = (document for path in files for document in read_documents(path))
+        while batch := list(islice(stream, DOCUMENTS_AT_ONCE)):
+            pieces: list[str] = []
+            owners: list[int] = []  # the document, from 0, that each sentence belongs to
+            number = len(documents) - 1
+            for document in batch:
+                seen += 1
+                if hold and seen % hold == hold // 2:
+                    kept.write(document + "\n\n")
+                    heldout_documents += 1
+                    continue
+                characters += len(document)
+                cut = split_sentences(document)
+                pieces += cut
+                owners += [number] * len(cut)
+                number += 1
+            encoded = tokenizer.encode_batch(pieces)
+            for index, (owner, ids) in enumerate(zip(owners, encoded, strict=True)):
+                if spell and owner % spell == spell - 1:
+                    ids = tokenizer.encode_characters(pieces[index])
+                unknown += ids.count(tokenizer.unk_token_id)
+                raw.write(np.asarray(ids, dtype=np.uint16).tobytes())
+                total += len(ids)
+                sentences.append(total)
+                if index + 1 == len(owners) or owners[index + 1] != owner:
+                    documents.append(total)
+    tokens = np.lib.format.open_memmap(
+        directory / f"{name}.tokens.npy", mode="w+", dtype=np.uint16, shape=(total,)
+    )
+    tokens[:] = np.fromfile(raw_path, dtype=np.uint16)
+    tokens.flush()
+    raw_path.unlink()
+    np.save(directory / f"{name}.documents.npy", np.asarray(documents, dtype=np.int64))
+    np.save(directory / f"{name}.sentences.npy", np.asarray(sentences[:-1], dtype=np.int64))
+    return DomainCounts(name, len(documents) - 1, heldout_documents, characters, total, unknown)
+
+
+def read_tokens(directory: Path) -> list[Domain]:
+    """The domains of a folder that `write_tokens` wrote, memory-mapped.
+
+    Raises:
+        UsageError: no corpus there, or one that was not finished.
+    """
+    listing = directory / "corpus.json"
+    if not listing.is_file():
+        raise UsageError(
+            f"{directory} 里没有编码好的语料（缺 corpus.json）。请先运行 plug pretrain data。"
+        )
+    domains = []
+    for entry in json.loads(listing.read_text(encoding="utf-8")):
+        tokens, documents, sentences = (
+            np.load(directory / f"{entry['name']}.{part}.npy", mmap_mode="r")
+            for part in ("tokens", "documents", "sentences")
+        )
+        if len(tokens) != entry["tokens"] or documents[-1] != entry["tokens"]:
+            raise UsageError(f"{directory} 的领域 {entry['name']} 不完整。请重新编码语料。")
+        domains.append(Domain(entry["name"], tokens, documents, sentences))
+    return domains

@@ -1,0 +1,67 @@
+"""Train our own vocabulary on a corpus: `plug pretrain vocab`.
+
+Byte-pair encoding over the cuts of `plug.tokenization.PRE_TOKENIZATION`. The vocabulary holds, in
+this order: the special tokens, the 256 bytes, the most frequent characters, the merged pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+
+from plug.errors import UsageError
+from plug.pretraining.corpus import domain_name, read_documents
+from plug.tokenization import BYTE_TOKENS, PRE_TOKENIZATION, SPECIAL_TOKENS, PlugTokenizer
+
+# What Chinese text must be able to say whatever the corpus holds.
+ALWAYS_PRESENT = "\n “”‘’—…，。、；：？！（）《》「」『』【】·～"
+LONGEST_PIECE = 4  # characters; longer pieces are set phrases of laws and notices
+
+
+def sample_documents(paths: Iterable[Path], characters_per_domain: int) -> Iterator[str]:
+    """Documents of each domain, from the start of every file, up to its share of characters."""
+    taken: Counter[str] = Counter()
+    by_domain: dict[str, list[Path]] = {}
+    for path in paths:
+        by_domain.setdefault(domain_name(path), []).append(path)
+    for domain, files in by_domain.items():
+        for path in files:
+            limit = taken[domain] + characters_per_domain / len(files)
+            for document in read_documents(path):
+                yield document
+                taken[domain] += len(document)
+                if taken[domain] >= limit:
+                    break
+
+
+def train(documents: Iterable[str], vocab_size: int, alphabet_size: int) -> PlugTokenizer:
+    """A tokenizer of at most ``vocab_size`` pieces, ``alphabet_size`` of them single characters.
+
+    Raises:
+        UsageError: ``vocab_size`` leaves no room beyond special tokens, bytes and characters.
+    """
+    fixed = [*SPECIAL_TOKENS.values(), *BYTE_TOKENS]
+    if vocab_size < len(fixed) + alphabet_size:
+        raise UsageError(
+            f"词表大小 {vocab_size} 放不下 {len(fixed)} 个特殊符号与字节和 {alphabet_size} 个单字。"
+        )
+    trainee = Tokenizer(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), "isolated")
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(fixed),
+        limit_alphabet=alphabet_size,
+        initial_alphabet=list(ALWAYS_PRESENT),
+        max_token_length=LONGEST_PIECE,
+        show_progress=False,
+    )
+    trainee.train_from_iterator(documents, trainer)
+    trained = json.loads(trainee.to_str())["model"]
+    learned = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
+    vocabulary = {piece: index for index, piece in enumerate([*fixed, *learned])}
+    merges = [(left, right) for left, right in trained["merges"]]
+    return PlugTokenizer.from_pieces(vocabulary, merges)

@@ -1,0 +1,246 @@
+"""`PlugTokenizer`: text to ids and back, for the original vocabulary and for our own.
+
+The original vocabulary is BERT WordPiece (21128 entries, lower-casing, one CJK character a
+piece). Our own is byte-pair encoding over Chinese words and phrases with a byte for whatever the
+alphabet lacks, so that decoding gives the text back exactly: line breaks, case, emoji and all.
+Both stand on the `tokenizers` library; `plug.pretraining.vocabulary` trains a new one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from plug.errors import UsageError
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+_BYTES = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
+
+# How our own vocabulary cuts text before merging: a line break, a Latin word with the blank before
+# it, a run of Chinese, a digit, an opening quote or bracket (with the colon or comma before it), a
+# run of other punctuation, blanks. Sentences (`corpus.split_sentences`) begin at such cuts, so
+# encoding a text whole or sentence by sentence gives the same ids.
+_OPENING = "“‘《（「『【〈"
+PRE_TOKENIZATION = (
+    r"\n| ?[A-Za-z]+|\p{Han}+|\p{N}|[：，]?[" + _OPENING + r"]|[：，]"
+    r"|[^\s\p{L}\p{N}：，" + _OPENING + r"]+|[^\S\n]+|."
+)
+
+
+class PlugTokenizer:
+    """Text <-> ids on the `tokenizers` library; special tokens typed by a user stay text.
+
+    Attributes are named as in `transformers`: `vocab_size`, `pad_token_id`, `unk_token_id`,
+    `cls_token_id`, `sep_token_id`, `mask_token_id`.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        self.vocab_size = backend.get_vocab_size()
+        self.is_original = isinstance(backend.model, models.WordPiece)
+        self.pad_token_id = self._special_id("pad_token")
+        self.unk_token_id = self._special_id("unk_token")
+        self.cls_token_id = self._special_id("cls_token")
+        self.sep_token_id = self._special_id("sep_token")
+        self.mask_token_id = self._special_id("mask_token")
+        self.special_ids = frozenset(self._special_id(name) for name in SPECIAL_TOKENS)
+
+    def _special_id(self, name: str) -> int:
+        token_id = self.backend.token_to_id(SPECIAL_TOKENS[name])
+        if token_id is None:
+            raise UsageError(f"词表里没有特殊符号 {SPECIAL_TOKENS[name]}，这不是 PLUG 的词表。")
+        return token_id
+
+    @classmethod
+    def load(cls, directory: Path | str) -> PlugTokenizer:
+        """The tokenizer of a model directory: its `tokenizer.json`, or an original's `vocab.txt`.
+
+        Raises:
+            UsageError: neither file is there, or the file is not such a tokenizer.
+        """
+        directory = Path(directory)
+        if (path := directory / "tokenizer.json").is_file():
+            try:
+                return cls(Tokenizer.from_file(str(path)))
+            except UsageError:
+                raise
+            except Exception as error:  # the library raises bare Exception
+                raise UsageError(f"{path} 不是有效的分词器文件：{error}") from None
+        if (path := directory / "vocab.txt").is_file():
+            return cls.from_vocabulary_file(path)
+        raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。")
+
+    @classmethod
+    def from_vocabulary_file(cls, path: Path | str) -> PlugTokenizer:
+        """BERT WordPiece over a `vocab.txt`: one piece a line, the line number from 0 is its id.
+
+        Source: `BertTokenizer` of `transformers`, whose ids the reference uses.
+        """
+        try:
+            pieces = Path(path).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"读不了词表 {path}：{error}") from None
+        pieces = [piece.rstrip("\r") for piece in pieces]
+        while pieces and not pieces[-1]:
+            pieces.pop()
+        vocabulary = {piece: index for index, piece in enumerate(pieces)}
+        backend = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        return cls._with_special_tokens(backend)
+
+    @classmethod
+    def from_pieces(
+        cls, vocabulary: dict[str, int], merges: list[tuple[str, str]]
+    ) -> PlugTokenizer:
+        """Our own kind, from the pieces and merges of `plug.pretraining.vocabulary.train`."""
+        model = models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            unk_token=SPECIAL_TOKENS["unk_token"],
+            byte_fallback=True,
+        )
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), "isolated")
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        return cls._with_special_tokens(backend)
+
+    @classmethod
+    def _with_special_tokens(cls, backend: Tokenizer) -> PlugTokenizer:
+        known = [
+            token for token in SPECIAL_TOKENS.values() if backend.token_to_id(token) is not None
+        ]
+        backend.add_special_tokens(known)
+        return cls(backend)
+
+    def save(self, directory: Path | str) -> None:
+        """Write `tokenizer.json` and the `tokenizer_config.json` that `AutoTokenizer` reads."""
+        directory = Path(directory)
+        content = self.backend.to_str(pretty=True)  # not `save`: a full disk must be an OSError
+        (directory / "tokenizer.json").write_text(content, encoding="utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **SPECIAL_TOKENS,
+        }
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+
+    def encode(self, text: str, *, allow_special_tokens: bool = False) -> list[int]:
+        """Ids of ``text``, without [CLS] and [SEP] around them.
+
+        Args:
+            text: any text.
+            allow_special_tokens: read "[SEP]", "[MASK]" … spelled in the text as those tokens.
+
+        Raises:
+            UsageError: the text holds a lone surrogate, which is no character.
+        """
+        return self.encode_batch([text], allow_special_tokens=allow_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, allow_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        for text in texts:
+            _check_surrogates(text)
+        self.backend.encode_special_tokens = not allow_special_tokens
+        return [one.ids for one in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the characters [start, end) of ``text`` that it covers."""
+        _check_surrogates(text)
+        self.backend.encode_special_tokens = True
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def encode_characters(self, text: str) -> list[int]:
+        """One piece a character (bytes where the vocabulary lacks it): for labels by character."""
+        return [index for ids in self.encode_batch(list(text)) for index in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``; special tokens are left out, [UNK] excepted (shown as it is named)."""
+        stream = self.decoder_stream()
+        return "".join([*(stream.push(int(index)) for index in ids), stream.flush()])
+
+    def decoder_stream(self) -> DecoderStream:
+        """A decoder fed one id at a time, for text that is shown as it is written."""
+        return DecoderStream(self)
+
+
+class DecoderStream:
+    """Gives out text as ids come in, never a part of a character."""
+
+    def __init__(self, tokenizer: PlugTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_ids - {tokenizer.unk_token_id}
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._last = ""  # character given out; the original vocabulary's blanks depend on it
+
+    def push(self, token_id: int) -> str:
+        """The text that is now complete; "" while bytes are missing."""
+        if token_id in self._hidden:
+            return ""
+        piece = self._tokenizer.backend.id_to_token(token_id) or ""
+        if self._tokenizer.is_original:
+            text = _after(self._last, piece)
+            self._last = text[-1:] or self._last
+            return text
+        byte = _BYTES.get(piece)
+        return self._utf8.decode(piece.encode() if byte is None else byte)
+
+    def flush(self) -> str:
+        """What is left at the end; bytes that make no character come out as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def replace_original_punctuation(text: str) -> str:
+    """Rewrite what the original vocabulary lacks, as the reference does on the way in.
+
+    Source: AliceMind's generation script; closing quotes stay (and become [UNK]).
+    """
+    return text.replace("‘", "'").replace("“", '"').replace("——", "--")
+
+
+def original_text(ids: Sequence[int], tokenizer: PlugTokenizer) -> str:
+    """Text as the reference prints it: runs of [UNK] are one, shown as “; `##` removed."""
+    kept = [
+        index
+        for position, index in enumerate(ids)
+        if not (position and index == tokenizer.unk_token_id == ids[position - 1])
+    ]
+    tokens = [tokenizer.backend.id_to_token(int(index)) or "" for index in kept]
+    return "".join(tokens).replace(SPECIAL_TOKENS["unk_token"], "“").replace("##", "")
+
+
+_LATIN = re.compile(r"[A-Za-z0-9]")
+
+
+def _after(last: str, piece: str) -> str:
+    """A word piece as text: a blank before it between neighbouring Latin words alone."""
+    if piece.startswith("##"):
+        return piece[2:]
+    return " " + piece if _LATIN.match(last) and _LATIN.match(piece) else piece
+
+
+def _check_surrogates(text: str) -> None:
+    for position, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise UsageError(
+                f"文本第 {position + 1} 个字符是孤立的代理码位 U+{ord(character):04X}，不是字符。"
+                "请检查文本的编码。"
+            )
