@@ -1,4 +1,4 @@
-"""The shard files of an original's checkpoint: find them, read them safely, check them, write one."""
+"""The shard files of an original's checkpoint: find, read safely, check, write."""
 
 from __future__ import annotations
 

@@ -40,7 +40,10 @@ def convert(
     start = time.perf_counter()
     wanted = None if dtype is None else DTYPES[dtype.value]
     columns = (TextColumn("转换"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("")
 
         def advance(done: int, total: int) -> None:
