@@ -1,7 +1,8 @@
-"""`python -m plug`: the command line where no `plug` script is on the path (torchrun)."""
+"""`python -m plug`: the same as the command `plug`."""
 
 import sys
 
 from plug.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
