@@ -571,11 +571,15 @@ def _encoded(
 def _cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """In fp32; the mean over labels that are not -100, or the sum over ``num_items_in_batch``."""
+    """In fp32: the sum over labels that are not -100, by their number (no labels give 0).
+
+    The Trainer passes ``num_items_in_batch``, the number over all micro-batches of a step.
+    """
+    items = num_items_in_batch
+    if items is None:
+        items = (labels != IGNORE_INDEX).sum().clamp(min=1)
     flat = logits.float().flatten(0, -2), labels.flatten()
-    if num_items_in_batch is None:
-        return F.cross_entropy(*flat, ignore_index=IGNORE_INDEX)
-    return F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum") / num_items_in_batch
+    return F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum") / items
 
 
 AutoConfig.register("plug", PlugTransformersConfig, exist_ok=True)
