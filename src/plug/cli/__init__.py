@@ -6,8 +6,6 @@ does not wait for torch; the work is imported when a command runs.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import sys
 from typing import Annotated
@@ -15,6 +13,7 @@ from typing import Annotated
 import typer
 
 import plug
+from plug.cli import convert, evaluate, generate, info, pretrain
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
 
@@ -42,12 +41,11 @@ def _options(
     pass
 
 
-for _name in ("generate", "convert", "info"):
-    if importlib.util.find_spec(f"plug.cli.{_name}"):
-        app.command()(getattr(importlib.import_module(f"plug.cli.{_name}"), _name))
-for _name in ("pretrain", "evaluate"):
-    if importlib.util.find_spec(f"plug.cli.{_name}"):
-        app.add_typer(importlib.import_module(f"plug.cli.{_name}").app, name=_name)
+app.command()(generate.generate)
+app.command()(convert.convert)
+app.add_typer(pretrain.app, name="pretrain")
+app.add_typer(evaluate.app, name="evaluate")
+app.command()(info.info)
 
 
 def main() -> int:
@@ -63,7 +61,8 @@ def main() -> int:
     except PlugError as error:
         return _say(str(error), error.exit_code)
     except WrongUsage as error:
-        return _say(in_chinese(error), 2)
+        message = in_chinese(error)  # empty where typer showed the help instead
+        return _say(message, 2) if message else 2
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:

@@ -98,7 +98,9 @@ class PlugConfig:
         special = ("pad", "unk", "decoder_start", "eos", "mask")
         for name in (f"{kind}_token_id" for kind in special):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise UsageError(f"{name}={getattr(self, name)} 不在词表 0…{self.vocab_size - 1} 内。")
+                raise UsageError(
+                    f"{name}={getattr(self, name)} 不在词表 0…{self.vocab_size - 1} 内。"
+                )
 
     @property
     def head_dim(self) -> int:
