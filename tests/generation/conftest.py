@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from plug.checkpoints.original import import_original
 from plug.checkpoints.store import load
 from plug.generation.engine import Engine
 from plug.generation.generate import Generator
+from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
 
@@ -25,8 +29,21 @@ def tokenizer() -> PlugTokenizer:
 
 
 @pytest.fixture
-def generator(tiny_model: Plug, tokenizer: PlugTokenizer) -> Generator:
-    return Generator(tiny_model, tokenizer)
+def lively_model(tiny_model: Plug) -> Plug:
+    """Random, but without the habit of random models to write one token for ever: positions weigh
+    more than words, and signs are mixed on the way to the tied word table.
+    """
+    with torch.no_grad():
+        tiny_model.embeddings.position_embeddings.weight *= 8
+        tiny_model.embeddings.layer_norm.weight.normal_()
+        assert tiny_model.decoder is not None
+        tiny_model.decoder.final_norm.weight.normal_()
+    return tiny_model
+
+
+@pytest.fixture
+def generator(lively_model: Plug, tokenizer: PlugTokenizer) -> Generator:
+    return Generator(lively_model, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -46,5 +63,55 @@ def golden_engine(golden_model: Plug) -> Engine:
     return Engine(golden_model)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="session")
+def golden_json(golden: Path) -> Callable[[str], Any]:
+    """Reads a file of the golden folder."""
+    return lambda name: json.loads((golden / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def scripted_engine() -> type[ScriptedEngine]:
+    return ScriptedEngine
+
+
+class ScriptedEngine:
+    """An engine without a model, for tests of the loops: it says what it is told.
+
+    At step i, row r (numbered as at the start) gets ``scripts[r][i]`` as its likeliest token,
+    whatever is read.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, config: PlugConfig, scripts: Sequence[Sequence[int]]) -> None:
+        self.config = config
+        self.scripts = scripts
+        self.rows = list(range(len(scripts)))
+        self.next_rows = self.rows  # those that read again at the next window
+        self.selections = 0
+        self.steps = 0
+        self.windows: list[list[list[int]]] = []  # the sources of each encoding
+        self.window_first_step: list[int] = []
+        self.fed: list[tuple[list[int], list[int]]] = []
+
+    def start(self, sources: Sequence[Sequence[int]], capacity: int, copies: int = 1) -> None:
+        assert copies == 1
+        if self.windows:
+            self.rows = self.next_rows
+        assert len(sources) == len(self.rows)
+        self.capacity = capacity
+        self.windows.append([list(source) for source in sources])
+        self.window_first_step.append(self.steps)
+
+    def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        assert max(positions) < self.capacity
+        self.fed.append((list(token_ids), list(positions)))
+        logits = torch.zeros(len(token_ids), self.config.vocab_size)
+        for index, row in enumerate(self.rows):
+            logits[index, self.scripts[row][self.steps]] = 1
+        self.steps += 1
+        return logits
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.selections += 1
+        self.rows = self.next_rows = [self.rows[row] for row in rows]

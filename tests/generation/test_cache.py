@@ -18,9 +18,9 @@ def uncached_logits(model: Plug, source: list[int], written: list[int]) -> torch
 
 
 @torch.inference_mode()
-def test_each_step_of_a_padded_batch_equals_the_uncached_pass_alone(tiny_model: Plug) -> None:
-    engine = Engine(tiny_model)
-    expected = [uncached_logits(tiny_model, *each) for each in zip(SOURCES, WRITTEN, strict=True)]
+def test_each_step_of_a_padded_batch_equals_the_uncached_pass_alone(lively_model: Plug) -> None:
+    engine = Engine(lively_model)
+    expected = [uncached_logits(lively_model, *each) for each in zip(SOURCES, WRITTEN, strict=True)]
 
     engine.start(SOURCES, capacity=5)
     for position in range(5):
@@ -30,8 +30,8 @@ def test_each_step_of_a_padded_batch_equals_the_uncached_pass_alone(tiny_model: 
 
 
 @torch.inference_mode()
-def test_rows_may_stand_at_different_positions_and_repeat_them(tiny_model: Plug) -> None:
-    engine = Engine(tiny_model)
+def test_rows_may_stand_at_different_positions_and_repeat_them(lively_model: Plug) -> None:
+    engine = Engine(lively_model)
     engine.start(SOURCES, capacity=4)
     counts = [0, 0, 0]
     advance = [[1, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]]  # the second waits twice, …
@@ -40,28 +40,28 @@ def test_rows_may_stand_at_different_positions_and_repeat_them(tiny_model: Plug)
         logits = engine.step([row[at] for row, at in zip(WRITTEN, counts, strict=True)], counts)
 
         for row, at in enumerate(counts):
-            expected = uncached_logits(tiny_model, SOURCES[row], WRITTEN[row])[at]
+            expected = uncached_logits(lively_model, SOURCES[row], WRITTEN[row])[at]
             torch.testing.assert_close(logits[row], expected)
         counts = [at + move for at, move in zip(counts, moves, strict=True)]
 
 
 @torch.inference_mode()
-def test_padding_ids_inside_a_source_are_not_read(tiny_model: Plug) -> None:
-    engine = Engine(tiny_model)
+def test_padding_ids_inside_a_source_are_not_read(lively_model: Plug) -> None:
+    engine = Engine(lively_model)
     source = torch.tensor([[2, 9, 0, 7, 3]])
     mask = source != 0
-    decoded = tiny_model.decode(
-        torch.tensor([[2]]), tiny_model.encode(source, mask), attention_mask=mask
+    decoded = lively_model.decode(
+        torch.tensor([[2]]), lively_model.encode(source, mask), attention_mask=mask
     )
 
     engine.start(source.tolist(), capacity=1)
 
-    torch.testing.assert_close(engine.step([2], [0]), tiny_model.lm_logits(decoded)[0])
+    torch.testing.assert_close(engine.step([2], [0]), lively_model.lm_logits(decoded)[0])
 
 
 @torch.inference_mode()
-def test_selected_rows_keep_their_source_and_their_past(tiny_model: Plug) -> None:
-    engine = Engine(tiny_model)
+def test_selected_rows_keep_their_source_and_their_past(lively_model: Plug) -> None:
+    engine = Engine(lively_model)
     engine.start(SOURCES, capacity=5)
     for position in range(2):
         engine.step([row[position] for row in WRITTEN], [position] * 3)
@@ -70,12 +70,14 @@ def test_selected_rows_keep_their_source_and_their_past(tiny_model: Plug) -> Non
 
     logits = engine.step([WRITTEN[2][2], WRITTEN[0][2]], [2, 2])
     for got, row in zip(logits, (2, 0), strict=True):
-        torch.testing.assert_close(got, uncached_logits(tiny_model, SOURCES[row], WRITTEN[row])[2])
+        torch.testing.assert_close(
+            got, uncached_logits(lively_model, SOURCES[row], WRITTEN[row])[2]
+        )
 
 
 @torch.inference_mode()
-def test_reordered_rows_take_the_past_and_leave_the_source(tiny_model: Plug) -> None:
-    engine = Engine(tiny_model)
+def test_reordered_rows_take_the_past_and_leave_the_source(lively_model: Plug) -> None:
+    engine = Engine(lively_model)
     engine.start(SOURCES[:1], capacity=5, copies=3)
     for position in range(2):
         engine.step([row[position] for row in WRITTEN], [position] * 3)
@@ -85,4 +87,4 @@ def test_reordered_rows_take_the_past_and_leave_the_source(tiny_model: Plug) -> 
     logits = engine.step([70, 71, 72], [2, 2, 2])
     for got, past, last in zip(logits, (1, 1, 0), (70, 71, 72), strict=True):
         written = [*WRITTEN[past][:2], last]
-        torch.testing.assert_close(got, uncached_logits(tiny_model, SOURCES[0], written)[2])
+        torch.testing.assert_close(got, uncached_logits(lively_model, SOURCES[0], written)[2])
