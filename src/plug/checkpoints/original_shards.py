@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plug.checkpoints import original_layout as layout
-from plug.checkpoints.weights import DTYPES, check_names_and_shapes
+from plug.checkpoints.weights import DTYPES, check_names_and_shapes, save_pickle
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PlugConfig
 
@@ -120,10 +119,4 @@ def write_shard(path: Path, state: dict[str, Tensor], num_shards: int) -> None:
         "dp_world_size": 1,
         "mp_world_size": num_shards,
     }
-    with path.open("wb") as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:  # how torch reports a write that failed
-            raise OSError(None, str(error).split("\n")[0]) from error
-        file.flush()
-        os.fsync(file.fileno())
+    save_pickle(payload, path)

@@ -255,6 +255,17 @@ def write_json(path: Path, values: object) -> None:
         os.fsync(file.fileno())
 
 
+def save_pickle(payload: object, path: Path) -> None:
+    """`torch.save`, flushed to the disk; a write that fails is an OSError (torch: RuntimeError)."""
+    with path.open("wb") as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:
+            raise OSError(None, str(error).split("\n")[0]) from error
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
     groups: list[list[str]] = [[]]
     size = 0
