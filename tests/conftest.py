@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from plug.checkpoints.store import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
 
@@ -75,3 +77,20 @@ def make_model() -> Callable[[PlugConfig], Plug]:
 def tiny_model(config: PlugConfig, make_model: Callable[[PlugConfig], Plug]) -> Plug:
     """A model of the test size, as `make_model` builds it."""
     return make_model(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PlugTokenizer:
+    """Our own kind, 320 pieces: a few characters, two pieces of two, bytes for all else."""
+    pieces = [*SPECIAL_TOKENS.values(), *BYTE_TOKENS, *"今天气很好，我们去公园看花。山上有座庙\n"]
+    pieces += ["今天", "天气"]
+    pieces += [f"空{index}" for index in range(320 - len(pieces))]
+    merges = [("今", "天"), ("天", "气")]
+    return PlugTokenizer.from_pieces({piece: i for i, piece in enumerate(pieces)}, merges)
+
+
+@pytest.fixture
+def model_directory(tiny_model: Plug, tiny_tokenizer: PlugTokenizer, tmp_path: Path) -> Path:
+    """`tiny_model` and `tiny_tokenizer`, saved."""
+    save(tiny_model, tmp_path / "tiny-model", tokenizer=tiny_tokenizer)
+    return tmp_path / "tiny-model"

@@ -6,6 +6,7 @@ does not wait for torch; the work is imported when a command runs.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -55,6 +56,8 @@ def main() -> int:
         0 done; 1 it could not be done; 2 wrong use; 130 Ctrl-C. Nobody reading any more (a closed
         pipe) is 1 and quiet. A bug keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show it gets "?"
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()

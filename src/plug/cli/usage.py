@@ -37,6 +37,6 @@ def in_chinese(error: Any) -> str:
     """One line for a `WrongUsage`."""
     message = " ".join(error.format_message().split())
     for pattern, sentence in _SENTENCES:
-        if re.fullmatch(pattern, message):
-            return re.sub(pattern, sentence, message)
+        if match := re.fullmatch(pattern, message):
+            return match.expand(sentence)
     return message

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plug.model.configuration import PRESETS
+from plug.model.plug import Plug
+
+
+def test_json_has_the_27b_s_figures(run_plug: Callable) -> None:
+    """Spec sections 1 and 7; operations here include attention's own."""
+    ran = run_plug("info", "--model", "27b", "--json")
+    costs = json.loads(ran.out)
+    assert ran.status == 0
+    assert costs["config"] == PRESETS["27b"].to_dict()
+    billions = {name: round(count / 1e9, 1) for name, count in costs["parameters"].items()}
+    assert billions == {
+        "embeddings": 0.2,
+        "encoder": 19.3,
+        "decoder": 6.4,
+        "heads": 0.1,
+        "total": 26.0,
+    }
+    assert sum(list(costs["parameters"].values())[:-1]) == costs["parameters"]["total"]
+    assert {name: round(size / 1e9) for name, size in costs["bytes"].items()} == {
+        "fp32": 104,
+        "bf16": 52,
+        "int8": 26,
+        "int4": 14,
+    }
+    assert (costs["source_length"], costs["position"]) == (512, 128)
+    attention = 24 * 4 * 8192 * 512  # a source token against 512
+    assert round((costs["encoder_flops_per_token"] - attention) * 512 / 1e12, 1) == 19.8
+    attention = 6 * 4 * 8192 * (512 + 128)
+    assert round((costs["decoder_flops_per_token"] - attention) / 1e9, 1) == 11.6
+    assert round(costs["decoder_weights_per_token"] / 1e9, 2) == 5.81
+    assert costs["cache_bytes_per_token"] == 196_608
+
+
+def test_a_directory_is_counted_from_its_config(
+    run_plug: Callable, model_directory: Path, tiny_model: Plug
+) -> None:
+    costs = json.loads(run_plug("info", "--model", model_directory, "--json").out)
+    assert costs["parameters"]["total"] == sum(p.numel() for p in tiny_model.parameters())
+    assert (costs["source_length"], costs["position"]) == (96, 96)  # it has no more positions
+
+
+def test_the_table_shows_what_the_json_holds(run_plug: Callable) -> None:
+    shown = run_plug("info", "--model", "mini").out
+    costs = json.loads(run_plug("info", "--model", "mini", "--json").out)
+    for count in costs["parameters"].values():
+        assert f"{count:,}" in shown
+    for size in costs["bytes"].values():
+        assert f"{size / 1e6:,.1f} MB" in shown
+    assert f"{costs['decoder_flops_per_token'] / 1e9:.3f} GFLOP" in shown
+
+
+def test_lengths_change_attention_s_share(run_plug: Callable) -> None:
+    def costs(*lengths: object) -> dict:
+        return json.loads(run_plug("info", "--model", "27b", "--json", *lengths).out)
+
+    short, long = costs("--source-length", 10), costs("--source-length", 1000)
+    difference = long["decoder_flops_per_token"] - short["decoder_flops_per_token"]
+    assert difference == 6 * 4 * 8192 * 990
+    difference = long["encoder_flops_per_token"] - short["encoder_flops_per_token"]
+    assert difference == 24 * 4 * 8192 * 990
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--model", "nowhere"], "nowhere"),
+        (["--model", "27b", "--source-length", "2049"], "--source-length 2049 超过"),
+        (["--model", "27b", "--position", "2049"], "--position 2049 超过"),
+    ],
+)
+def test_bad_input_is_status_2(run_plug: Callable, arguments: list[str], complaint: str) -> None:
+    ran = run_plug("info", *arguments)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith("错误：")
+    assert complaint in ran.err
