@@ -14,7 +14,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from plug.errors import UsageError
 
@@ -56,6 +64,12 @@ class PlugTokenizer:
         self.sep_token_id = self._special_id("sep_token")
         self.mask_token_id = self._special_id("mask_token")
         self.special_ids = frozenset(self._special_id(name) for name in SPECIAL_TOKENS)
+        # For readers of tokenizer.json other than this class, such as `AutoTokenizer`.
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", self.cls_token_id), ("[SEP]", self.sep_token_id)],
+        )
 
     def _special_id(self, name: str) -> int:
         token_id = self.backend.token_to_id(SPECIAL_TOKENS[name])
@@ -134,7 +148,10 @@ class PlugTokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # "[SEP]" typed by a user stays text here too
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             **SPECIAL_TOKENS,
+            "eos_token": SPECIAL_TOKENS["sep_token"],  # else old Trainers drop the model's end
         }
         (directory / "tokenizer_config.json").write_text(
             json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from plug.checkpoints.store import save
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.tokenization import BYTE_TOKENS, PlugTokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -32,6 +35,7 @@ from transformers import (  # noqa: E402
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     Trainer,
     TrainingArguments,
 )
@@ -253,7 +257,7 @@ def test_auto_classes_find_ours(
     assert model.get_input_embeddings() is model.embeddings.word_embeddings
 
 
-def test_set_input_embeddings_replaces_the_tied_table(directory: Path) -> None:
+def test_the_tied_table_can_be_replaced_but_not_resized(directory: Path) -> None:
     model = PlugForConditionalGeneration.from_pretrained(directory)
     table = torch.nn.Embedding(320, 32)
 
@@ -261,6 +265,8 @@ def test_set_input_embeddings_replaces_the_tied_table(directory: Path) -> None:
 
     hidden = torch.randn(4, 32)
     torch.testing.assert_close(model.lm_logits(hidden), hidden @ table.weight.T)
+    with pytest.raises(UsageError, match="320"):
+        model.resize_token_embeddings(321)
 
 
 def test_without_transformers_the_message_says_what_to_install(
@@ -271,6 +277,49 @@ def test_without_transformers_the_message_says_what_to_install(
 
     with pytest.raises(PlugError, match=r"plug-zh\[train\]"):
         importlib.import_module("plug").PlugForPreTraining  # noqa: B018
+
+
+# --- text --------------------------------------------------------------------------------------
+
+PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] [ ] 春 天 来 了 吗 ？ s ##e ##p"
+
+
+def word_pieces(folder: Path) -> PlugTokenizer:
+    (folder / "vocab.txt").write_text(PIECES.replace(" ", "\n"), encoding="utf-8")
+    return PlugTokenizer.from_vocabulary_file(folder / "vocab.txt")
+
+
+def byte_pieces(folder: Path) -> PlugTokenizer:  # noqa: ARG001
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *BYTE_TOKENS]
+    pieces = [*special, "春", "天", "来", "春天"]
+    return PlugTokenizer.from_pieces({piece: i for i, piece in enumerate(pieces)}, [("春", "天")])
+
+
+@pytest.mark.parametrize("make", [word_pieces, byte_pieces])
+@pytest.mark.parametrize("text", ["春天来了", "春[SEP]天", ""])
+def test_auto_tokenizer_gives_the_ids_of_ours_between_cls_and_sep(
+    make: Callable[[Path], PlugTokenizer], text: str, plug_model: Plug, tmp_path: Path
+) -> None:
+    tokenizer = make(tmp_path)
+    save(plug_model, tmp_path / "model", tokenizer=tokenizer)
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    encoded = theirs(text, "来")
+
+    first, second = tokenizer.encode(text), tokenizer.encode("来")
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    assert encoded["input_ids"] == [cls, *first, sep, *second, sep]
+    assert encoded["token_type_ids"] == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    assert theirs(text)["input_ids"] == [cls, *first, sep]
+    assert theirs.pad_token_id == tokenizer.pad_token_id
+    assert theirs.mask_token_id == tokenizer.mask_token_id
+    theirs.save_pretrained(tmp_path / "again")
+    assert PlugTokenizer.load(tmp_path / "again").encode(text) == first
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == [
+        cls,
+        *first,
+        sep,
+    ]
 
 
 # --- the numbers of both faces ---------------------------------------------------------------
@@ -849,3 +898,30 @@ def test_pretraining_gives_the_loss_of_the_original(
     torch.testing.assert_close(output.loss, values[key], atol=1e-4, rtol=0)
     per_token = F.cross_entropy(output.logits.transpose(1, 2), targets, reduction="none")
     torch.testing.assert_close(per_token, values[f"{key}_per_token"], atol=1e-4, rtol=0)
+
+
+# --- the documentation -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # no GPU here
+def test_the_snippets_of_the_documentation_run(
+    plug_model: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(plug_model, tmp_path / "plug-mini-zh", tokenizer=byte_pieces(tmp_path))
+    monkeypatch.setattr("plug.checkpoints.store._ASSETS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yours = types.ModuleType("datasets_of_yours")
+    yours.pairs = [{"source": "春天", "target": "来"}] * 4  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets_of_yours", yours)
+    text = (Path(__file__).parents[2] / "docs/transformers.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+
+    assert len(snippets) == 4
+    assert names["output"].losses.keys() == {"lm", "mlm", "sentence"}
+    assert names["tokenizer"].mask_token_id in names["ids"]
+    assert PlugTokenizer.load("runs/tuned").encode("春天") == byte_pieces(tmp_path).encode("春天")
+    assert plug.load("runs/tuned").config == plug_model.config

@@ -181,6 +181,12 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
         with guard_torch_init_functions():
             initialize_weights(self, self.config.to_plug_config())
 
+    def resize_token_embeddings(self, *_args: Any, **_kwargs: Any) -> nn.Embedding:
+        raise UsageError(
+            f"PLUG 的词表大小（{self.config.vocab_size}）不能改变：masked-LM 头和"
+            " num_emitted_tokens 都依赖它。请改用自己训练的词表：plug pretrain vocab"
+        )
+
     def get_encoder(self, modality: str | None = None) -> nn.Module:  # noqa: ARG002
         return EncoderOfIds(self)
 
@@ -425,7 +431,7 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
             decoder_attention_mask: (batch, past + tgt), 1 on real tokens; None is all.
             encoder_outputs: the encoder's output, (batch, src, hidden) first.
             past_key_values: keys and values of earlier positions.
-            cache: the name of ``past_key_values`` from transformers 5.2x on.
+            cache: what newer versions of transformers call ``past_key_values``.
             use_cache: make a cache when none is given.
             labels: (batch, tgt), -100 ignored.
             num_items_in_batch: what the loss is divided by, when not the labels of this batch.
