@@ -1,4 +1,4 @@
-"""A small tokenizer of our own kind, the original's, and what writes with each."""
+"""Models that write: a lively random one, the golden one, and one that follows a script."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ from plug.generation.engine import Engine
 from plug.generation.generate import Generator
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
-from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
-
-PIECES = "山上有一座庙，里老和尚在讲故事。\n"  # the rest of the world is bytes
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PlugTokenizer:
-    pieces = [*SPECIAL_TOKENS.values(), *BYTE_TOKENS, *PIECES]
-    return PlugTokenizer.from_pieces({piece: index for index, piece in enumerate(pieces)}, [])
+from plug.tokenization import PlugTokenizer
 
 
 @pytest.fixture
@@ -42,8 +34,8 @@ def lively_model(tiny_model: Plug) -> Plug:
 
 
 @pytest.fixture
-def generator(lively_model: Plug, tokenizer: PlugTokenizer) -> Generator:
-    return Generator(lively_model, tokenizer)
+def generator(lively_model: Plug, tiny_tokenizer: PlugTokenizer) -> Generator:
+    return Generator(lively_model, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -145,13 +145,14 @@ class Generator:
         streams: RowStreams | None,
     ) -> list[GenerationResult]:
         began = time.perf_counter()
-        on_token = streams.push if streams else None
         if settings.num_beams > 1:
             written = self._search(prompts, settings)
-            for row, (token_ids, _) in enumerate(written):
-                for token_id in token_ids if on_token else ():
-                    on_token(row, token_id)  # type: ignore[misc]
+            if streams:
+                for row, (token_ids, _) in enumerate(written):
+                    for token_id in token_ids:
+                        streams.push(row, token_id)
         else:
+            on_token = streams.push if streams else None
             rules = self._rules(window, settings)
             sampler = Sampler(settings, seeds, rules.steps, self.engine.device)
             rows = write(self.engine, prompts, rules, sampler, on_token)
@@ -338,7 +339,7 @@ def _check_device(device: str | None) -> torch.device:
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         return [secrets.randbits(32) for _ in range(count)]
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
     if len(seeds) != count:
         raise UsageError(
             f"给了 {len(seeds)} 个 seed，却有 {count} 段文字。请一段一个，或只给一个。"

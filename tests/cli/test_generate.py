@@ -1,0 +1,165 @@
+"""`plug generate`, in this process where possible, and as users run it where it matters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plug.checkpoints.store import save
+from plug.cli import main
+from plug.generation.generate import generate
+from plug.model.configuration import PRESETS
+from plug.model.plug import Plug
+from plug.tokenization import PlugTokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs `plug generate … --model <tiny>`: exit status, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        model = [] if "--model" in arguments else ["--model", str(model_directory)]
+        monkeypatch.setattr(sys, "argv", ["plug", "generate", *arguments, *model])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_continuation_is_printed(run: Run, model_directory: Path) -> None:
+    status, out, _ = run("山上", "--seed", "3", "--out-length", "20", "--temperature", "2")
+
+    expected = generate("山上", model=model_directory, seed=3, out_length=20, temperature=2)
+    assert (status, out) == (0, expected.text + "\n")
+
+
+def test_json_holds_the_text_the_ids_and_the_speed(run: Run) -> None:
+    status, out, _ = run("山上", "--json", "--out-length", "12", "--top-k", "1")
+
+    answer = json.loads(out)
+    assert status == 0
+    assert len(answer["token_ids"]) == 12
+    assert answer["prompt"] == "山上"
+    assert answer["prompt_token_count"] == 2
+    assert answer["finish_reason"] == "length"
+    assert answer["tokens_per_second"] == pytest.approx(12 / answer["seconds"], rel=0.05)
+
+
+def test_each_line_of_a_file_is_continued(run: Run, tmp_path: Path) -> None:
+    prompts = [f"今天{number}" for number in range(10)]  # more than a batch
+    (tmp_path / "prompts.txt").write_text("\r\n\n".join(prompts), encoding="utf-8")
+
+    options = ("--file", str(tmp_path / "prompts.txt"), "--out-length", "5", "--seed", "1")
+    _, out, _ = run(*options, "--json")
+    _, plain, _ = run(*options)
+
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert plain == "".join(f"{answer['text']}\n\n" for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([""], "空"),
+        (["   "], "空白"),
+        ([], "--file"),
+        (["山", "--file", "x"], "二者选一"),
+        (["--file", "没有这个文件"], "没有这个文件"),
+        (["山\udce5"], "U+DCE5"),
+        (["山", "--out-length", "0"], "1 到 100000"),
+        (["山", "--out-length", "-3"], "1 到 100000"),
+        (["山", "--out-length", "100001"], "1 到 100000"),
+        (["山", "--out-length", "许多"], "整数"),
+        (["山", "--mode", "modelscope"], "original"),
+        (["山", "--temperature", "-1"], "temperature"),
+        (["山", "--top-k", "-1"], "top_k"),
+        (["山", "--top-p", "2"], "top_p"),
+        (["山", "--num-beams", "0"], "num_beams"),
+        (["山", "--seed", "-1"], "seed"),
+        (["山", "--window", "97"], "96"),
+        (["山", "--device", "abacus"], "abacus"),
+        (["山", "--model", "没有这个模型"], "没有这个模型"),
+    ],
+)
+def test_wrong_use_is_one_chinese_line_and_status_2(
+    arguments: list[str], says: str, run: Run
+) -> None:
+    status, out, err = run(*arguments)
+
+    assert status == 2
+    assert out == ""
+    assert err.startswith("错误：")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_binary_files_and_files_without_text_are_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\x93\x00\xff")
+    (tmp_path / "blank").write_text(" \n\n", encoding="utf-8")
+
+    assert "UTF-8" in run("--file", str(tmp_path / "binary"))[2]
+    status, _, err = run("--file", str(tmp_path / "blank"))
+    assert (status, "没有文字" in err) == (2, True)
+
+
+def test_an_encoder_alone_cannot_write(
+    run: Run, tiny_tokenizer: PlugTokenizer, tmp_path: Path
+) -> None:
+    values = PRESETS["test"].to_dict() | {"num_decoder_layers": 0}
+    encoder = Plug(type(PRESETS["test"]).from_dict(values))
+    save(encoder, tmp_path / "encoder", tokenizer=tiny_tokenizer)
+
+    status, _, err = run("山", "--model", str(tmp_path / "encoder"))
+
+    assert (status, "只有编码器" in err) == (2, True)
+
+
+def test_a_hundred_thousand_characters_are_cut_and_said_so(run: Run) -> None:
+    status, out, _ = run("山" * 100_000, "--out-length", "3", "--json")
+
+    assert status == 0
+    assert json.loads(out)["prompt_token_count"] == 100_000
+
+
+def test_transformers_is_never_imported_and_the_warning_goes_to_stderr(
+    model_directory: Path,
+) -> None:
+    program = (
+        "import sys; from plug.cli import main; status = main(); "
+        "print([n for n in sys.modules if n.split('.')[0] == 'transformers'], file=sys.stderr); "
+        "sys.exit(status)"
+    )
+    command = [sys.executable, "-c", program, "generate", "--model", str(model_directory)]
+
+    done = subprocess.run(
+        [*command, "山" * 200, "--out-length", "5"], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.endswith("\n")
+    warning, modules = done.stderr.splitlines()
+    assert "200 个词元，模型只读最后 94 个" in warning
+    assert modules == "[]"
+
+
+def test_prompts_come_from_standard_input(model_directory: Path) -> None:
+    command = [sys.executable, "-m", "plug", "generate", "--model", str(model_directory)]
+
+    done = subprocess.run(
+        [*command, "--file", "-", "--json", "--out-length", "2"],
+        input="山上\n今天\n".encode(),
+        capture_output=True,
+        check=True,
+    )
+
+    answers = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["山上", "今天"]
