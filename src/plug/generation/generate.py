@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plug.checkpoints.store import find_model_directory, load
+from plug.device import find_device
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
 from plug.generation.engine import Engine
@@ -90,7 +91,7 @@ class Generator:
         else:
             directory = find_model_directory(model)
             tokenizer = tokenizer or PlugTokenizer.load(directory)
-            model = load(directory, device=_check_device(device))
+            model = load(directory, device=find_device(device))
         self.config = model.config
         self.tokenizer = tokenizer
         self.engine = Engine(model.eval())
@@ -321,19 +322,6 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         on_text=on_text,
     )
     return results[0] if isinstance(texts, str) else results
-
-
-def _check_device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(
-            f"这台机器上用不了设备 {device!r}。请用 cpu，或已装好驱动的 cuda。"
-        ) from None
-    return chosen
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
