@@ -151,7 +151,7 @@ _MINI_IDS = {
     "eos_token_id": 3,
     "mask_token_id": 4,
 }
-_SMALL = {"initializer_range": 0.02, "max_position_embeddings": 1024}
+_SMALL: dict[str, Any] = {"initializer_range": 0.02, "max_position_embeddings": 1024}
 
 PRESETS: dict[str, PlugConfig] = {  # every command finds a size by its name here
     "test": PlugConfig(

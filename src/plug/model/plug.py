@@ -7,6 +7,7 @@ applied from outside; `plug.load` (in `plug.checkpoints.store`) makes one from a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,9 +57,8 @@ class Decoder(nn.Module):
 
     def project_encoder(self, encoder_hidden_states: Tensor) -> list[KeyValue]:
         """Cross-attention keys and values of every layer; once per input, then kept."""
-        return [
-            layer.cross_attention.project_key_value(encoder_hidden_states) for layer in self.layers
-        ]
+        attentions = [cast(DecoderLayer, layer).cross_attention for layer in self.layers]
+        return [each.project_key_value(encoder_hidden_states) for each in attentions]
 
     def forward(
         self,
