@@ -10,11 +10,12 @@ import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from plug.checkpoints.weights import (
     MAX_SHARD_BYTES,
@@ -88,7 +89,7 @@ def load(
         PlugError: weights are missing, damaged, or do not fit `config.json`.
     """
     directory = find_model_directory(name_or_path)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialization():
         model = Plug(PlugConfig.from_file(directory / CONFIG_FILE))
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
@@ -103,6 +104,24 @@ def load(
 def weight_shapes(model: Plug) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a model directory must hold."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Functions of `torch.nn.init` do nothing.
+
+    On the meta device they would have nothing to do, and import the compiler for it: a second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def save(
