@@ -98,7 +98,7 @@ def _print_table(report: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     rows = dict(report["domains"])
     if len(rows) > 1:
-        rows["各领域平均／合计"] = report
+        rows["平均／合计"] = report
     for name, row in rows.items():
         ratios = f"{row['nats_per_token']:.4f}", f"{row['nats_per_character']:.4f}"
         counts = (f"{row[key]:,}" for key in _COUNTS)
