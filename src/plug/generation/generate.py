@@ -253,7 +253,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     temperature: float = DEFAULTS.temperature,
     top_k: int = DEFAULTS.top_k,
     top_p: float = DEFAULTS.top_p,
-    repetition_penalty: float = DEFAULTS.repetition_penalty,
+    repetition_penalty: float | None = DEFAULTS.repetition_penalty,
     no_repeat_ngram_size: int = DEFAULTS.no_repeat_ngram_size,
     num_beams: int = DEFAULTS.num_beams,
     length_penalty: float = DEFAULTS.length_penalty,
