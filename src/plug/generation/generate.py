@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,8 @@ class Generator:
         if self.tokenizer.is_original:
             text = replace_original_punctuation(text)
         token_ids = self.tokenizer.encode(text, allow_special_tokens=allow_special_tokens)
+        if not any(unicodedata.category(character)[0] in "LNP" for character in text):
+            raise UsageError(f"“{text[:20]}”里只有表情或符号，没有文字可续写。请给出至少一个字。")
         if all(token_id == self.tokenizer.unk_token_id for token_id in token_ids):
             raise UsageError(f"词表里没有“{text[:20]}”中的任何一个字，模型读不到内容。请换成文字。")
         if len(token_ids) > (limit := prompt_limit(self.config)):
