@@ -18,7 +18,7 @@ from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
 
-torch.set_num_threads(2)  # tiny tensors: more threads only wait for each other
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
