@@ -272,21 +272,11 @@ def test_awkward_text_comes_back_exactly(text: str, ours: PlugTokenizer) -> None
 @given(text=SENTENCE_ENDS)
 @by_property
 def test_whole_and_sentence_by_sentence_give_the_same_ids(
-    text: str, trained: PlugTokenizer
+    text: str, shipped: PlugTokenizer, trained: PlugTokenizer
 ) -> None:
-    by_sentence = [i for ids in trained.encode_batch(split_sentences(text)) for i in ids]
-    assert trained.encode(text) == by_sentence
-
-
-def test_ordinary_text_whole_and_by_sentence_in_the_shipped_vocabulary(
-    shipped: PlugTokenizer,
-) -> None:
-    text = (
-        "段誉摇了摇头，说道：“你师父是谁？”\n“不知道……”那人笑了！！他走了；天黑了。 The end! 好。"
-    )
-    assert len(split_sentences(text)) == 7
-    by_sentence = [i for ids in shipped.encode_batch(split_sentences(text)) for i in ids]
-    assert shipped.encode(text) == by_sentence
+    for tokenizer in (shipped, trained):
+        by_sentence = [i for ids in tokenizer.encode_batch(split_sentences(text)) for i in ids]
+        assert tokenizer.encode(text) == by_sentence
 
 
 def test_pieces_are_words_of_one_kind(trained: PlugTokenizer, shipped: PlugTokenizer) -> None:
