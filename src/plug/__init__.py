@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from plug.integrations.transformers import PlugForMaskedLM as PlugForMaskedLM
     from plug.integrations.transformers import PlugForPreTraining as PlugForPreTraining
     from plug.integrations.transformers import (
+        PlugForQuestionAnswering as PlugForQuestionAnswering,
+    )
+    from plug.integrations.transformers import (
         PlugForSequenceClassification as PlugForSequenceClassification,
     )
     from plug.integrations.transformers import (
@@ -46,6 +49,7 @@ _HOMES = {  # public name -> the module it lives in
     "PlugForConditionalGeneration": "plug.integrations.transformers",
     "PlugForMaskedLM": "plug.integrations.transformers",
     "PlugForPreTraining": "plug.integrations.transformers",
+    "PlugForQuestionAnswering": "plug.integrations.transformers",
     "PlugForSequenceClassification": "plug.integrations.transformers",
     "PlugForTokenClassification": "plug.integrations.transformers",
     "PlugModel": "plug.integrations.transformers",

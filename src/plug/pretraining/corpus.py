@@ -47,7 +47,7 @@ def expand_paths(paths: Iterable[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UsageError(f"语料 {path} 不存在。")
+            raise UsageError(f"文件 {path} 不存在。")
     if not files:
         raise UsageError("没有给出语料文件。")
     return files
@@ -76,7 +76,7 @@ def read_documents(path: Path) -> Iterator[str]:
 def _documents(path: Path) -> Iterator[str]:
     is_json = ".jsonl" in path.name
     paragraphs: list[str] = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if is_json:
             if line:
                 yield _json_text(line, path, number)
@@ -99,7 +99,7 @@ def _json_text(line: str, path: Path, number: int) -> str:
     return text
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, stripped text) of a file, decoded line by line."""
     number = 0
     try:
@@ -126,7 +126,7 @@ def _decompression_errors() -> tuple[type[Exception], ...]:
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     if not path.is_file():
-        raise UsageError(f"语料 {path} 不存在。")
+        raise UsageError(f"文件 {path} 不存在。")
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
