@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 
 from plug.errors import PlugError, UsageError
@@ -103,8 +102,10 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         Raises:
             PlugError: the weights do not fit, or miss more than the head.
         """
-        transformers.logging.set_verbosity_error()  # its notes on heads that are new
-        transformers.logging.disable_progress_bar()
+        from transformers import logging
+
+        logging.set_verbosity_error()  # its notes on heads that are new
+        logging.disable_progress_bar()
         cls = getattr(classes, self.model_class)
         head: dict[str, Any] = {}
         if self.labels:

@@ -354,9 +354,9 @@ def read_squad_questions(path: Path) -> Iterator[Example]:
 def read_kbqa(path: Path) -> Iterator[Example]:
     """NLPCC KBQA: blocks of `<question id=N>`, `<triple id=N>`, `<answer id=N>`, tab, text."""
     fields: dict[str, str] = {}
-    for number, line in chain(read_lines(path), [(0, "=====")]):
+    for number, line in chain(read_lines(path), [(0, "=")]):
         place = f"{path} 第 {number} 行"
-        if line.startswith("====="):
+        if set(line) == {"="}:
             if fields:
                 if "triple" not in fields:
                     raise PlugError(f"{place}之前的一段缺少 <triple>，有的是 {sorted(fields)}。")

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import plug.integrations.transformers  # noqa: F401 (first: it says what to install)
+
+# isort: split
+
 import torch
 import transformers
 from rich.console import Console
