@@ -176,7 +176,7 @@ BAD_DATA = [
     ("classification", [{"text": "好", "label": "1"}], "只有 1 个例子，至少要 2 个"),
     ("classification", [{"text": "好", "label": "1"}] * 2, "只有一种标签"),
     ("generation", [{"src_txt": "山", "tgt_txt": "山" * 17}] * 2,
-     "第 1 行要生成的文字有 18 个词元，超过上限 target_length=16（共 2 例如此）.*--target-length 18"),
+     "第 1 行要生成的文字有 18 个词元，超过上限 target_length=16（共 2 例如此）.*-length 18"),
     ("cluener2020", [{"text": "甲", "label": {"x": {"甲": [[0, 0]]}}}] * 2, "'B-x'.*不在标签表里"),
 ]  # fmt: skip
 
