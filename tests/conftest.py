@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
 
-torch.set_num_threads(2)  # tiny tensors: more threads only wait for each other
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,3 +97,33 @@ def model_directory(tiny_model: Plug, tiny_tokenizer: PlugTokenizer, tmp_path: P
     """`tiny_model` and `tiny_tokenizer`, saved."""
     save(tiny_model, tmp_path / "tiny-model", tokenizer=tiny_tokenizer)
     return tmp_path / "tiny-model"
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """In its block no file can grow past so many bytes: the system refuses, as a full disk does."""
+
+    @contextlib.contextmanager
+    def limit(num_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a directory, hidden ones too, by its relative path."""
+
+    def read(directory: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(directory)): path.read_bytes()
+            for path in directory.rglob("*")
+            if path.is_file()
+        }
+
+    return read

@@ -17,7 +17,7 @@ def find_device(name: str | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(
             f"这台机器上用不了设备 {name!r}。请用 cpu，或已装好驱动的 cuda。"

@@ -38,12 +38,15 @@ _BYTES = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
 
 # How our own vocabulary cuts text before merging: a line break, a Latin word with the blank before
 # it, a run of Chinese, a digit, an opening quote or bracket (with the colon or comma before it), a
-# run of other punctuation, blanks. Sentences (`corpus.split_sentences`) begin at such cuts, so
-# encoding a text whole or sentence by sentence gives the same ids.
+# run of other punctuation (up to the end of a sentence), blanks. Sentences
+# (`corpus.split_sentences`) begin at such cuts, so encoding a text whole or sentence by sentence
+# gives the same ids.
+SENTENCE_END = r"[。！？；…!?]+[”’」』）》】)\"']*"
 _OPENING = "“‘《（「『【〈"
+_OTHER = r"[^\s\p{L}\p{N}：，" + _OPENING + "]"
 PRE_TOKENIZATION = (
     r"\n| ?[A-Za-z]+|\p{Han}+|\p{N}|[：，]?[" + _OPENING + r"]|[：，]"
-    r"|[^\s\p{L}\p{N}：，" + _OPENING + r"]+|[^\S\n]+|."
+    rf"|{_OTHER}*?{SENTENCE_END}|{_OTHER}+|[^\S\n]+|."
 )
 
 
@@ -187,6 +190,7 @@ class PlugTokenizer:
 
     def encode_characters(self, text: str) -> list[int]:
         """One piece a character (bytes where the vocabulary lacks it): for labels by character."""
+        _check_surrogates(text)  # here, so that the message counts from the start of the text
         return [index for ids in self.encode_batch(list(text)) for index in ids]
 
     def encode_each(self, tokens: Sequence[str]) -> list[list[int]]:
@@ -259,9 +263,10 @@ def _after(last: str, piece: str) -> str:
 
 
 def _check_surrogates(text: str) -> None:
-    for position, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise UsageError(
-                f"文本第 {position + 1} 个字符是孤立的代理码位 U+{ord(character):04X}，不是字符。"
-                "请检查文本的编码。"
-            )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"文本第 {error.start + 1} 个字符是孤立的代理码位 U+{ord(text[error.start]):04X}，"
+            "不是字符。请检查文本的编码。"
+        ) from None

@@ -10,8 +10,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from plug.checkpoints.store import find_model_directory, load, replace_directory, save
+from plug.checkpoints.store import (
+    find_model_directory,
+    generation_defaults,
+    load,
+    replace_directory,
+    save,
+)
 from plug.errors import PlugError, UsageError
+from plug.generation.settings import GenerationSettings
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 
@@ -355,3 +362,12 @@ def test_files_are_readable_as_any_new_file_is(saved: Path, tmp_path: Path) -> N
     assert saved.stat().st_mode == (tmp_path / "folder").stat().st_mode
     for path in saved.iterdir():
         assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_saved_sampling_defaults_are_those_of_generate(config: PlugConfig) -> None:
+    defaults, settings = generation_defaults(config), GenerationSettings()
+    assert defaults["temperature"] == settings.temperature
+    assert defaults["top_k"] == settings.top_k
+    assert defaults["repetition_penalty"] == settings.penalty
+    assert defaults["max_new_tokens"] == settings.out_length
+    assert defaults["do_sample"] == settings.do_sample

@@ -528,7 +528,9 @@ def test_greedy_generation_of_a_padded_batch_is_that_of_each_row_by_hand(
     model = PlugForConditionalGeneration.from_pretrained(directory)
     source = {key: batch[key] for key in ("input_ids", "attention_mask")}
 
-    written = model.generate(**source, do_sample=False, max_new_tokens=9, **how)
+    written = model.generate(
+        **source, do_sample=False, repetition_penalty=1.0, max_new_tokens=9, **how
+    )
 
     lengths = batch["attention_mask"].sum(1).tolist()
     rows = [ids[:n] for ids, n in zip(batch["input_ids"], lengths, strict=True)]
@@ -550,7 +552,9 @@ def test_generation_stops_at_the_end_token_and_pads(
     row = batch["input_ids"][:1]
     by_hand = greedy_by_hand(plug_model, row[0], 4)
 
-    written = model.generate(row, do_sample=False, max_new_tokens=9, eos_token_id=by_hand[3])
+    written = model.generate(
+        row, do_sample=False, repetition_penalty=1.0, max_new_tokens=9, eos_token_id=by_hand[3]
+    )
 
     assert written.tolist() == [by_hand[: by_hand.index(by_hand[3], 1) + 1]]
 
@@ -585,7 +589,9 @@ def test_the_encoder_is_projected_once_whatever_the_layers(
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     input_ids = torch.randint(5, 320, (1, SOURCE))
 
-    written = model.generate(input_ids, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    written = model.generate(
+        input_ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=6, min_new_tokens=6
+    )
 
     assert len(calls) == config.num_decoder_layers
     assert written.shape == (1, 7)

@@ -199,6 +199,7 @@ def generation_defaults(config: PlugConfig) -> dict[str, Any]:
         "do_sample": True,
         "temperature": 0.9,
         "top_k": 20,
+        "repetition_penalty": 1.1,
         "max_new_tokens": 256,
         "decoder_start_token_id": config.decoder_start_token_id,
         "eos_token_id": config.eos_token_id,

@@ -74,6 +74,9 @@ def main() -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show it gets "?"
+    # Threads that spin while they wait starve each other where another program has the cores: a
+    # text that takes 5 s then took 40. Read by OpenMP when torch is imported, so it is set here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plug.errors import UsageError
-from plug.generation.settings import MAX_BEAMS, MAX_OUT_LENGTH, WINDOW, GenerationSettings
+from plug.generation.settings import (
+    MAX_BEAMS,
+    MAX_OUT_LENGTH,
+    SAMPLING_PENALTY,
+    WINDOW,
+    GenerationSettings,
+)
 
 if TYPE_CHECKING:
     from plug.generation.generate import GenerationResult
@@ -40,7 +46,8 @@ def generate(
         float, typer.Option(help="只在概率合计达到它的最可能的词元里抽，0 为不限。")
     ] = _DEFAULTS.top_p,
     repetition_penalty: Annotated[
-        float, typer.Option(help="大于 1 时，写过的词元更难再写。")
+        float | None,
+        typer.Option(help=f"大于 1 时，写过的词元更难再写（默认 {SAMPLING_PENALTY}，贪心为 1）。"),
     ] = _DEFAULTS.repetition_penalty,
     no_repeat_ngram_size: Annotated[
         int, typer.Option(help="连续这么多个词元不写第二遍，0 为不限。")

@@ -28,10 +28,12 @@ def vocab(
     output: Annotated[Path, typer.Option(help="分词器写到这个文件夹。")],
     size: Annotated[int, typer.Option(help="词表大小。")] = 12288,
     alphabet: Annotated[int, typer.Option(help="其中单字的个数，其余的字用字节表示。")] = 6000,
-    characters_per_domain: Annotated[int, typer.Option(help="每个领域至多读多少字。")] = 2_000_000,
+    characters_per_domain: Annotated[
+        int, typer.Option(min=1, help="每个领域至多读多少字。")
+    ] = 2_000_000,
 ) -> None:
     """在语料上训练自己的词表。"""
-    from plug.errors import UsageError
+    from plug.errors import PlugError, UsageError
     from plug.pretraining import corpus as reader
     from plug.pretraining import vocabulary
 
@@ -40,8 +42,13 @@ def vocab(
     files = reader.expand_paths(corpus)
     documents = vocabulary.sample_documents(files, characters_per_domain)
     tokenizer = vocabulary.train(documents, size, alphabet)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output)
+    except OSError as error:
+        raise PlugError(
+            f"没能写入 {output}：{error.strerror}。请检查路径、磁盘空间和权限。"
+        ) from error
     typer.echo(f"{output}：{tokenizer.vocab_size} 项")
 
 
@@ -114,6 +121,7 @@ def _overrides(assignments: list[str]) -> dict[str, Any]:
     import tomllib
 
     from plug.errors import UsageError
+    from plug.pretraining.settings import merge
 
     overrides: dict[str, Any] = {}
     for assignment in assignments:
@@ -121,7 +129,7 @@ def _overrides(assignments: list[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set {assignment!r} 应写成 名字=值。")
         try:
-            overrides |= tomllib.loads(f"{name} = {value}")
+            overrides = merge(overrides, tomllib.loads(f"{name} = {value}"))
         except tomllib.TOMLDecodeError:
             overrides[name.strip()] = value.strip()
     return overrides

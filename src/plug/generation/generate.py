@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,8 @@ class Generator:
         if self.tokenizer.is_original:
             text = replace_original_punctuation(text)
         token_ids = self.tokenizer.encode(text, allow_special_tokens=allow_special_tokens)
+        if not any(unicodedata.category(character)[0] in "LNP" for character in text):
+            raise UsageError(f"“{text[:20]}”里只有表情或符号，没有文字可续写。请给出至少一个字。")
         if all(token_id == self.tokenizer.unk_token_id for token_id in token_ids):
             raise UsageError(f"词表里没有“{text[:20]}”中的任何一个字，模型读不到内容。请换成文字。")
         if len(token_ids) > (limit := prompt_limit(self.config)):
@@ -256,7 +259,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     temperature: float = DEFAULTS.temperature,
     top_k: int = DEFAULTS.top_k,
     top_p: float = DEFAULTS.top_p,
-    repetition_penalty: float = DEFAULTS.repetition_penalty,
+    repetition_penalty: float | None = DEFAULTS.repetition_penalty,
     no_repeat_ngram_size: int = DEFAULTS.no_repeat_ngram_size,
     num_beams: int = DEFAULTS.num_beams,
     length_penalty: float = DEFAULTS.length_penalty,

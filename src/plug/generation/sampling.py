@@ -77,7 +77,7 @@ def penalize(logits: Tensor, written: Sequence[Tensor], settings: GenerationSett
     """Repetition penalty and n-grams on ``logits`` (rows, vocab); ``written``: the ids of each."""
     penalized = []
     for row, ids in zip(logits, written, strict=True):
-        row = penalize_repetition(row, ids, settings.repetition_penalty)
+        row = penalize_repetition(row, ids, settings.penalty)
         if settings.no_repeat_ngram_size:
             banned = repeated_ngram_ids(ids, settings.no_repeat_ngram_size)
             row = row.index_fill(0, banned, float("-inf"))

@@ -14,6 +14,7 @@ MAX_OUT_LENGTH = 100_000  # tokens; a limit against typing errors, not of the mo
 MAX_BEAMS = 64
 MAX_PROMPT_TOKENS = 510  # read at most, as in the reference; [CLS] and [SEP] come on top
 WINDOW = {"plug": 384, "original": 128}  # tokens written from one encoding
+SAMPLING_PENALTY = 1.1  # of repeated tokens; docs/experiments.md has what it does
 BEAM_MIN_LENGTH = 5  # the reference's default of its beam search
 
 
@@ -28,7 +29,8 @@ class GenerationSettings:
         temperature: divides the logits, 0.01 … 100; 0 is greedy.
         top_k: draw among this many of the likeliest tokens; 0 among all.
         top_p: draw among the likeliest tokens that together reach this probability; 0 and 1: off.
-        repetition_penalty: above 1 makes tokens already written less likely (Keskar et al. 2019).
+        repetition_penalty: above 1 makes tokens already written less likely (Keskar et al. 2019);
+            None is 1.1 when drawing in mode "plug" (a small model loops without), otherwise 1.
         no_repeat_ngram_size: no n tokens in a row are written twice; 0: off.
         num_beams: above 1, beam search as the reference's; the sampling settings play no part.
         length_penalty: exponent of ((5 + n) / 6) in the score of beams.
@@ -43,7 +45,7 @@ class GenerationSettings:
     temperature: float = 0.9
     top_k: int = 20
     top_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     no_repeat_ngram_size: int = 0
     num_beams: int = 1
     length_penalty: float = 0.6
@@ -58,7 +60,8 @@ class GenerationSettings:
             _check_float("temperature", self.temperature, 0.01, 100)
         _check_int("top_k", self.top_k, 0)
         _check_float("top_p", self.top_p, 0, 1)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        if self.repetition_penalty is not None:
+            _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
         _check_int("num_beams", self.num_beams, 1, MAX_BEAMS)
         _check_float("length_penalty", self.length_penalty, -10, 10)
@@ -77,8 +80,15 @@ class GenerationSettings:
         return not self.do_sample or self.temperature == 0
 
     @property
+    def penalty(self) -> float:
+        """The repetition penalty in effect."""
+        if self.repetition_penalty is not None:
+            return self.repetition_penalty
+        return SAMPLING_PENALTY if self.mode == "plug" and not self.greedy else 1.0
+
+    @property
     def has_penalties(self) -> bool:
-        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
+        return self.penalty != 1 or self.no_repeat_ngram_size > 0
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -43,6 +43,9 @@ class Document:
     start: int
     end: int
 
+    def is_same(self, other: Document) -> bool:
+        return (self.domain.name, self.start) == (other.domain.name, other.start)
+
     def ids(self, begin: int, length: int) -> Array:
         return self.domain.tokens[begin : min(begin + length, self.end)].astype(np.int64)
 
@@ -84,8 +87,18 @@ class DocumentSampler:
             shares = np.cumsum(sizes[numbers], dtype=np.float64)
             self._domains.append((domain, numbers, shares / shares[-1]))
             weights.append(len(domain.tokens) ** exponent * factors.get(domain.name, 1.0))
-        if not sum(weights):
+        if not weights:
             raise UsageError(f"语料里没有一篇不短于 {least} 个词元的文档。请用更小的 shapes。")
+        if not sum(weights):
+            raise UsageError(
+                f"domain_factors 让所有有不短于 {least} 个词元的文档的领域权重都成了 0。"
+            )
+        # how many documents can be drawn at all
+        self.documents = sum(
+            len(numbers)
+            for (_, numbers, _), weight in zip(self._domains, weights, strict=True)
+            if weight
+        )
         self._weights = np.cumsum(np.asarray(weights) / sum(weights))
 
     def draw(self, rng: np.random.Generator) -> Document:
@@ -112,11 +125,23 @@ class BatchPlan:
     world_size: int = 1
 
 
+def global_batch_tokens(batch: Batch, batch_tokens: int) -> int:
+    """Tokens in one step's batch of all processes, from one process's share of it."""
+    each = sum(batch[k].shape[1] for k in ("input_ids", "decoder_input_ids") if k in batch)
+    return batch_tokens // each * each
+
+
 class _Batches(torch.utils.data.Dataset[Batch]):
     """The part common to both stages: shapes, this process's share, stacking."""
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
+        least_rows = min(plan.batch_tokens // sum(shape) for shape, _ in plan.shapes)
+        if least_rows < plan.world_size:
+            raise UsageError(
+                f"batch_tokens={plan.batch_tokens} 太小：最长的一种 shapes 只够 {least_rows} 条，"
+                f"而每个进程（共 {plan.world_size} 个）至少要一条。"
+            )
         tokenizer = plan.tokenizer
         self.masking = Masking(
             rate=plan.mlm_rate,
@@ -137,12 +162,12 @@ class _Batches(torch.utils.data.Dataset[Batch]):
         plan = self.plan
         rng = np.random.default_rng((plan.seed, step))
         shape = plan.shapes[rng.choice(len(plan.shapes), p=self._shape_weights)][0]
-        each = max(1, plan.batch_tokens // (sum(shape) * plan.world_size))
-        first = plan.rank * each
+        rows = plan.batch_tokens // sum(shape)
+        first, end = (rows * rank // plan.world_size for rank in (plan.rank, plan.rank + 1))
         sampler, masking = self._samplers[shape], self.masking_at(step)
         examples = [
             self.example(shape, sampler, masking, np.random.default_rng((plan.seed, step, index)))
-            for index in range(first, first + each)
+            for index in range(first, end)
         ]
         return {
             name: torch.from_numpy(np.stack([getattr(one, name) for one in examples]))
@@ -175,6 +200,12 @@ class StructBertBatches(_Batches):
         super().__init__(plan)
         self.shuffle_rate = shuffle_rate
         self.sentence_objective = sentence_objective
+        for shape, sampler in self._samplers.items():
+            if sentence_objective and sampler.documents < 2:
+                raise UsageError(
+                    f"语料里不短于 {self.least_tokens(shape)} 个词元的文档只有一篇，配不成"
+                    "“另一篇文档”。请增加语料、用更小的 shapes，或设 sentence_objective=false。"
+                )
 
     def least_tokens(self, shape: Shape) -> int:
         return shape[0] - 3  # [CLS] first [SEP] second [SEP]
@@ -198,14 +229,15 @@ class StructBertBatches(_Batches):
         )
         source = document
         if label == ANOTHER_DOCUMENT:
-            source = sampler.draw(rng)
+            while (source := sampler.draw(rng)).is_same(document):
+                pass
             _, second = pair_spans(
                 source.boundaries(), source.start, source.end, lengths, inside, rng
             )
         return structbert_example(
             document.ids(first, lengths[0]),
             source.ids(second, lengths[1]),
-            label,
+            label if self.sentence_objective else None,
             cls_token_id=tokenizer.cls_token_id,
             sep_token_id=tokenizer.sep_token_id,
             masking=masking,

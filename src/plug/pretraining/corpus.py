@@ -8,22 +8,21 @@ the key `text`. Either may be compressed (`.gz`, `.zst`).
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 from plug.errors import PlugError, UsageError
+from plug.tokenization import SENTENCE_END
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
 # A sentence ends after 。！？；… (or ASCII ! ?) with the closing quotes and brackets that follow,
 # or at a line break.
-_SENTENCE = re.compile(r"[^。！？；…!?\n]*(?:[。！？；…!?]+[”’」』）》】)\"']*\n?|\n|$)")
+_SENTENCE = re.compile(rf"[^。！？；…!?\n]*(?:{SENTENCE_END}\n?|\n|$)")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -35,7 +34,7 @@ def expand_paths(paths: Iterable[Path]) -> list[Path]:
     """Files as they are, folders as the corpus files in them, sorted.
 
     Raises:
-        UsageError: a path is missing, has an unknown ending, or a folder holds no corpus file.
+        UsageError: a path is missing, or a folder holds no corpus file.
     """
     files: list[Path] = []
     for path in paths:
@@ -61,9 +60,12 @@ def domain_name(path: Path) -> str:
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file, in order; paragraphs are joined by line breaks.
 
+    A paragraph is a line without the blanks around it; empty ones are left out, in JSON as well.
+
     Raises:
-        UsageError: the file is missing, compressed by something unknown, or holds no document.
-        PlugError: bytes that are not UTF-8 text, or a broken JSON line (with its line number).
+        UsageError: the file is missing or holds no document.
+        PlugError: bytes that are not UTF-8 text, a broken JSON line (with its line number), or a
+            file that ends too early or cannot be read.
     """
     empty = True
     for document in _documents(path):
@@ -78,8 +80,8 @@ def _documents(path: Path) -> Iterator[str]:
     paragraphs: list[str] = []
     for number, line in read_lines(path):
         if is_json:
-            if line:
-                yield _json_text(line, path, number)
+            if line and (document := _json_text(line, path, number)):
+                yield document
         elif line:
             paragraphs.append(line)
         elif paragraphs:
@@ -96,25 +98,28 @@ def _json_text(line: str, path: Path, number: int) -> str:
         raise PlugError(f'{path} 第 {number} 行不是带有 "text" 键的 JSON 对象。') from None
     if not isinstance(text, str):
         raise PlugError(f'{path} 第 {number} 行的 "text" 不是字符串。')
-    return text
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PlugError(f'{path} 第 {number} 行的 "text" 含有孤立的代理码位，不是文本。')
+    return "\n".join(filter(None, map(str.strip, text.split("\n"))))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, stripped text) of a file, decoded line by line."""
     number = 0
     try:
-        with _open(path) as stream:
-            for number, raw in enumerate(stream, start=1):
-                if b"\0" in raw:
-                    raise PlugError(f"{path} 第 {number} 行含有二进制字节，不是文本。")
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        for number, raw in enumerate(_raw_lines(path), start=1):
+            if b"\0" in raw:
+                raise PlugError(f"{path} 第 {number} 行含有二进制字节，不是文本。")
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
         raise PlugError(
             f"{path} 第 {number} 行不是 UTF-8 文本（字节 {error.object[error.start]:#04x}）。"
             "请先转换编码。"
         ) from None
     except _decompression_errors() as error:
-        raise PlugError(f"{path} 无法解压（第 {number} 行之后）：{error}") from None
+        raise PlugError(f"{path} 无法解压（第 {number} 行之后）：{error}。请重新取得。") from None
+    except OSError as error:
+        raise PlugError(f"{path} 读不了：{error.strerror or error}。") from None
 
 
 def _decompression_errors() -> tuple[type[Exception], ...]:
@@ -124,18 +129,35 @@ def _decompression_errors() -> tuple[type[Exception], ...]:
     return errors
 
 
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+def _raw_lines(path: Path) -> Iterator[bytes]:
     if not path.is_file():
         raise UsageError(f"文件 {path} 不存在。")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UsageError(
-                f'读取 {path} 需要 zstandard。请安装：pip install "plug-zh[train]"'
-            ) from None
-        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        return io.BufferedReader(decompressor.stream_reader(path.open("rb")))
-    return path.open("rb")
+        yield from _zst_lines(path)
+        return
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        yield from stream
+
+
+def _zst_lines(path: Path) -> Iterator[bytes]:
+    """Lines of all frames of the file; zstandard's own reader takes a cut file for a whole one."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UsageError(
+            f'读取 {path} 需要 zstandard。请安装：pip install "plug-zh[train]"'
+        ) from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame, rest = decompressor.decompressobj(), b""
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            while data:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                yield from lines
+                data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("文件不完整")
+    if rest:
+        yield rest

@@ -35,8 +35,9 @@ def structbert_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
         losses["word"] = _token_loss(
             model, hidden_states, batch["word_positions"], batch["word_labels"]
         )
-    logits = model.sentence_logits(hidden_states)
-    losses["sentence"] = cross_entropy_sum(logits, batch["sentence_label"])
+    if batch["sentence_label"].numel():
+        logits = model.sentence_logits(hidden_states)
+        losses["sentence"] = cross_entropy_sum(logits, batch["sentence_label"])
     return losses
 
 

@@ -9,6 +9,9 @@ from torch import nn
 
 from plug.errors import UsageError
 
+SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
+
 
 def learning_rate_scale(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
     """Factor on the peak learning rate at ``step`` (from 0): warm-up, then decay to 0 at the end.
@@ -28,7 +31,7 @@ def learning_rate_scale(step: int, steps: int, warmup_steps: int, schedule: str)
         return 0.5 * (1.0 + math.cos(math.pi * done))
     if schedule == "constant":
         return 1.0
-    raise UsageError(f"schedule={schedule!r} 应为 linear、cosine 或 constant。")
+    raise UsageError(f"schedule={schedule!r} 应为 {'、'.join(SCHEDULES)} 之一。")
 
 
 def build_optimizers(
@@ -48,8 +51,8 @@ def build_optimizers(
     Raises:
         UsageError: another name.
     """
-    if name not in ("adamw", "muon"):
-        raise UsageError(f"optimizer={name!r} 应为 adamw 或 muon。")
+    if name not in OPTIMIZERS:
+        raise UsageError(f"optimizer={name!r} 应为 {'、'.join(OPTIMIZERS)} 之一。")
     trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     in_layers = [p for key, p in trained if ".layers." in key and p.ndim == 2]
     chosen = {id(p) for p in in_layers} if name == "muon" else set()

@@ -57,6 +57,9 @@ def plot_losses(log: Path, image: Path) -> None:
     for name in dict.fromkeys(key for row in rows for key in row if key not in FIELDS):
         points = [(row["tokens"] / 1e6, row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    # the first steps of a new model may be far above everything that follows: let them run out
+    settled = [row[key] for row in rows[len(rows) // 50 :] for key in row if key not in FIELDS]
+    axes.set_ylim(bottom=0, top=1.1 * max(settled, default=1.0))
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats a prediction)")
     axes.legend()

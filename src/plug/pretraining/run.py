@@ -25,11 +25,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from plug.checkpoints.store import find_model_directory, load, replace_directory, save, write_model
+from plug.checkpoints.weights import save_pickle
+from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining import losses as loss_functions
-from plug.pretraining.batches import Batch, BatchPlan, PalmBatches, StructBertBatches
+from plug.pretraining.batches import (
+    Batch,
+    BatchPlan,
+    PalmBatches,
+    StructBertBatches,
+    global_batch_tokens,
+)
 from plug.pretraining.optimization import build_optimizers, learning_rate_scale
 from plug.pretraining.progress import Progress
 from plug.pretraining.record import Record, plot_losses
@@ -38,6 +46,8 @@ from plug.pretraining.tokens import read_tokens
 from plug.tokenization import PlugTokenizer
 
 STATE_FILE = "training_state.pt"
+# settings that change nothing of what is computed
+FREE_ON_RESUME = frozenset({"output", "workers", "checkpoint_every", "log_every"})
 
 LossFunction = Callable[[Plug, Batch], dict[str, Tensor]]
 
@@ -57,25 +67,26 @@ class Processes:
 
 @contextmanager
 def start_processes(device: str | None = None) -> Iterator[Processes]:
-    """Join the group that `torchrun` started, or be the only process."""
+    """Join the group that `torchrun` started, or be the only process.
+
+    After an error the group is left as it is: taking it down would wait for the other processes,
+    which `torchrun` ends.
+    """
     local_rank, world_size = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
+        int(os.environ.get(name, default))
+        for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        torch.cuda.set_device(local_rank)
-        chosen = torch.device("cuda", local_rank)
-    else:
-        chosen = torch.device(name)
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        device = f"cuda:{local_rank}"
+    chosen = find_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if world_size == 1:
         yield Processes(0, 1, chosen)
         return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), world_size, chosen)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(dist.get_rank(), world_size, chosen)
+    dist.destroy_process_group()
 
 
 def pretrain(
@@ -87,14 +98,43 @@ def pretrain(
         stage: 1 (StructBERT, encoder alone) or 2 (PALM, the whole model).
         config: the settings.
         resume: go on from `OUTPUT/checkpoint`.
-        device: "cpu", "cuda"; None takes a GPU where there is one.
+        device: as in `find_device`; under `torchrun` "cuda" is the GPU of the process's number.
 
     Raises:
         UsageError: settings, corpus and model do not fit each other; or `OUTPUT` holds a run.
-        PlugError: the loss is no longer a number; the disk is full.
+        PlugError: the loss is no longer a number; the disk or the memory is full.
     """
     with start_processes(device) as processes:
-        _Run(stage, config, resume, processes).train()
+        run = _Run(stage, config, resume, processes)
+        if processes.world_size > 1:
+            dist.barrier()  # all have looked at OUTPUT before the first writes there
+        with _plain_errors(config):
+            run.train()
+
+
+@contextmanager
+def _plain_errors(config: RunConfig) -> Iterator[None]:
+    """What the machine may lack while training, as a `PlugError`."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads our progress any more
+        raise
+    except OSError as error:
+        raise PlugError(
+            f"没能写入 {config.output}：{error.strerror or error}。请检查磁盘空间和权限，"
+            "再用 --resume 从上一个检查点继续。"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise PlugError(
+            f"显存不足。请调小 micro_batch_tokens（现在是 {config.micro_batch_tokens}）。"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise PlugError(
+            "生成批次的进程意外退出，多半是内存不足。"
+            f"请调小 workers（现在是 {config.workers}），再用 --resume 从上一个检查点继续。"
+        ) from error
 
 
 class _Run:
@@ -128,6 +168,8 @@ class _Run:
             self.first_step, self.tokens = state["step"], state["tokens"]
 
     def _check_new(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"输出目录 {self.output} 是一个文件。请换一个 output。")
         if self.output.exists() and any(self.output.iterdir()):
             raise UsageError(
                 f"输出目录 {self.output} 已有内容。接着训练请加 --resume，否则请换一个 output。"
@@ -139,20 +181,26 @@ class _Run:
             raise UsageError(f"{self.output} 里没有可以接着训练的检查点（缺 {path}）。")
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise PlugError(f"检查点 {path} 已损坏：{error}") from None
+            saved = {"stage": state["stage"], **state["config"]}
+        except Exception as error:  # torch raises whatever the bytes lead to
+            reason = str(error).split("\n")[0]
+            raise PlugError(
+                f"检查点 {path} 已损坏（{reason}）。请换一个 output 重新训练。"
+            ) from None
+        wanted = {"stage": self.stage, **dataclasses.asdict(self.config)}
         differing = sorted(
-            name
-            for name, value in dataclasses.asdict(self.config).items()
-            if state["config"].get(name) != value and name not in ("workers", "checkpoint_every")
+            name for name in wanted.keys() - FREE_ON_RESUME if saved.get(name) != wanted[name]
         )
-        if differing or state["stage"] != self.stage:
-            raise UsageError(f"检查点是用别的设置训练的（不同之处：{differing or '阶段'}）。")
+        if differing:
+            raise UsageError(
+                f"检查点 {path} 是用别的设置训练的，不同之处：{'、'.join(differing)}。"
+                "请改回来，或换一个 output 重新训练。"
+            )
         return state
 
     def _model_config(self) -> PlugConfig:
         preset, tokenizer = PRESETS[self.config.preset].to_dict(), self.tokenizer
-        preset |= {
+        given = {
             "vocab_size": -(-tokenizer.vocab_size // 128) * 128,  # whole tiles for the GPU
             "num_emitted_tokens": tokenizer.vocab_size,
             "pad_token_id": tokenizer.pad_token_id,
@@ -161,7 +209,11 @@ class _Run:
             "eos_token_id": tokenizer.sep_token_id,
             "mask_token_id": tokenizer.mask_token_id,
         }
-        config = PlugConfig.from_dict(preset | self.config.model)
+        if clashing := sorted(given.keys() & self.config.model.keys()):
+            raise UsageError(f"model 里的 {'、'.join(clashing)} 由语料的分词器决定，请删去。")
+        config = PlugConfig.from_dict(preset | self.config.model | given)
+        if config.type_vocab_size < 2:
+            raise UsageError("预训练要分两段：type_vocab_size 应不小于 2。")
         if self.stage == 2 and config.num_decoder_layers == 0:
             raise UsageError("第二阶段需要解码器：num_decoder_layers 应不小于 1。")
         return dataclasses.replace(config, num_decoder_layers=0) if self.stage == 1 else config
@@ -193,16 +245,24 @@ class _Run:
 
     def _read_weights(self, model: Plug, source: str) -> None:
         """Weights of a checkpoint, or of stage 1 (the decoder stays new if it has none)."""
-        saved = load(find_model_directory(source))
-        decoder_layers = {saved.config.num_decoder_layers, model.config.num_decoder_layers}
-        ours, theirs = (
-            dataclasses.replace(one, num_decoder_layers=0) for one in (model.config, saved.config)
-        )
-        if ours != theirs or len(decoder_layers - {0}) > 1:
-            raise UsageError(
-                f"init_from {source} 的形状与设置不同：\n{saved.config}\n{model.config}"
+        directory = find_model_directory(source)
+        saved = load(directory)
+        ours, theirs = model.config.to_dict(), saved.config.to_dict()
+        differing = {name for name in ours if ours[name] != theirs[name]}
+        is_partial = (model.decoder is None) != (saved.decoder is None)
+        if is_partial:
+            differing.remove("num_decoder_layers")
+        if differing:
+            listed = "、".join(
+                f"{name} 是 {theirs[name]}，这里要 {ours[name]}" for name in sorted(differing)
             )
-        model.load_state_dict(saved.state_dict(), strict=len(decoder_layers) == 1)
+            raise UsageError(f"模型 {source} 的形状与设置不同：{listed}。")
+        vocabulary = PlugTokenizer.load(directory).backend.get_vocab()
+        if vocabulary != self.tokenizer.backend.get_vocab():
+            raise UsageError(
+                f"模型 {source} 的词表与语料 {self.config.corpus} 的不同。请用它的词表编码语料。"
+            )
+        model.load_state_dict(saved.state_dict(), strict=not is_partial)
 
     def _shapes(self) -> list[tuple[tuple[int, ...], float]]:
         return self.config.parsed_shapes(dimensions=self.stage)
@@ -255,12 +315,16 @@ class _Run:
         with Progress(config.steps, self.first_step, shown=first) as progress:
             for step, batch in enumerate(loader, start=self.first_step):
                 means, grad_norm = self._step(step, batch)
-                self.tokens += self._batch_size(batch)
+                self.tokens += global_batch_tokens(batch, config.batch_tokens)
                 done = step + 1
-                if done % config.log_every == 0 or done == config.steps:
+                is_last = done == config.steps
+                saves = done % config.checkpoint_every == 0 and not is_last
+                logs = done % config.log_every == 0 or is_last
+                if logs or saves:
                     values = {name: float(mean) for name, mean in means.items()}
+                    _check_finite({**values, "grad_norm": float(grad_norm)}, done)
+                if logs:
                     now = time.perf_counter()  # float() above waited for the device
-                    self._check_finite(values, done)
                     rate = (self.tokens - tokens_since) / (now - since)
                     since, tokens_since = now, self.tokens
                     row = {
@@ -275,16 +339,10 @@ class _Run:
                     if record:
                         record.add(row)
                     progress.update(done, rate, values)
-                if done % config.checkpoint_every == 0 and done < config.steps and first:
+                if saves and first:
                     self._save_checkpoint(done)
         if first:
             self._finish()
-
-    def _batch_size(self, batch: Batch) -> int:
-        sizes = [
-            batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch
-        ]
-        return sum(sizes) * self.processes.world_size
 
     def _step(self, step: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; mean losses by name and the gradient's norm, left on the device."""
@@ -304,8 +362,9 @@ class _Run:
                 processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"
             ):
                 part_sums = self.losses(self.model, part)
-            total = torch.stack([part_sums[name] / counts[name] for name in part_sums]).sum()
-            total.backward()
+            # a count is 0 where no trigram was free to be shuffled
+            means = [part_sums[name] / counts[name].clamp(min=1) for name in part_sums]
+            torch.stack(means).sum().backward()
             for name, value in part_sums.items():
                 sums[name] += value.detach()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -322,15 +381,7 @@ class _Run:
                 group["lr"] = config.learning_rate * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return {name: sums[name] / counts[name] for name in sums}, grad_norm
-
-    def _check_finite(self, values: dict[str, float], step: int) -> None:
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise PlugError(
-                f"第 {step} 步的损失 {broken} 不再是有限的数。请降低 learning_rate，"
-                "并用 --resume 从上一个检查点继续。"
-            )
+        return {name: sums[name] / counts[name].clamp(min=1) for name in sums}, grad_norm
 
     def _save_checkpoint(self, step: int) -> None:
         state = {
@@ -342,7 +393,7 @@ class _Run:
         }
         with replace_directory(self.output / "checkpoint") as directory:
             write_model(self.model, directory, tokenizer=self.tokenizer)
-            torch.save(state, directory / STATE_FILE)
+            save_pickle(state, directory / STATE_FILE)
 
     def _finish(self) -> None:
         save(self.model, self.output / "model", tokenizer=self.tokenizer)
@@ -350,6 +401,15 @@ class _Run:
             plot_losses(self.output / "log.csv", self.output / "loss.png")
         except ImportError:
             print('没有画损失曲线：请安装 pip install "plug-zh[train]"。', file=sys.stderr)  # noqa: T201
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise PlugError(
+            f"第 {step} 步的 {'、'.join(broken)} 不再是有限的数。"
+            "请降低 learning_rate 或加大 warmup_fraction，换一个 output 重新训练。"
+        )
 
 
 def _split(batch: Batch, micro_batch_tokens: int) -> Iterator[Batch]:

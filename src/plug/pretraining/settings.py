@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from plug.errors import UsageError
 from plug.model.configuration import PRESETS
+from plug.pretraining.optimization import OPTIMIZERS, SCHEDULES
 
 _POSITIVE = (
     "steps",
@@ -20,6 +22,7 @@ _POSITIVE = (
     "learning_rate",
     "clip_grad_norm",
 )
+_NOT_NEGATIVE = ("weight_decay", "domain_exponent", "workers", "seed")
 _SHARES = (
     "warmup_fraction",
     "mlm_fraction",
@@ -28,6 +31,13 @@ _SHARES = (
     "shuffle_rate",
     "dropout",
 )
+_CHOICES = {
+    "preset": tuple(sorted(PRESETS)),
+    "precision": ("bf16", "fp32"),
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
+_LARGEST_SEED = 2**31 - 1  # times a million and the steps, it is still a seed of torch's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,18 +90,41 @@ class RunConfig:
                     if default is not dataclasses.MISSING
                     else f"设置 {item.name}={value!r} 的类型应为 {item.type}。"
                 )
-        if self.preset not in PRESETS:
-            raise UsageError(f"preset={self.preset!r} 不在 {sorted(PRESETS)} 之中。")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"设置 {item.name}={value} 应是有限的数。")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(
+                    f"设置 {name}={getattr(self, name)!r} 应为 {'、'.join(choices)} 之一。"
+                )
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise UsageError(f"设置 {name}={getattr(self, name)} 应大于 0。")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise UsageError(f"设置 {name}={getattr(self, name)} 不能小于 0。")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"设置 {name}={getattr(self, name)} 应在 0 与 1 之间。")
-        if self.precision not in ("bf16", "fp32"):
-            raise UsageError(f"precision={self.precision!r} 应为 bf16 或 fp32。")
-        if self.workers < 0:
-            raise UsageError(f"workers={self.workers} 不能小于 0。")
+        if self.domain_exponent > 10:
+            raise UsageError(f"设置 domain_exponent={self.domain_exponent} 应不大于 10。")
+        if self.seed > _LARGEST_SEED:
+            raise UsageError(f"设置 seed={self.seed} 应不大于 {_LARGEST_SEED}。")
+        betas = self.betas
+        if not (
+            isinstance(betas, list)
+            and len(betas) == 2
+            and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)
+        ):
+            raise UsageError(f"设置 betas={betas!r} 应为 [0, 1) 内的两个数。")
+        if not isinstance(self.model, dict):
+            raise UsageError(f"设置 model={self.model!r} 应为一个表，如 {{ hidden_size = 128 }}。")
+        factors = self.domain_factors
+        if not (
+            isinstance(factors, dict)
+            and all(_is_number(factor) and factor >= 0 for factor in factors.values())
+        ):
+            raise UsageError(f"设置 domain_factors={factors!r} 应为领域名到不小于 0 的数的表。")
 
     def parsed_shapes(self, dimensions: int) -> list[tuple[tuple[int, ...], float]]:
         """Each shape with its weight.
@@ -99,25 +132,28 @@ class RunConfig:
         Raises:
             UsageError: an entry is not ``dimensions`` lengths of at least 8 and a positive weight.
         """
-        shapes = []
+        shapes: list[tuple[tuple[int, ...], float]] = []
+        if not isinstance(self.shapes, list) or not self.shapes:
+            raise UsageError(f"设置 shapes={self.shapes!r} 应为不空的列表。")
         for entry in self.shapes:
             good = (
                 isinstance(entry, list)
                 and len(entry) == dimensions + 1
                 and all(isinstance(length, int) and length >= 8 for length in entry[:-1])
+                and _is_number(entry[-1])
                 and entry[-1] > 0
             )
             if not good:
                 kind = "[长度, 权重]" if dimensions == 1 else "[源长度, 目标长度, 权重]"
                 raise UsageError(f"shapes 的一项 {entry!r} 应为 {kind}，长度为不小于 8 的整数。")
             shapes.append((tuple(int(length) for length in entry[:-1]), float(entry[-1])))
-        if not shapes:
-            raise UsageError("shapes 不能为空。")
+        if len({shape for shape, _ in shapes}) < len(shapes):
+            raise UsageError(f"设置 shapes={self.shapes!r} 里有重复的长度，请合成一项。")
         return shapes
 
     @classmethod
     def from_file(cls, path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-        """Read a TOML file; ``overrides`` (from `--set`) replace what it says.
+        """Read a TOML file; ``overrides`` (from `--set`) replace what it says, tables key by key.
 
         Raises:
             UsageError: the file is missing, no TOML, has unknown or missing settings, or values
@@ -126,7 +162,7 @@ class RunConfig:
         if not path.is_file():
             raise UsageError(f"设置文件 {path} 不存在。")
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8")) | (overrides or {})
+            values = merge(tomllib.loads(path.read_text(encoding="utf-8")), overrides or {})
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} 不是有效的 TOML：{error}") from None
         known = {item.name for item in dataclasses.fields(cls)}
@@ -141,3 +177,18 @@ class RunConfig:
         if missing := sorted(required - values.keys()):
             raise UsageError(f"{path} 缺少设置 {missing}。")
         return cls(**values)
+
+
+def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with ``changes``; of a table that both have, only the keys in ``changes``."""
+    merged = settings | changes
+    for name in settings.keys() & changes.keys():
+        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
+            merged[name] = settings[name] | changes[name]
+    return merged
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)

@@ -26,7 +26,7 @@ class StructBertExample(NamedTuple):
     mlm_labels: Array  # (masked,) the tokens that stood there
     word_positions: Array  # (3 * trigrams,), 0 where fewer trigrams were found
     word_labels: Array  # (3 * trigrams,) the tokens that stood there, IGNORE_INDEX on the rest
-    sentence_label: Array  # () ANOTHER_DOCUMENT, NEXT or PREVIOUS
+    sentence_label: Array  # () ANOTHER_DOCUMENT, NEXT or PREVIOUS; (0,) without that objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +153,7 @@ def _pick(boundaries: Array, low: int, high: int, rng: np.random.Generator) -> i
 def structbert_example(
     first: Array,
     second: Array,
-    label: int,
+    label: int | None,
     *,
     cls_token_id: int,
     sep_token_id: int,
@@ -161,7 +161,10 @@ def structbert_example(
     shuffle_rate: float,
     rng: np.random.Generator,
 ) -> StructBertExample:
-    """One stage-1 example from two segments; `shuffle_rate` 0 leaves the word objective out."""
+    """One stage-1 example from two segments.
+
+    `shuffle_rate` 0 leaves the word objective out, ``label`` None the sentence objective.
+    """
     ids = np.concatenate(([cls_token_id], first, [sep_token_id], second, [sep_token_id]))
     token_type_ids = np.zeros(len(ids), dtype=np.int64)
     token_type_ids[len(first) + 2 :] = 1
@@ -182,5 +185,5 @@ def structbert_example(
         ids[mlm_positions],
         word_positions,
         word_labels,
-        np.asarray(label, dtype=np.int64),
+        np.asarray([] if label is None else label, dtype=np.int64),
     )

@@ -9,16 +9,18 @@ counts; the tokenizer; and in `heldout/` the text of the documents kept for eval
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 from plug.pretraining.corpus import domain_name, read_documents, split_sentences
 from plug.tokenization import PlugTokenizer
 
@@ -62,14 +64,15 @@ def write_tokens(
         paths: corpus files.
         tokenizer: written beside the ids.
         directory: must not hold a corpus yet.
-        heldout: share of documents whose text goes to `heldout/DOMAIN.txt` instead: one in every
-            1 / heldout of each domain, evenly spaced.
+        heldout: share of documents whose text goes to `heldout/DOMAIN.txt` instead, evenly
+            spaced in each domain.
         character_share: share of documents encoded one piece a character, so that the model also
             knows text cut for labels by character (our own vocabulary merges characters).
 
     Raises:
         UsageError: the folder already holds a corpus, a share is outside [0, 1), or the
             vocabulary does not fit 16 bits.
+        PlugError: a file of the corpus is broken, or the folder cannot be written.
     """
     for name, share in (("heldout", heldout), ("character_share", character_share)):
         if not 0 <= share < 1:
@@ -78,18 +81,24 @@ def write_tokens(
         raise UsageError(f"词表有 {tokenizer.vocab_size} 项，语料只支持 65536 项以内。")
     if (directory / "corpus.json").exists():
         raise UsageError(f"{directory} 已有编码好的语料。请换一个文件夹或先删去它。")
-    (directory / "heldout").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory)
     by_domain: dict[str, list[Path]] = {}
     for path in paths:
         by_domain.setdefault(domain_name(path), []).append(path)
     counts = []
-    for name, files in by_domain.items():
-        counts.append(_write_domain(name, files, tokenizer, directory, heldout, character_share))
-        yield counts[-1]
-    (directory / "corpus.json").write_text(
-        json.dumps([asdict(one) for one in counts], ensure_ascii=False, indent=2), encoding="utf-8"
-    )
+    try:
+        (directory / "heldout").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(directory)
+        for name, files in by_domain.items():
+            counts.append(
+                _write_domain(name, files, tokenizer, directory, heldout, character_share)
+            )
+            yield counts[-1]
+        listing = json.dumps([asdict(one) for one in counts], ensure_ascii=False, indent=2)
+        (directory / "corpus.json").write_text(listing, encoding="utf-8")
+    except OSError as error:
+        raise PlugError(
+            f"没能写入 {directory}：{error.strerror or error}。请检查磁盘空间和权限后重新编码。"
+        ) from error
 
 
 def _write_domain(
@@ -102,7 +111,6 @@ def _write_domain(
 ) -> DomainCounts:
     documents, sentences = [0], [0]
     heldout_documents = characters = unknown = total = 0
-    hold, spell = (round(1 / share) if share else 0 for share in (heldout, character_share))
     seen = 0
     with ExitStack() as stack:
         raw_path = directory / f"{name}.tokens.raw"
@@ -117,7 +125,7 @@ def _write_domain(
             number = len(documents) - 1
             for document in batch:
                 seen += 1
-                if hold and seen % hold == hold // 2:
+                if _is_due(seen, heldout):
                     kept.write(document + "\n\n")
                     heldout_documents += 1
                     continue
@@ -128,7 +136,7 @@ def _write_domain(
                 number += 1
             encoded = tokenizer.encode_batch(pieces)
             for index, (owner, ids) in enumerate(zip(owners, encoded, strict=True)):
-                if spell and owner % spell == spell - 1:
+                if _is_due(owner + 1, character_share):
                     ids = tokenizer.encode_characters(pieces[index])
                 unknown += ids.count(tokenizer.unk_token_id)
                 raw.write(np.asarray(ids, dtype=np.uint16).tobytes())
@@ -136,15 +144,20 @@ def _write_domain(
                 sentences.append(total)
                 if index + 1 == len(owners) or owners[index + 1] != owner:
                     documents.append(total)
-    tokens = np.lib.format.open_memmap(
-        directory / f"{name}.tokens.npy", mode="w+", dtype=np.uint16, shape=(total,)
-    )
-    tokens[:] = np.fromfile(raw_path, dtype=np.uint16)
-    tokens.flush()
+    np.save(directory / f"{name}.tokens.npy", np.fromfile(raw_path, dtype=np.uint16))
     raw_path.unlink()
     np.save(directory / f"{name}.documents.npy", np.asarray(documents, dtype=np.int64))
     np.save(directory / f"{name}.sentences.npy", np.asarray(sentences[:-1], dtype=np.int64))
     return DomainCounts(name, len(documents) - 1, heldout_documents, characters, total, unknown)
+
+
+def _is_due(number: int, share: float) -> bool:
+    """Whether document ``number`` (from 1) is one of an evenly spaced ``share`` of all."""
+    if not share:
+        return False
+    exact = Fraction(str(share))  # 0.005 is one in 200, never one in 200.000…01
+    so_far, before = (math.floor(n * exact + Fraction(1, 2)) for n in (number, number - 1))
+    return so_far > before
 
 
 def read_tokens(directory: Path) -> list[Domain]:
@@ -159,12 +172,15 @@ def read_tokens(directory: Path) -> list[Domain]:
             f"{directory} 里没有编码好的语料（缺 corpus.json）。请先运行 plug pretrain data。"
         )
     domains = []
-    for entry in json.loads(listing.read_text(encoding="utf-8")):
-        tokens, documents, sentences = (
-            np.load(directory / f"{entry['name']}.{part}.npy", mmap_mode="r")
-            for part in ("tokens", "documents", "sentences")
-        )
-        if len(tokens) != entry["tokens"] or documents[-1] != entry["tokens"]:
-            raise UsageError(f"{directory} 的领域 {entry['name']} 不完整。请重新编码语料。")
-        domains.append(Domain(entry["name"], tokens, documents, sentences))
+    try:
+        for entry in json.loads(listing.read_text(encoding="utf-8")):
+            tokens, documents, sentences = (
+                np.load(directory / f"{entry['name']}.{part}.npy", mmap_mode="r")
+                for part in ("tokens", "documents", "sentences")
+            )
+            if len(tokens) != entry["tokens"] or documents[-1] != entry["tokens"]:
+                raise ValueError(f"{entry['name']} 的词元数与 corpus.json 不符")
+            domains.append(Domain(entry["name"], tokens, documents, sentences))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{directory} 里的语料不完整（{error}）。请重新编码语料。") from None
     return domains

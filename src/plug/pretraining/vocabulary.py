@@ -43,9 +43,12 @@ def train(documents: Iterable[str], vocab_size: int, alphabet_size: int) -> Plug
     """A tokenizer of at most ``vocab_size`` pieces, ``alphabet_size`` of them single characters.
 
     Raises:
-        UsageError: ``vocab_size`` leaves no room beyond special tokens, bytes and characters.
+        UsageError: ``vocab_size`` leaves no room beyond special tokens, bytes and characters, or
+            ``alphabet_size`` none for what is always present.
     """
     fixed = [*SPECIAL_TOKENS.values(), *BYTE_TOKENS]
+    if alphabet_size < len(ALWAYS_PRESENT):
+        raise UsageError(f"单字个数 {alphabet_size} 太小，应不小于 {len(ALWAYS_PRESENT)}。")
     if vocab_size < len(fixed) + alphabet_size:
         raise UsageError(
             f"词表大小 {vocab_size} 放不下 {len(fixed)} 个特殊符号与字节和 {alphabet_size} 个单字。"
