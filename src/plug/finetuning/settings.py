@@ -40,7 +40,7 @@ class FinetuneSettings:
     epochs: float = 0.0
     batch_size: int = 32
     eval_batch_size: int = 64
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-4
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     clip_grad_norm: float = 1.0
