@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from plug.checkpoints.store import load as load
     from plug.errors import PlugError as PlugError
     from plug.errors import UsageError as UsageError
+    from plug.finetuning.predict import Predictor as Predictor
+    from plug.finetuning.run import finetune as finetune
+    from plug.finetuning.settings import FinetuneSettings as FinetuneSettings
     from plug.generation.generate import GenerationResult as GenerationResult
     from plug.generation.generate import Generator as Generator
     from plug.generation.generate import generate as generate
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     )
     from plug.integrations.transformers import PlugForMaskedLM as PlugForMaskedLM
     from plug.integrations.transformers import PlugForPreTraining as PlugForPreTraining
+    from plug.integrations.transformers import (
+        PlugForQuestionAnswering as PlugForQuestionAnswering,
+    )
     from plug.integrations.transformers import (
         PlugForSequenceClassification as PlugForSequenceClassification,
     )
@@ -35,8 +41,13 @@ if TYPE_CHECKING:
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
     from plug.tokenization import PlugTokenizer as PlugTokenizer
+    from plug.understanding.classify import classify as classify
+    from plug.understanding.embed import embed as embed
+    from plug.understanding.fill_mask import fill_mask as fill_mask
+    from plug.understanding.reader import TextReader as TextReader
 
 _HOMES = {  # public name -> the module it lives in
+    "FinetuneSettings": "plug.finetuning.settings",
     "GenerationResult": "plug.generation.generate",
     "Generator": "plug.generation.generate",
     "PRESETS": "plug.model.configuration",
@@ -46,12 +57,19 @@ _HOMES = {  # public name -> the module it lives in
     "PlugForConditionalGeneration": "plug.integrations.transformers",
     "PlugForMaskedLM": "plug.integrations.transformers",
     "PlugForPreTraining": "plug.integrations.transformers",
+    "PlugForQuestionAnswering": "plug.integrations.transformers",
     "PlugForSequenceClassification": "plug.integrations.transformers",
     "PlugForTokenClassification": "plug.integrations.transformers",
     "PlugModel": "plug.integrations.transformers",
+    "Predictor": "plug.finetuning.predict",
     "PlugTokenizer": "plug.tokenization",
     "PlugTransformersConfig": "plug.integrations.transformers",
+    "TextReader": "plug.understanding.reader",
     "UsageError": "plug.errors",
+    "classify": "plug.understanding.classify",
+    "embed": "plug.understanding.embed",
+    "fill_mask": "plug.understanding.fill_mask",
+    "finetune": "plug.finetuning.run",
     "generate": "plug.generation.generate",
     "load": "plug.checkpoints.store",
     "pipeline": "plug.generation.pipeline",

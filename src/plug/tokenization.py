@@ -193,6 +193,10 @@ class PlugTokenizer:
         _check_surrogates(text)  # here, so that the message counts from the start of the text
         return [index for ids in self.encode_batch(list(text)) for index in ids]
 
+    def encode_each(self, tokens: Sequence[str]) -> list[list[int]]:
+        """Ids of each token by itself; [UNK] for what gives none, such as a blank."""
+        return [ids or [self.unk_token_id] for ids in self.encode_batch(tokens)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; special tokens are left out, [UNK] excepted (shown as it is named)."""
         stream = self.decoder_stream()

@@ -931,3 +931,21 @@ def test_the_snippets_of_the_documentation_run(
     assert names["tokenizer"].mask_token_id in names["ids"]
     assert PlugTokenizer.load("runs/tuned").encode("春天") == byte_pieces(tmp_path).encode("春天")
     assert plug.load("runs/tuned").config == plug_model.config
+
+
+def test_question_answering_points_at_two_ends_of_real_tokens(config: PlugConfig) -> None:
+    torch.manual_seed(0)
+    shape = PlugTransformersConfig(**config.to_dict())
+    model = plug.PlugForQuestionAnswering(shape).eval()
+    input_ids = torch.randint(5, EMITTED, (BATCH, SOURCE))
+    mask = torch.ones(BATCH, SOURCE).tril(SOURCE - BATCH).long()
+    starts, ends = torch.tensor([0, 1, 2]), torch.tensor([3, 2, 4])
+    output = model(input_ids, mask, start_positions=starts, end_positions=ends)
+    expected = model.classifier(model.encode(input_ids, mask))
+    expected = expected.masked_fill(mask[..., None] == 0, -torch.inf)
+    assert_close = torch.testing.assert_close
+    assert_close(torch.stack([output.start_logits, output.end_logits], -1), expected)
+    likelihoods = expected.log_softmax(1)[range(BATCH), torch.stack([starts, ends]), [[0], [1]]]
+    assert_close(output.loss, -likelihoods.mean())
+    auto = transformers.AutoModelForQuestionAnswering.from_config(shape)
+    assert type(auto) is plug.PlugForQuestionAnswering

@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 import plug
-from plug.cli import convert, evaluate, generate, info, pretrain
+from plug.cli import (
+    classify,
+    convert,
+    embed,
+    evaluate,
+    fill_mask,
+    finetune,
+    generate,
+    info,
+    predict,
+    pretrain,
+)
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
 
@@ -45,7 +56,12 @@ def _options(
 app.command()(generate.generate)
 app.command()(convert.convert)
 app.add_typer(pretrain.app, name="pretrain")
+app.command()(finetune.finetune)
+app.command()(predict.predict)
 app.add_typer(evaluate.app, name="evaluate")
+app.command()(classify.classify)
+app.command()(fill_mask.fill_mask)
+app.command()(embed.embed)
 app.command()(info.info)
 
 

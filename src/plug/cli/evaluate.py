@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plug.cli.convert import Precision
+from plug.finetuning.tasks import TASKS
 
 if TYPE_CHECKING:
     from plug.evaluation.language_model import LanguageModelScore
@@ -73,6 +74,89 @@ def lm(
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         _print_table(report)
+
+
+def task(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="plug finetune 的输出目录。")],
+    data: Annotated[str, typer.Option(help="任务格式的数据文件，带答案。")],
+    report: Annotated[
+        Path | None, typer.Option(help="把报告（Markdown、HTML、图）写到这个目录。")
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="生成任务的束宽；1 为贪心；默认与微调时相同。")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="一次算几个例子。")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+) -> None:
+    import shlex
+
+    from plug.cli.progress import counter
+    from plug.errors import UsageError
+    from plug.evaluation.report import write_report
+    from plug.finetuning.predict import Predictor
+    from plug.finetuning.tasks import read_examples
+
+    name = str(context.info_name)
+    if report is not None and report.exists() and not report.is_dir():
+        raise UsageError(f"{report} 是一个文件，不能作为报告的目录。")
+    predictor = Predictor(model, device, num_beams)
+    if predictor.task.kind != TASKS[name].kind:
+        raise UsageError(f"{model} 是为 {predictor.task_name} 微调的，不能评测 {name}。")
+    examples = read_examples(TASKS[name], Path(data), answered=True)
+    predictor.kind.check(examples, training=False)
+    with counter(len(examples)) as advance:
+        predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
+    evaluation = predictor.kind.evaluate(examples, predictions)
+    if report is not None:
+        beams = [] if num_beams is None else ["--num-beams", str(num_beams)]
+        words = ["plug", "evaluate", name, "--model", model, "--data", data, *beams]
+        facts = {"model": model, "data": data, "examples": len(examples)}
+        write_report(report, f"{TASKS[name].title}：评测", shlex.join(words), facts, evaluation)
+    if as_json:
+        print(json.dumps({"examples": len(examples), **evaluation.metrics}, indent=2))
+        return
+    for key, value in evaluation.metrics.items():
+        print(f"{key:<16}{value:.4f}")
+
+
+for _name, _task in TASKS.items():
+    app.command(_name, help=_task.title)(task)
+
+
+@app.command()
+def clue(
+    models: Annotated[Path, typer.Option(help="一个任务一个子目录（如 tnews）的模型目录。")],
+    data: Annotated[Path, typer.Option(help="一个任务一个子目录的数据目录。")],
+    submit: Annotated[
+        Path | None, typer.Option(help="不评分，而是预测测试集，把提交文件写到这个目录。")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="一次算几个例子。")] = 64,
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+) -> None:
+    """CLUE 各分类任务的准确率及其平均（Score）；--submit 写官方提交文件。"""
+    from rich.console import Console
+
+    from plug.evaluation.clue import evaluate_clue, write_submission
+
+    tell = Console(stderr=True).print
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "on_task": tell}
+    if submit is not None:
+        for path in write_submission(models, data, submit, **options):
+            print(path)
+        return
+    found = evaluate_clue(models, data, **options)
+    if as_json:
+        print(json.dumps({"score": found.score, "missing": found.missing, **found.tasks}, indent=2))
+        return
+    for name, metrics in found.tasks.items():
+        low, high = metrics["accuracy_low"], metrics["accuracy_high"]
+        print(f"{name:<14}{metrics['accuracy']:.4f}  95% 置信区间 {low:.4f}–{high:.4f}")
+    print(f"{'Score':<14}{found.score:.4f}  （{len(found.tasks)} 个任务的平均）")
+    if found.missing:
+        print(f"没有模型的任务：{'、'.join(found.missing)}。")
 
 
 def _report(scores: dict[str, LanguageModelScore]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Generator:
     @torch.inference_mode()
     def __call__(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | list[int]],
         settings: GenerationSettings = DEFAULTS,
         *,
         seed: int | Sequence[int] | None = None,
@@ -118,7 +118,7 @@ class Generator:
         allow_special_tokens: bool = False,
         on_text: OnText | None = None,
     ) -> list[GenerationResult]:
-        """Continue each text; arguments as in `generate`."""
+        """Continue each text, or token ids without [CLS] and [SEP]; arguments as in `generate`."""
         window = window_length(self.config, settings)
         if settings.num_beams > 1 and settings.out_length > window:
             raise UsageError(
@@ -128,7 +128,10 @@ class Generator:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size={batch_size!r} 应是不小于 1 的整数。")
         seeds = _seeds(seed, len(texts))
-        prompts = [self._encode(text, allow_special_tokens) for text in texts]
+        prompts = [
+            text if isinstance(text, list) else self._encode(text, allow_special_tokens)
+            for text in texts
+        ]
         results: list[GenerationResult] = []
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)

@@ -30,6 +30,7 @@ try:
         AutoModel,
         AutoModelForMaskedLM,
         AutoModelForPreTraining,
+        AutoModelForQuestionAnswering,
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
@@ -48,6 +49,7 @@ try:
     from transformers.modeling_outputs import (
         BaseModelOutput,
         MaskedLMOutput,
+        QuestionAnsweringModelOutput,
         Seq2SeqLMOutput,
         Seq2SeqModelOutput,
         SequenceClassifierOutput,
@@ -559,6 +561,37 @@ class PlugForTokenClassification(_Classifier):
         return TokenClassifierOutput(loss=loss, logits=logits)
 
 
+class PlugForQuestionAnswering(_Classifier):
+    """Extractive reading: where an answer begins and ends, two logits a token."""
+
+    def __init__(self, config: PlugTransformersConfig) -> None:
+        config.num_labels = 2
+        super().__init__(config)
+
+    @_returns_output
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits (batch, src) of both ends, padding at -inf; positions (batch,), end inclusive."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids)
+        logits = self.classifier(self.dropout(encoded)).float()
+        if attention_mask is not None:
+            logits = logits.masked_fill(attention_mask[..., None] == 0, -torch.inf)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            ends = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = torch.stack([F.cross_entropy(*each) for each in ends]).mean()
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits
+        )
+
+
 def _encoded(
     model: PlugParts,
     input_ids: Tensor | None,
@@ -599,5 +632,6 @@ for _auto, _model in (
     (AutoModelForMaskedLM, PlugForMaskedLM),
     (AutoModelForSequenceClassification, PlugForSequenceClassification),
     (AutoModelForTokenClassification, PlugForTokenClassification),
+    (AutoModelForQuestionAnswering, PlugForQuestionAnswering),
 ):
     _auto.register(PlugTransformersConfig, _model, exist_ok=True)

@@ -46,7 +46,7 @@ def expand_paths(paths: Iterable[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UsageError(f"语料 {path} 不存在。")
+            raise UsageError(f"文件 {path} 不存在。")
     if not files:
         raise UsageError("没有给出语料文件。")
     return files
@@ -78,7 +78,7 @@ def read_documents(path: Path) -> Iterator[str]:
 def _documents(path: Path) -> Iterator[str]:
     is_json = ".jsonl" in path.name
     paragraphs: list[str] = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if is_json:
             if line and (document := _json_text(line, path, number)):
                 yield document
@@ -103,7 +103,7 @@ def _json_text(line: str, path: Path, number: int) -> str:
     return "\n".join(filter(None, map(str.strip, text.split("\n"))))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, stripped text) of a file, decoded line by line."""
     number = 0
     try:
@@ -131,7 +131,7 @@ def _decompression_errors() -> tuple[type[Exception], ...]:
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
     if not path.is_file():
-        raise UsageError(f"语料 {path} 不存在。")
+        raise UsageError(f"文件 {path} 不存在。")
     if path.suffix == ".zst":
         yield from _zst_lines(path)
         return

@@ -1,0 +1,61 @@
+"""`plug classify`: labels for a text without fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Method(StrEnum):
+    """What scores the labels."""
+
+    DECODER = "decoder"
+    MLM = "mlm"
+
+
+def classify(
+    text: Annotated[str, typer.Argument(help="要分类的文字。")],
+    labels: Annotated[str, typer.Option(help="标签，用逗号分开，如 体育,财经,科技。")],
+    examples: Annotated[
+        Path | None, typer.Option(help="几个示例（text 与 label 的 jsonl 或 csv），放进提示里。")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="提示：{text} 处放文字，末尾接标签。[默认：{text}这段话说的是]"),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="用解码器或 masked-LM 头评分。")] = Method.DECODER,
+    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+) -> None:
+    """不经微调的分类：比较各标签接在提示之后有多可能。"""
+    from plug.errors import UsageError
+    from plug.finetuning.readers import ClassificationExample, read_classification
+    from plug.understanding.classify import PROMPT
+    from plug.understanding.classify import classify as run
+
+    wanted = [label.strip() for label in labels.replace("，", ",").split(",")]
+    shown = []
+    for example in read_classification(examples) if examples else ():
+        assert isinstance(example, ClassificationExample)
+        if example.label not in wanted:
+            raise UsageError(f"{example.place}的标签 {example.label!r} 不在 --labels 里。")
+        shown.append((example.text_a + (example.text_b or ""), example.label))
+    scores = run(
+        text,
+        wanted,
+        examples=shown,
+        prompt=prompt or PROMPT,
+        method=method.value,
+        model=model,
+        device=device,
+    )
+    if as_json:
+        print(json.dumps([each._asdict() for each in scores], ensure_ascii=False))
+        return
+    for label, probability in scores:
+        print(f"{probability:.4f}  {label}")

@@ -1,0 +1,44 @@
+"""`plug embed`: texts as vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plug.errors import UsageError
+
+
+def embed(
+    text: Annotated[list[str] | None, typer.Argument(help="一段或几段文字。")] = None,
+    file: Annotated[Path | None, typer.Option(help="一行一段文字的文件。")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="把向量写成 NumPy 的 .npy 文件，而不是打印 JSON。")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="一次算几段。")] = 32,
+    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+) -> None:
+    """把文字变成长度为 1 的向量（一行一个 JSON 列表）；两个向量的内积是余弦相似度。"""
+    if bool(text) == (file is not None):
+        raise UsageError('请给出文字（plug embed "…"）或 --file，二者选一。')
+    if output is not None and (output.suffix != ".npy" or output.exists()):
+        raise UsageError(f"{output} 应是一个还不存在的 .npy 文件。")
+
+    from plug.pretraining.corpus import read_lines
+    from plug.understanding.embed import embed as run
+
+    texts = text or []
+    if file is not None:
+        texts = [line for _, line in read_lines(file) if line]
+    vectors = run(texts, batch_size=batch_size, model=model, device=device).numpy()
+    if output is not None:
+        import numpy as np
+
+        np.save(output, vectors)
+        print(f"已写入 {output}：{vectors.shape[0]} 个 {vectors.shape[1]} 维向量。")
+        return
+    for vector in vectors:
+        print(json.dumps([round(float(value), 6) for value in vector]))

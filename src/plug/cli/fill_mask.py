@@ -1,0 +1,26 @@
+"""`plug fill-mask`: what may stand at a [MASK]."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def fill_mask(
+    text: Annotated[str, typer.Argument(help="文字，要填的地方写 [MASK]。")],
+    top_k: Annotated[int, typer.Option(min=1, help="每处给出几个。")] = 5,
+    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+) -> None:
+    """填空：每个 [MASK] 处最可能的字词。"""
+    from plug.understanding.fill_mask import fill_mask as run
+
+    fillings = run(text, top_k=top_k, model=model, device=device)
+    if as_json:
+        print(json.dumps([[each._asdict() for each in at] for at in fillings], ensure_ascii=False))
+        return
+    for number, at in enumerate(fillings, start=1):
+        print(f"第 {number} 处：" + "  ".join(f"{text} {share:.3f}" for text, share in at))

@@ -1,0 +1,55 @@
+"""`plug predict`: what a fine-tuned model says of a text, or of every example of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plug.errors import UsageError
+
+
+def predict(
+    model: Annotated[str, typer.Option(help="plug finetune 的输出目录。")],
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(help="文字；句对给两段，阅读理解给问题和原文，问题生成给答案和原文。"),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="任务格式的数据文件（可以没有答案），或 .txt：一行一例，各段用制表符分开。"
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="结果写到这个文件，一行一个 JSON。")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="一次算几个例子。")] = 32,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="生成任务的束宽；默认与微调时相同。")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+) -> None:
+    """用微调过的模型：分类、标注、回答、生成。"""
+    if bool(text) == (file is not None):
+        raise UsageError('请给出文字（plug predict --model 目录 "…"）或 --file，二者选一。')
+    if output is not None and output.exists():
+        raise UsageError(f"{output} 已存在，不会覆盖。请换一个文件名。")
+
+    from plug.cli.progress import counter
+    from plug.finetuning.predict import Predictor, write_predictions
+
+    predictor = Predictor(model, device, num_beams)
+    if text:
+        examples = [predictor.kind.example(text)]
+    else:
+        assert file is not None
+        examples = predictor.read(file)
+    with counter(len(examples)) as advance:
+        predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
+    if output is not None:
+        write_predictions(output, predictor.kind, examples, predictions)
+        print(f"已写入 {output}：{len(examples)} 例。")
+        return
+    for example, prediction in zip(examples, predictions, strict=True):
+        print(json.dumps(predictor.kind.record(example, prediction), ensure_ascii=False))

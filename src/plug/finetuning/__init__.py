@@ -1,0 +1,1 @@
+"""From a pre-trained model to a task: data readers, the task table, training, prediction."""

@@ -1,0 +1,210 @@
+"""`Kind`: what the four ways to fine-tune have in common; each is one file beside this one."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from plug.errors import PlugError, UsageError
+from plug.evaluation.report import Evaluation
+from plug.finetuning.tasks import KindName
+from plug.integrations import transformers as classes
+from plug.tokenization import PlugTokenizer
+
+Features = dict[str, Any]  # arguments of a model's forward: id lists, or one number an example
+OnProgress = Callable[[int], None]  # told how many examples are done
+ExampleT = TypeVar("ExampleT")
+PredictionT = TypeVar("PredictionT")
+
+SAMPLES = 20  # examples that a report shows
+
+
+class Kind(ABC, Generic[ExampleT, PredictionT]):
+    """Between examples and a model: features, predictions, scores.
+
+    Args:
+        tokenizer: of the model.
+        labels: of the task; empty where the kind has none.
+        label_names: labels in words, where the data has them.
+        source_length: tokens read at most, [CLS] and [SEP] counted.
+        target_length: tokens written at most, or of an answer.
+        num_beams: for generation; 1 is argmax.
+    """
+
+    model_class: ClassVar[str]
+
+    def __init__(
+        self,
+        tokenizer: PlugTokenizer,
+        labels: Sequence[str] = (),
+        label_names: dict[str, str] | None = None,
+        *,
+        source_length: int,
+        target_length: int = 30,
+        num_beams: int = 1,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.labels = list(labels)
+        self.label_names = label_names or {}
+        self.label_ids = {label: index for index, label in enumerate(self.labels)}
+        self.source_length = source_length
+        self.target_length = target_length
+        self.num_beams = num_beams
+
+    @abstractmethod
+    def check(self, examples: Sequence[ExampleT], *, training: bool) -> None:
+        """Raise `UsageError` at an example that cannot be learnt from or scored."""
+
+    @abstractmethod
+    def features(self, examples: Sequence[ExampleT]) -> list[Features]:
+        """What the model learns from: inputs and labels."""
+
+    @abstractmethod
+    def predict(
+        self,
+        model: Any,
+        examples: Sequence[ExampleT],
+        *,
+        batch_size: int,
+        on_progress: OnProgress | None = None,
+    ) -> list[PredictionT]:
+        """A prediction for each example, in order."""
+
+    @abstractmethod
+    def evaluate(
+        self, examples: Sequence[ExampleT], predictions: Sequence[PredictionT]
+    ) -> Evaluation:
+        """Scores of predictions for examples that have answers."""
+
+    @abstractmethod
+    def example(self, parts: Sequence[str]) -> ExampleT:
+        """What a user typed, as an example.
+
+        Raises:
+            UsageError: more or fewer parts than the kind takes.
+        """
+
+    @abstractmethod
+    def record(self, example: ExampleT, prediction: PredictionT) -> dict[str, Any]:
+        """An example and its prediction as users see them, for JSON."""
+
+    def load_model(self, directory: Path, *, from_scratch: bool = False) -> Any:
+        """The model of a directory in float32, with a head for this kind's labels.
+
+        Raises:
+            PlugError: the weights do not fit, or miss more than the head.
+        """
+        from transformers import logging
+
+        logging.set_verbosity_error()  # its notes on heads that are new
+        logging.disable_progress_bar()
+        cls = getattr(classes, self.model_class)
+        head: dict[str, Any] = {}
+        if self.labels:
+            head = {"id2label": dict(enumerate(self.labels)), "label2id": self.label_ids}
+        if from_scratch:
+            return cls(classes.PlugTransformersConfig.from_pretrained(directory, **head))
+        try:
+            model, info = cls.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True, **head
+            )
+        except RuntimeError as error:
+            raise PlugError(f"{directory} 的权重与 config.json 不符：{error}") from None
+        missing = sorted(name for name in info["missing_keys"] if "classifier." not in name)
+        if missing:
+            raise PlugError(f"{directory} 缺少权重 {missing[:5]} 等 {len(missing)} 个。")
+        return model
+
+
+def make_kind(name: KindName, *args: Any, **options: Any) -> Kind[Any, Any]:
+    """The kind of that name; arguments as in `Kind`."""
+    module = importlib.import_module(f"plug.finetuning.{name}")
+    return getattr(module, name.capitalize())(*args, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Pads features to the batch's longest: ids with [PAD], labels with -100."""
+
+    pad_token_id: int
+
+    def __call__(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        batch = {key: self._column(key, [each[key] for each in features]) for key in features[0]}
+        lengths = torch.tensor([len(each["input_ids"]) for each in features])
+        positions = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (positions < lengths[:, None]).long()
+        return batch
+
+    def _column(self, key: str, values: list[Any]) -> Tensor:
+        if isinstance(values[0], list):
+            padding = {"input_ids": self.pad_token_id, "labels": classes.IGNORE_INDEX}.get(key, 0)
+            longest = max(map(len, values))
+            values = [value + [padding] * (longest - len(value)) for value in values]
+        return torch.tensor(values)
+
+
+def frame(
+    tokenizer: PlugTokenizer, first: list[int], second: list[int] | None, length: int
+) -> Features:
+    """[CLS] first [SEP], or [CLS] first [SEP] second [SEP] with token type 1 on the latter.
+
+    What is over ``length`` is cut from the end of the longer one, as in BERT.
+    """
+    over = len(first) + len(second or ()) + (2 if second is None else 3) - length
+    if second is None:
+        first = first[: len(first) - max(0, over)]
+    elif over > 0:
+        kept = len(first) + len(second) - over
+        first_kept = min(len(first), max(kept - len(second), kept - kept // 2))
+        first, second = first[:first_kept], second[: kept - first_kept]
+    ids = [tokenizer.cls_token_id, *first, tokenizer.sep_token_id]
+    tail = [] if second is None else [*second, tokenizer.sep_token_id]
+    return {"input_ids": ids + tail, "token_type_ids": [0] * len(ids) + [1] * len(tail)}
+
+
+def run_batches(
+    model: Any,
+    features: Sequence[Features],
+    collate: Collator,
+    batch_size: int,
+    on_progress: OnProgress | None,
+) -> Iterator[tuple[list[int], Any]]:
+    """The model's outputs, batch by batch, the longest first; with the features' numbers."""
+    order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
+    done = 0
+    with inference(model):
+        for first in range(0, len(order), batch_size):
+            indices = order[first : first + batch_size]
+            batch = collate([features[index] for index in indices])
+            yield indices, model(**{key: value.to(model.device) for key, value in batch.items()})
+            done += len(indices)
+            if on_progress:
+                on_progress(done)
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """No gradients, no dropout, and on a GPU bfloat16."""
+    model.eval()
+    kind = model.device.type
+    with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        yield
+
+
+def exactly(parts: Sequence[str], least: int, most: int, meaning: str) -> Sequence[str]:
+    """``parts``, if there are as many as wanted.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not least <= len(parts) <= most or not all(part.strip() for part in parts):
+        raise UsageError(f"这个任务要给{meaning}，却给了 {len(parts)} 段文字（不能为空）。")
+    return parts

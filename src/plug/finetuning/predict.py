@@ -1,0 +1,116 @@
+"""A fine-tuned model at work: predictions for texts and files, scores for files with answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plug.checkpoints.store import find_model_directory
+from plug.device import find_device
+from plug.errors import PlugError, UsageError
+from plug.finetuning.kind import Kind, OnProgress, make_kind
+from plug.finetuning.tasks import find_task, read_examples
+from plug.pretraining.corpus import read_lines
+from plug.tokenization import PlugTokenizer
+
+RUN_FILE = "finetuning.json"
+TEXT_SUFFIX = ".txt"
+
+
+class Predictor:
+    """A model that `plug finetune` made, loaded.
+
+    Args:
+        directory: of the model.
+        device: "cpu", "cuda", …; None is CUDA where there is one.
+        num_beams: for generation, in place of the run's own.
+
+    Raises:
+        UsageError: no such directory, or a model that was not fine-tuned.
+    """
+
+    def __init__(
+        self, directory: str | Path, device: str | None = None, num_beams: int | None = None
+    ) -> None:
+        self.directory = find_model_directory(directory)
+        run = read_run(self.directory)
+        settings = run["settings"]
+        self.task_name = settings["task"]
+        self.task = find_task(self.task_name)
+        self.kind: Kind[Any, Any] = make_kind(
+            self.task.kind,
+            PlugTokenizer.load(self.directory),
+            run["labels"],
+            run["label_names"],
+            source_length=settings["source_length"],
+            target_length=settings["target_length"],
+            num_beams=num_beams or settings["num_beams"],
+        )
+        self.model = self.kind.load_model(self.directory).to(find_device(device))
+
+    def __call__(
+        self,
+        examples: Sequence[Any],
+        *,
+        batch_size: int = 32,
+        on_progress: OnProgress | None = None,
+    ) -> list[Any]:
+        """A prediction for each example."""
+        return self.kind.predict(
+            self.model, examples, batch_size=batch_size, on_progress=on_progress
+        )
+
+    def predict_text(self, *parts: str) -> dict[str, Any]:
+        """What a user typed (two parts for a pair, a question and its context) and the answer."""
+        example = self.kind.example(parts)
+        return self.kind.record(example, self([example])[0])
+
+    def read(self, path: Path) -> list[Any]:
+        """Examples of a file to predict: the task's format, or `.txt`, one text a line.
+
+        In `.txt`, tabs separate the parts of an example.
+        """
+        if path.suffix != TEXT_SUFFIX:
+            return read_examples(self.task, path, answered=False)
+        lines = [line for _, line in read_lines(path) if line]
+        if not lines:
+            raise UsageError(f"{path} 里没有文字。请一行写一段。")
+        return [self.kind.example(line.split("\t")) for line in lines]
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """`finetuning.json` of a directory.
+
+    Raises:
+        UsageError: there is none.
+        PlugError: it is damaged.
+    """
+    path = directory / RUN_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} 不是微调过的模型（没有 {RUN_FILE}）。请先运行 plug finetune。"
+        )
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        _ = run["settings"]["task"], run["labels"], run["label_names"]
+    except (ValueError, KeyError, TypeError):
+        raise PlugError(f"{path} 已损坏。请重新微调，或从备份恢复。") from None
+    return run
+
+
+def write_predictions(
+    path: Path, kind: Kind[Any, Any], examples: Sequence[Any], predictions: Sequence[Any]
+) -> None:
+    """One JSON object a line.
+
+    Raises:
+        PlugError: the file cannot be written.
+    """
+    records = map(kind.record, examples, predictions)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error

@@ -1,0 +1,290 @@
+"""`finetune`: a pre-trained model, a task and its data to a directory that solves the task.
+
+The directory holds the model and its tokenizer, `finetuning.json` (settings, labels),
+`log.jsonl`, the report (`report.md`, `report.html`, plots, `metrics.json`) and
+`predictions.jsonl`. While a run goes on, `checkpoints/` is what it can resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plug.integrations.transformers  # noqa: F401 (first: it says what to install)
+
+# isort: split
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from plug.checkpoints.store import CONFIG_FILE, find_model_directory
+from plug.device import find_device
+from plug.errors import PlugError, UsageError
+from plug.evaluation.report import Plot, curves_plot, write_report
+from plug.finetuning.kind import Collator, Kind, make_kind
+from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
+from plug.finetuning.readers import ClassificationExample, Example, LabellingExample
+from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.tasks import Task, find_task, read_examples
+from plug.finetuning.trainer import ChildTuning, FinetuneTrainer
+from plug.model.configuration import PlugConfig
+from plug.tokenization import PlugTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """Where the model is, and its scores on the evaluation file."""
+
+    directory: Path
+    metrics: dict[str, float]
+
+
+def finetune(
+    settings: FinetuneSettings,
+    *,
+    device: str | None = None,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FinetuneResult:
+    """Fine-tune a model; the weights of the best epoch are kept.
+
+    Args:
+        settings: of the run.
+        device: "cpu", "cuda", …; None is CUDA where there is one, and there in bfloat16.
+        resume: go on with the run that was interrupted in the same output.
+        callbacks: of `transformers`, for the Trainer.
+
+    Raises:
+        UsageError: data, settings or output make no sense; nothing was trained.
+        PlugError: a file is broken, or the disk is full.
+    """
+    began = time.perf_counter()
+    task, output = find_task(settings.task), Path(settings.output)
+    _check_output(output, settings, resume)
+    directory = find_model_directory(settings.model)
+    config = PlugConfig.from_file(directory / CONFIG_FILE)
+    settings.check_lengths(config.max_position_embeddings)
+    examples = read_examples(task, Path(settings.train), answered=True, at_least=2)
+    held_out = read_examples(task, Path(settings.eval), answered=True)
+    labels = _labels(task, settings, examples)
+    _check_earlier_labels(directory, settings, labels)
+    tokenizer = PlugTokenizer.load(directory)
+    kind = make_kind(
+        task.kind,
+        tokenizer,
+        labels,
+        _label_names(examples),
+        source_length=settings.source_length,
+        target_length=settings.target_length,
+        num_beams=settings.num_beams,
+    )
+    kind.check(examples, training=True)
+    kind.check(held_out, training=False)
+    chosen = find_device(device)
+    set_seed(settings.seed)
+    model = kind.load_model(directory, from_scratch=settings.from_scratch)
+    _write_run(output, settings, kind)
+
+    def score(model: Any) -> dict[str, float]:
+        predictions = kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        return kind.evaluate(held_out, predictions).metrics
+
+    trainer = FinetuneTrainer(
+        score=score,
+        settings=settings,
+        model=model,
+        args=_training_arguments(settings, task, output, chosen),
+        train_dataset=kind.features(examples),
+        eval_dataset=held_out,
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[*_callbacks(settings, task), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        checkpoint = get_last_checkpoint(output / "checkpoints") if resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        model.save_pretrained(output)
+        tokenizer.save(output)
+    except OSError as error:
+        raise PlugError(
+            f"没能写入 {output}：{error.strerror or error}。请检查磁盘空间和权限。"
+        ) from error
+    predictions = kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+    evaluation = kind.evaluate(held_out, predictions)
+    history = trainer.state.log_history
+    evaluation.plots.extend(_curves(history, task.metric))
+    facts = {
+        **settings.to_dict(),
+        "train_examples": len(examples),
+        "eval_examples": len(held_out),
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    write_report(output, f"{task.title}：微调", settings.command(), facts, evaluation)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
+    (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return FinetuneResult(output, evaluation.metrics)
+
+
+def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
+    """The output is new, or holds this very run, unfinished, and ``resume`` is asked for."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
+    if not output.is_dir() or not any(output.iterdir()):
+        if resume:
+            raise UsageError(f"{output} 里没有可以接着进行的训练。请去掉 --resume。")
+        return
+    if not (output / RUN_FILE).is_file():
+        raise UsageError(f"输出目录 {output} 里有别的东西，不会覆盖。请换一个目录。")
+    if (output / CONFIG_FILE).is_file():
+        raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
+    if not resume:
+        raise UsageError(f"{output} 里有一次没有完成的训练。请加 --resume 接着进行，或换一个目录。")
+    before = read_run(output)["settings"]
+    now = settings.to_dict()
+    changed = sorted(name for name in now if now[name] != before.get(name))
+    if changed:
+        told = "、".join(f"{name}：{before.get(name)} → {now[name]}" for name in changed)
+        raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
+
+
+def _write_run(output: Path, settings: FinetuneSettings, kind: Kind[Any, Any]) -> None:
+    content = {
+        "settings": settings.to_dict(),
+        "labels": kind.labels,
+        "label_names": kind.label_names,
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RUN_FILE).write_text(
+            json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+    except OSError as error:
+        raise PlugError(f"没能写入 {output}：{error.strerror or error}。") from error
+
+
+def _labels(task: Task, settings: FinetuneSettings, examples: list[Example]) -> list[str]:
+    """The task's own, or those of the training file."""
+    if task.labels or task.kind in ("reading", "generation"):
+        return list(task.labels)
+    found: set[str] = set()
+    for example in examples:
+        if isinstance(example, ClassificationExample) and example.label:
+            found.add(example.label)
+        elif isinstance(example, LabellingExample):
+            found.update(example.tags or ())
+    if len(found) < 2:
+        raise UsageError(f"{settings.train} 里只有一种标签 {sorted(found)}，没有可学的。")
+    return sorted(found)
+
+
+def _label_names(examples: list[Example]) -> dict[str, str]:
+    return {
+        example.label: example.label_name
+        for example in examples
+        if isinstance(example, ClassificationExample) and example.label and example.label_name
+    }
+
+
+def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: list[str]) -> None:
+    """A model that was fine-tuned before can go on with the same labels alone."""
+    if (directory / RUN_FILE).is_file() and not settings.from_scratch:
+        earlier = read_run(directory)
+        kinds = [find_task(run["task"]).kind for run in (earlier["settings"], settings.to_dict())]
+        if kinds[0] != kinds[1] or earlier["labels"] != labels:
+            raise UsageError(
+                f"{directory} 是为 {earlier['settings']['task']} 微调过的模型，种类或标签与"
+                f" {settings.task} 不同，不能接着微调。请用预训练的模型。"
+            )
+
+
+def _training_arguments(
+    settings: FinetuneSettings, task: Task, output: Path, device: torch.device
+) -> TrainingArguments:
+    on_gpu = device.type == "cuda"
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_fraction,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip_grad_norm,
+        train_sampling_strategy="group_by_length",
+        seed=settings.seed,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,  # and the best one
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{task.metric}",
+        greater_is_better=True,
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+class _Tell(TrainerCallback):
+    """A line on standard error after each evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.console = Console(stderr=True)
+
+    def on_evaluate(
+        self,
+        args: Any,  # noqa: ARG002 (named so by the base class)
+        state: Any,
+        control: Any,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> None:
+        value = kwargs["metrics"][f"eval_{self.metric}"]
+        self.console.print(
+            f"第 {state.epoch:g} 轮（{state.global_step}/{state.max_steps} 步）："
+            f"{self.metric} {value:.4f}",
+            soft_wrap=True,
+        )
+
+
+def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_Tell(task.metric)]
+    if settings.patience:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    if settings.child_tuning < 1:
+        callbacks.append(ChildTuning(settings.child_tuning))
+    return callbacks
+
+
+def _curves(history: list[dict[str, float]], metric: str) -> list[Plot]:
+    """Loss and score over the steps."""
+    plots = []
+    for name, key in (("loss", "loss"), (metric, f"eval_{metric}")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            plots.append(curves_plot(f"curve-{name}", f"{name} 的变化", {name: points}, "step"))
+    return plots

@@ -1,0 +1,136 @@
+"""The Trainer of `transformers`, scored by a `Kind`, and what may be added to its steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from plug.finetuning.settings import FinetuneSettings
+
+
+class FinetuneTrainer(Trainer):
+    """Evaluates by ``score``; layer-wise learning rates and R-Drop as the settings say.
+
+    Args:
+        score: given the model, metrics by name.
+        settings: of the run.
+        options: those of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        score: Callable[[Any], dict[str, float]],
+        settings: FinetuneSettings,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.score = score
+        self.settings = settings
+
+    def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> Any:
+        """Metrics of the evaluation file, logged and told to the callbacks."""
+        scores = self.score(self.model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def create_optimizer(self, *_args: Any) -> Any:
+        """AdamW; with `layer_decay` a group of parameters has its own learning rate."""
+        model: Any = self.model
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            scales = learning_rate_scales(model, self.settings.layer_decay)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    weight_decay = self.args.weight_decay if name in decayed else 0.0
+                    groups.setdefault((scales[name], weight_decay), []).append(parameter)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            rate = options.pop("lr")
+            self.optimizer = cls(
+                [
+                    {"params": parameters, "lr": rate * scale, "weight_decay": weight_decay}
+                    for (scale, weight_decay), parameters in groups.items()
+                ],
+                lr=rate,
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss; with `r_drop`, of two passes and their divergence.
+
+        Source: Liang et al. 2021, arXiv:2106.14448, equation 4: both passes' negative
+        log-likelihoods, plus alpha times the mean of the two divergences.
+        """
+        if not self.settings.r_drop:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{name: torch.cat([value, value]) for name, value in inputs.items()})
+        first, second = outputs.logits.chunk(2)
+        loss = 2 * outputs.loss + self.settings.r_drop * symmetric_divergence(first, second)
+        return (loss, outputs) if return_outputs else loss
+
+
+def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Mean of both Kullback-Leibler divergences between logits (batch, labels), in nats."""
+    p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
+    both = [F.kl_div(a, b, log_target=True, reduction="batchmean") for a, b in ((p, q), (q, p))]
+    return torch.stack(both).mean()
+
+
+def learning_rate_scales(model: Any, decay: float) -> dict[str, float]:
+    """For each parameter, ``decay`` to the power of its layers below the top.
+
+    Embeddings are below the encoder's layers, those below the decoder's; all else is at the top.
+
+    Source: Howard and Ruder 2018, arXiv:1801.06146, section 3.2, layer by layer as in ELECTRA.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    depths = {name: _depth(name, model.config.num_hidden_layers) for name in names}
+    top = max(depth for depth in depths.values() if depth is not None) + 1
+    return {
+        name: decay ** (top - (top if depth is None else depth)) for name, depth in depths.items()
+    }
+
+
+def _depth(name: str, num_hidden_layers: int) -> int | None:
+    if name.startswith("embeddings."):
+        return 0
+    if match := re.match(r"(encoder|decoder)\.layers\.(\d+)\.", name):
+        return 1 + int(match[2]) + (num_hidden_layers if match[1] == "decoder" else 0)
+    return num_hidden_layers if name.startswith("encoder.final_norm") else None
+
+
+class ChildTuning(TrainerCallback):
+    """Keeps a random share of the gradients of every step, and makes them larger to match.
+
+    Source: Xu et al. 2021, arXiv:2109.05687, Child-Tuning-F.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def on_pre_optimizer_step(
+        self, *_args: Any, model: nn.Module | None = None, **_kwargs: Any
+    ) -> None:
+        assert model is not None
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                kept = torch.rand_like(parameter.grad) < self.share
+                parameter.grad *= kept / self.share

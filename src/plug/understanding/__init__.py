@@ -1,0 +1,1 @@
+"""What a pre-trained model understands without fine-tuning: labels, masked words, vectors."""

@@ -1,0 +1,45 @@
+"""`plug classify`, `fill-mask`, `embed` as typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def test_classify(run_plug: Callable, model_directory: Path, tmp_path: Path) -> None:
+    command = ("classify", "今天天气", "--labels", "花，山,庙", "--model", model_directory)
+    scores = json.loads(run_plug(*command, "--json").out)
+    assert {each["label"] for each in scores} == {"花", "山", "庙"}
+    assert sum(each["probability"] for each in scores) == pytest.approx(1)
+    assert scores[0]["label"] in run_plug(*command).out.splitlines()[0]
+
+    examples = tmp_path / "examples.csv"
+    examples.write_text("text,label\n山上,山\n", encoding="utf-8")
+    shown = json.loads(run_plug(*command, "--json", "--examples", examples).out)
+    assert shown != scores
+    examples.write_text("text,label\n山上,水\n", encoding="utf-8")
+    ran = run_plug(*command, "--examples", examples)
+    assert (ran.status, "第 2 行的标签 '水' 不在 --labels 里" in ran.err) == (2, True)
+
+
+def test_fill_mask(run_plug: Callable, model_directory: Path) -> None:
+    command = ("fill-mask", "今天[MASK]气", "--model", model_directory, "--top-k", 2)
+    ((first, second),) = json.loads(run_plug(*command, "--json").out)
+    assert first["probability"] >= second["probability"]
+    assert run_plug(*command).out.startswith(f"第 1 处：{first['text']} ")
+
+
+def test_embed(run_plug: Callable, model_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("花\n山\n", encoding="utf-8")
+    options = ("--model", model_directory)
+    printed = [
+        json.loads(line) for line in run_plug("embed", "花", "山", *options).out.splitlines()
+    ]
+    run_plug("embed", "--file", tmp_path / "texts.txt", "--output", tmp_path / "v.npy", *options)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), printed, atol=1e-6)
+    ran = run_plug("embed", *options)
+    assert (ran.status, "二者选一" in ran.err) == (2, True)

@@ -1,0 +1,53 @@
+"""A report's files say the same, and nothing in them breaks out of a cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from plug.errors import PlugError
+from plug.evaluation.report import (
+    Evaluation,
+    Table,
+    bars_plot,
+    curves_plot,
+    histogram_plot,
+    matrix_plot,
+    write_report,
+)
+
+pytest.importorskip("matplotlib")
+
+
+def test_cells_are_escaped_and_plots_drawn(tmp_path: Path) -> None:
+    evaluation = Evaluation(
+        metrics={"accuracy": 1 / 3},
+        samples=Table("样例", ("文本",), [("<b>甲</b> | 乙\n丙",)]),
+        plots=[
+            matrix_plot("matrix", "矩阵", [[3, 1], [0, 0]], ["是", "no"]),
+            bars_plot("bars", "条", {"人": 0.5}, "F1"),
+            histogram_plot("histogram", "分布", [0.1, 0.2], "F1"),
+            curves_plot("curve", "线", {"loss": [(1, 2), (2, 1)]}, "step"),
+        ],
+    )
+    write_report(tmp_path / "new", "标题", "plug …", {"seed": 1}, evaluation)
+
+    markdown = (tmp_path / "new" / "report.md").read_text(encoding="utf-8")
+    assert "| <b>甲</b> \\| 乙 丙 |" in markdown
+    assert "| accuracy | 0.3333 |" in markdown
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert "<td>&lt;b&gt;甲&lt;/b&gt; | 乙\n丙</td>" in page
+    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == {"accuracy": 1 / 3}
+    for name in ("matrix", "bars", "histogram", "curve"):
+        assert f"({name}.png)" in markdown
+        assert f'src="{name}.png"' in page
+        assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    evaluation = Evaluation(metrics={}, samples=Table("样例", (), []))
+    with pytest.raises(PlugError, match="没能把报告写入"):
+        write_report(tmp_path / "file", "标题", "plug", {}, evaluation)

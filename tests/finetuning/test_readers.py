@@ -1,0 +1,248 @@
+"""Every reader on a small file in its published format, and on broken ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plug.errors import PlugError, UsageError
+from plug.finetuning.readers import GenerationExample, LabellingExample, read_rows
+from plug.finetuning.tasks import TASKS, find_task, read_examples
+
+SQUAD = {
+    "version": "v1.0",
+    "data": [
+        {
+            "title": "",
+            "paragraphs": [
+                {
+                    "context": "山上有座庙，庙里有花。",
+                    "qas": [
+                        {
+                            "question": "庙里有什么？",
+                            "id": "Q1",
+                            "answers": [
+                                {"text": "花", "answer_start": 9},
+                                {"text": "有花", "answer_start": 8},
+                            ],
+                        },
+                        {
+                            "question": "哪里有庙？",
+                            "id": "Q2",
+                            "answers": [{"text": "山上", "answer_start": 7}],
+                        },
+                    ],
+                }
+            ],
+        }
+    ],
+}
+
+
+def read(name: str, path: Path, answered: bool = True) -> list[Any]:
+    return read_examples(find_task(name), path, answered=answered)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "expected"),
+    [
+        (
+            "afqmc",
+            {"sentence1": "花呗提额", "sentence2": "提花呗额度", "label": "0"},
+            ("花呗提额", "提花呗额度", "0", ""),
+        ),
+        (
+            "tnews",
+            {"label": "102", "label_desc": "news_entertainment", "sentence": "甜甜圈"},
+            ("甜甜圈", None, "102", "news_entertainment"),
+        ),
+        (
+            "iflytek",
+            {"label": "11", "label_des": "薅羊毛", "sentence": "返利"},
+            ("返利", None, "11", "薅羊毛"),
+        ),
+        (
+            "ocnli",
+            {"sentence1": "甲", "sentence2": "乙", "label": "neutral", "genre": "tv", "id": 7},
+            ("甲", "乙", "neutral", ""),
+        ),
+        (
+            "csl",
+            {"id": 1, "abst": "摘要。", "keyword": ["磨齿", "误差"], "label": 1},
+            ("磨齿；误差", "摘要。", "1", ""),
+        ),
+        (
+            "cluewsc2020",
+            {
+                "target": {
+                    "span1_text": "洋人", "span1_index": 2, "span2_text": "他们", "span2_index": 6,
+                },
+                "idx": 1,
+                "label": "true",
+                "text": "这些洋人好。他们高。",
+            },
+            ("这些[洋人]好。_他们_高。", None, "true", ""),
+        ),
+        ("classification", {"text": "好", "label": 3}, ("好", None, "3", "")),
+        ("classification", {"text_a": "一", "text_b": "二", "label": "是"}, ("一", "二", "是", "")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["dev.json", "dev.jsonl.gz"])
+def test_classification_sets(
+    task: str, row: dict[str, Any], expected: tuple[str | None, ...], name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    line = json.dumps(row, ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    (example,) = read(task, path)
+    assert (example.text_a, example.text_b, example.label, example.label_name) == expected
+    assert example.place == f"{path} 第 1 行"
+
+
+def test_ocnli_without_agreement_is_skipped(write_lines: Callable[..., Path]) -> None:
+    rows = [{"sentence1": "甲", "sentence2": "乙", "label": label} for label in ("-", "neutral")]
+    assert [example.label for example in read("ocnli", write_lines("a.json", rows))] == ["neutral"]
+
+
+def test_csv_and_tsv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,label\n"好，\n很好",1\n坏,0\n', encoding="utf-8")
+    (tmp_path / "a.tsv").write_text("text\tlabel\n好\t1\n坏\t\n", encoding="utf-8")
+    assert [e.text_a for e in read("classification", tmp_path / "a.csv")] == ["好，\n很好", "坏"]
+    rows = [row for _, row in read_rows(tmp_path / "a.tsv")]
+    assert rows == [{"text": "好", "label": "1"}, {"text": "坏", "label": ""}]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"tokens": [["山", "上"]], "tags": [["O", "B-X"]]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (example,) = read("labelling", tmp_path / "a.parquet")
+    assert (example.tokens, example.tags) == (("山", "上"), ("O", "B-X"))
+
+
+def test_cluener_spans_become_tags(write_lines: Callable[..., Path]) -> None:
+    row = {
+        "text": "温格胜曼联和曼联",
+        "label": {"name": {"温格": [[0, 1]]}, "organization": {"曼联": [[3, 4], [6, 7]]}},
+    }
+    (example,) = read("cluener2020", write_lines("dev.json", [row]))
+    name, team = ["B-name", "I-name"], ["B-organization", "I-organization"]
+    assert list(example.tags) == [*name, "O", *team, "O", *team]
+
+
+def test_peoples_daily(tmp_path: Path) -> None:
+    path = tmp_path / "dev.txt"
+    path.write_text("中 B-ORG\n共 I-ORG\n\n\n致 O\n", encoding="utf-8")
+    assert read("people_daily_ner", path) == [
+        LabellingExample(
+            tokens=("中", "共"), tags=("B-ORG", "I-ORG"), place=f"{path} 第 1 行起的句子"
+        ),
+        LabellingExample(tokens=("致",), tags=("O",), place=f"{path} 第 5 行起的句子"),
+    ]
+
+
+def test_squad_as_reading(write_lines: Callable[..., Path]) -> None:
+    first, second = read("cmrc2018", write_lines("dev.json", [SQUAD]))
+    assert (first.question, first.answers, first.start) == ("庙里有什么？", ("花", "有花"), 9)
+    assert second.start == 0  # the file says 7, where the answer does not stand
+
+
+def test_squad_as_question_generation(write_lines: Callable[..., Path]) -> None:
+    first, _ = read("dureader_robust_qg", write_lines("dev.json", [SQUAD]))
+    assert (first.source, first.target) == (("花", "山上有座庙，庙里有花。"), "庙里有什么？")
+
+
+def test_kbqa(tmp_path: Path) -> None:
+    path = tmp_path / "dev.txt"
+    path.write_text(
+        "<question id=1>\t谁写的？\n<triple id=1>\t红楼梦 ||| 作者 ||| 曹雪芹\n"
+        "<answer id=1>\t曹雪芹\n==================\n"
+        "<question id=2>\t几时？\n<triple id=2>\t甲 ||| 时间 ||| \n<answer id=2>\n====\n",
+        encoding="utf-8",
+    )
+    examples = read("kbqg", path)
+    assert [(e.source, e.target) for e in examples] == [
+        (("红楼梦 ||| 作者 ||| 曹雪芹",), "谁写的？"),
+        (("甲 ||| 时间 |||",), "几时？"),
+    ]
+
+
+def test_kgclue_and_own_pairs(write_lines: Callable[..., Path]) -> None:
+    row = {"id": 0, "question": "问？", "answer": "甲 ||| 乙 ||| 丙"}
+    (example,) = read("kgclue", write_lines("a.json", [row]))
+    assert (example.source, example.target) == (("甲 ||| 乙 ||| 丙",), "问？")
+    row = {"src_txt": "花[SEP]山上有花", "tgt_txt": "有什么？"}
+    (example,) = read("generation", write_lines("b.jsonl", [row]))
+    assert (example.source, example.target) == (("花", "山上有花"), "有什么？")
+
+
+def test_files_to_predict_need_no_answers(write_lines: Callable[..., Path]) -> None:
+    assert read("tnews", write_lines("a.json", [{"id": 3, "sentence": "题"}]), False)[0].id == 3
+    assert read("cluener2020", write_lines("b.json", [{"text": "温格"}]), False)[0].tags is None
+    (example,) = read("generation", write_lines("c.json", [{"src_txt": "甲"}]), False)
+    assert example == GenerationExample(source=("甲",), place=example.place)
+
+
+def test_a_folder_is_a_datasets_name(write_lines: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write_lines("set/train.jsonl", [{"text": "好", "label": "1"}])
+    assert read("classification", Path(f"{tmp_path}/set:train"))[0].text_a == "好"
+
+
+BROKEN = [
+    ("tnews", "a.json", '{"sentence": "好", "label": "100"}\n{"sente', "第 2 行不是完整的 JSON"),
+    ("tnews", "a.json", "[1]", "第 1 行应是一个 JSON 对象"),
+    ("tnews", "a.json", '{"text": "好", "label": "100"}', "第 1 行没有“sentence”这一列"),
+    ("tnews", "a.json", '{"sentence": "好"}', "第 1 行没有答案（label）"),
+    ("tnews", "a.json", '{"sentence": " ", "label": "100"}', "“sentence”应是文字"),
+    ("tnews", "a.json", "", "只有 0 个例子"),
+    ("tnews", "a.xlsx", "x", "不认识的格式"),
+    ("classification", "a.csv", "text,label\n好,1,2\n", "第 2 行有 3 列"),
+    ("labelling", "a.jsonl", '{"tokens": ["一", "二"], "tags": ["O"]}', "2 个 tokens.*1 个"),
+    ("people_daily_ner", "a.txt", "中 O\n国\n", "第 2 行应是“字 标签”两列"),
+    ("cluener2020", "a.json", '{"text": "甲", "label": {"x": {"甲乙": [[0, 1]]}}}', "超出了 1 个"),
+    ("cmrc2018", "a.json", '{"data": [', "第 1 行：不是完整的 JSON"),
+    ("cmrc2018", "a.json", '{"data": [{}]}', "不是 SQuAD 格式"),
+    ("kbqg", "a.txt", "你好\n====\n", "第 1 行应是“<question id=N>”"),
+    (
+        "cluewsc2020",
+        "a.json",
+        '{"text": "甲乙", "label": "true", "target": {"span1_text": "丙", "span1_index": 0}}',
+        "span1_index=0 处不是“丙”",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "name", "content", "complaint"), BROKEN)
+def test_broken_files_say_where(
+    task: str, name: str, content: str, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(PlugError, match=complaint) as raised:
+        read(task, tmp_path / name)
+    assert name in str(raised.value)
+
+
+def test_unknown_tasks_are_told_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"没有任务 'tnew'.*tnews"):
+        find_task("tnew")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("folder", ["afqmc", "cluewsc2020", "csl", "cluener2020", "kgclue", "drcd"])
+def test_published_files_are_read_whole(folder: str, shared_data: Path) -> None:
+    counts = {"afqmc": 2158, "cluewsc2020": 152, "csl": 547, "cluener2020": 672, "kgclue": 1000}
+    (path,) = (shared_data / "tasks" / folder).glob("dev.*")
+    examples = read(folder, path)
+    assert len(examples) == counts.get(folder, 1902)  # the data's README
+    labels = set(TASKS[folder].labels)
+    assert {e.label for e in examples if hasattr(e, "label")} <= labels
+    assert {tag for e in examples if hasattr(e, "tags") for tag in e.tags} <= labels

@@ -1,0 +1,267 @@
+"""`finetune` itself: it learns, it resumes exactly, and it refuses what makes no sense."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from plug.errors import PlugError, UsageError
+from plug.finetuning.predict import Predictor
+from plug.finetuning.run import finetune
+from plug.finetuning.settings import FinetuneSettings
+
+Make = Callable[..., FinetuneSettings]
+
+REPORT = {"report.md", "report.html", "metrics.json", "predictions.jsonl", "log.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "times"),
+    [
+        ("classification", "accuracy", 30),
+        ("labelling", "f1", 40),
+        ("reading", "exact_match", 40),
+        ("generation", "exact_match", 60),
+    ],
+)
+def test_twenty_examples_are_learnt_by_heart(
+    task: str, metric: str, times: int, settings: Make, data: Callable[..., Path]
+) -> None:
+    once = data(task)
+    result = finetune(settings(task, data(task, times), eval=str(once), epochs=3.0), device="cpu")
+
+    assert result.metrics[metric] == 1.0
+    written = {path.name for path in result.directory.iterdir()}
+    assert written >= REPORT | {"config.json", "model.safetensors", "tokenizer.json"}
+    assert "checkpoints" not in written
+
+    predictor = Predictor(result.directory, "cpu")
+    examples = predictor.read(once)
+    scores = predictor.kind.evaluate(examples, predictor(examples, batch_size=7)).metrics
+    assert scores == pytest.approx(result.metrics)
+
+
+class StopAfterEpoch(TrainerCallback):
+    """What an interruption looks like: the run ends after its checkpoint."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if round(state.epoch) == self.epoch:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_as_an_unbroken_one(
+    settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = {"epochs": 3.0, "batch_size": 5, "layer_decay": 0.9, "child_tuning": 0.5}
+    whole = settings("classification", data("classification"), **options)
+    finetune(whole, device="cpu")
+    broken = settings("classification", data("classification"), output=f"{tmp_path}/2", **options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken, device="cpu", callbacks=[StopAfterEpoch(2)])
+    with pytest.raises(UsageError, match=r"没有完成的训练.*--resume"):
+        finetune(broken, device="cpu")
+    with pytest.raises(UsageError, match=r"设置不能变（learning_rate：0.005 → 0.1）"):
+        finetune(
+            settings(
+                "classification",
+                data("classification"),
+                output=f"{tmp_path}/2",
+                **options | {"learning_rate": 0.1},
+            ),
+            device="cpu",
+            resume=True,
+        )
+    finetune(broken, device="cpu", resume=True)
+
+    expected, actual = (load_file(f"{run.output}/model.safetensors") for run in (whole, broken))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    logs = [
+        [
+            {
+                key: value
+                for key, value in json.loads(line).items()
+                if key in ("step", "eval_macro_f1")
+            }
+            for line in Path(f"{run.output}/log.jsonl").read_text().splitlines()[:-1]
+        ]
+        for run in (whole, broken)
+    ]
+    assert logs[0] == logs[1] != []
+
+
+def test_a_finished_run_is_not_overwritten(settings: Make, data: Callable[..., Path]) -> None:
+    run = settings("classification", data("classification"))
+    finetune(run, device="cpu")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="已有一次完成的训练"):
+            finetune(run, device="cpu", resume=resume)
+
+
+def test_the_best_epoch_is_kept(settings: Make, data: Callable[..., Path]) -> None:
+    run = settings("classification", data("classification"), epochs=4.0, learning_rate=0.02)
+    result = finetune(run, device="cpu")
+    log = [json.loads(line) for line in (result.directory / "log.jsonl").read_text().splitlines()]
+    scores = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    assert len(scores) == 4
+    assert result.metrics["accuracy"] == max(scores)
+
+
+def test_patience_ends_a_run_that_does_not_get_better(
+    settings: Make, data: Callable[..., Path]
+) -> None:
+    run = settings(
+        "classification", data("classification"), epochs=9.0, learning_rate=1e-12, patience=1
+    )
+    result = finetune(run, device="cpu")
+    log = (result.directory / "log.jsonl").read_text().splitlines()
+    assert sum("eval_accuracy" in line for line in log) == 2
+
+
+def test_r_drop_and_scratch_run_and_change_the_outcome(
+    settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    weights = []
+    for number, changes in enumerate([{}, {"r_drop": 1.0}, {"from_scratch": True}, {"seed": 2}]):
+        run = settings(
+            "classification", data("classification"), output=f"{tmp_path}/{number}", **changes
+        )
+        finetune(run, device="cpu")
+        weights.append(
+            load_file(f"{run.output}/model.safetensors")["encoder.layers.0.feed_forward.fc1.weight"]
+        )
+    assert all(not torch.equal(weights[0], other) for other in weights[1:])
+
+
+def test_transformers_loads_the_result(settings: Make, data: Callable[..., Path]) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    result = finetune(settings("classification", data("classification")), device="cpu")
+    model = AutoModelForSequenceClassification.from_pretrained(result.directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.directory)
+    text = "今天气很好"
+    with torch.no_grad():
+        probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+    found = Predictor(result.directory, "cpu").predict_text(text)
+    assert model.config.id2label[int(probabilities.argmax())] == found["label"]
+    assert float(probabilities.max()) == pytest.approx(found["probability"], abs=1e-4)
+
+
+def test_going_on_from_another_task_s_model_is_refused(
+    settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = finetune(settings("classification", data("classification")), device="cpu")
+    again = {"model": str(first.directory), "output": f"{tmp_path}/2"}
+    with pytest.raises(UsageError, match="是为 classification 微调过的模型"):
+        finetune(settings("labelling", data("labelling"), **again), device="cpu")
+    finetune(settings("classification", data("classification"), **again), device="cpu")
+
+
+BAD_DATA = [
+    ("tnews", [{"sentence": "好", "label": "100"}, {"sentence": "坏", "label": "999"}],
+     "第 2 行的标签 '999' 不在标签表里"),
+    ("classification", [{"text": "好", "label": "1"}], "只有 1 个例子，至少要 2 个"),
+    ("classification", [{"text": "好", "label": "1"}] * 2, "只有一种标签"),
+    ("generation", [{"src_txt": "山", "tgt_txt": "山" * 17}] * 2,
+     "第 1 行要生成的文字有 18 个词元，超过上限 target_length=16（共 2 例如此）.*-length 18"),
+    ("cluener2020", [{"text": "甲", "label": {"x": {"甲": [[0, 0]]}}}] * 2, "'B-x'.*不在标签表里"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "rows", "complaint"), BAD_DATA)
+def test_bad_data_is_told_before_anything_is_made(
+    task: str,
+    rows: list[Any],
+    complaint: str,
+    settings: Make,
+    write_lines: Callable[..., Path],
+) -> None:
+    run = settings(task, write_lines("train.json", rows))
+    with pytest.raises(UsageError, match=complaint):
+        finetune(run, device="cpu")
+    assert not Path(run.output).exists()
+
+
+def test_an_eval_label_that_training_never_saw_is_told(
+    settings: Make, data: Callable[..., Path], write_lines: Callable[..., Path]
+) -> None:
+    other = write_lines("eval.jsonl", [{"text": "好", "label": "春"}])
+    run = settings("classification", data("classification"), eval=str(other))
+    with pytest.raises(UsageError, match=r"eval.jsonl 第 1 行的标签 '春' 不在标签表里"):
+        finetune(run, device="cpu")
+
+
+def test_an_output_that_holds_something_else_is_left_alone(
+    settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("x")
+    for output, complaint in (("mine", "有别的东西"), ("mine/letter.txt", "是一个文件")):
+        run = settings("classification", data("classification"), output=str(tmp_path / output))
+        with pytest.raises(UsageError, match=complaint):
+            finetune(run, device="cpu")
+    with pytest.raises(UsageError, match="没有可以接着进行的训练"):
+        finetune(settings("classification", data("classification")), device="cpu", resume=True)
+
+
+def test_weights_that_are_missing_are_told(
+    settings: Make, data: Callable[..., Path], base_model: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    path = base_model / "model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.layers.1.feed_forward.fc1.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(PlugError, match=r"缺少权重.*encoder.layers.1.feed_forward.fc1.weight"):
+        finetune(settings("classification", data("classification")), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task": "tnew"}, "没有任务 'tnew'"),
+        ({"batch_size": 0}, "batch_size=0 应大于 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan 应大于 0"),
+        ({"epochs": "3"}, "epochs='3' 的类型应为 float"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5 应在 0.01 与 1 之间"),
+        ({"patience": -1}, "patience=-1 不能小于 0"),
+        ({"task": "cmrc2018", "r_drop": 1.0}, "r_drop 只用于分类任务"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], complaint: str) -> None:
+    values = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
+    with pytest.raises(UsageError, match=complaint):
+        FinetuneSettings(**values | changes)
+
+
+def test_lengths_the_model_has_no_positions_for(settings: Make, data: Callable[..., Path]) -> None:
+    for task, changes in (
+        ("classification", {"source_length": 97}),
+        ("classification", {"source_length": 8}),
+        ("generation", {"target_length": 97}),
+    ):
+        with pytest.raises(UsageError, match=r"应在 .* 到 96 之间"):
+            finetune(settings(task, data(task), **changes), device="cpu")
+
+
+def test_the_command_in_the_report_is_the_run_s() -> None:
+    run = FinetuneSettings(
+        task="tnews", train="a b.json", eval="d.json", output="o", seed=3, from_scratch=True
+    )
+    assert run.command() == (
+        "plug finetune tnews --train 'a b.json' --eval d.json --output o --seed 3 --from-scratch"
+    )
