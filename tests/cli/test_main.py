@@ -6,12 +6,24 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
+import typer
 
 import plug
 from plug.cli import app
 from plug.errors import PlugError
 
-COMMANDS = ["generate", "convert", "pretrain", "evaluate", "info"]
+COMMANDS = [
+    "generate",
+    "convert",
+    "finetune",
+    "predict",
+    "classify",
+    "fill-mask",
+    "embed",
+    "info",
+    "pretrain",
+    "evaluate",
+]
 
 
 def test_help_lists_every_command(run_plug: Callable) -> None:
@@ -19,8 +31,7 @@ def test_help_lists_every_command(run_plug: Callable) -> None:
         ran = run_plug(*arguments)
         assert ran.status == 0
         assert [name for name in COMMANDS if f" {name} " in ran.out] == COMMANDS
-    registered = [command.callback.__name__ for command in app.registered_commands]
-    assert sorted(registered + [group.name for group in app.registered_groups]) == sorted(COMMANDS)
+    assert sorted(typer.main.get_command(app).commands) == sorted(COMMANDS)
 
 
 def test_version(run_plug: Callable) -> None:
