@@ -11,7 +11,8 @@ import plug
 from plug.cli import app
 from plug.errors import PlugError
 
-COMMANDS = ["generate", "convert", "pretrain", "evaluate", "info"]
+COMMANDS = ["generate", "convert", "pretrain", "finetune", "predict", "evaluate"]
+COMMANDS += ["classify", "fill-mask", "embed", "info"]
 
 
 def test_help_lists_every_command(run_plug: Callable) -> None:
@@ -19,7 +20,8 @@ def test_help_lists_every_command(run_plug: Callable) -> None:
         ran = run_plug(*arguments)
         assert ran.status == 0
         assert [name for name in COMMANDS if f" {name} " in ran.out] == COMMANDS
-    registered = [command.callback.__name__ for command in app.registered_commands]
+    callbacks = [command.callback.__name__ for command in app.registered_commands]
+    registered = [name.replace("_", "-") for name in callbacks]
     assert sorted(registered + [group.name for group in app.registered_groups]) == sorted(COMMANDS)
 
 
