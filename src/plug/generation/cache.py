@@ -67,9 +67,7 @@ class DecoderCache:
         self._encoder_mask[row, :length] = attention_mask
         self._sources[row] = (length, hidden)
 
-    def encoder_view(
-        self, rows: int, granularity: int = 1
-    ) -> tuple[list[KeyValue], Tensor | None]:
+    def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
         """Cross-attention keys and values of the first ``rows``, and their mask (rows, src).
 
         Args:
@@ -82,7 +80,9 @@ class DecoderCache:
         """
         lengths = [length for length, _ in self._sources[:rows]]
         longest = _round_up(max(lengths), granularity, self._encoder_mask.shape[1])
-        pairs = [(key[:rows, :, :longest], value[:rows, :, :longest]) for key, value in self._encoder]
+        pairs = [
+            (key[:rows, :, :longest], value[:rows, :, :longest]) for key, value in self._encoder
+        ]
         whole = all(source == (longest, False) for source in self._sources[:rows])
         return pairs, None if whole and granularity == 1 else self._encoder_mask[:rows, :longest]
 

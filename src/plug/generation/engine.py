@@ -55,18 +55,18 @@ class Engine:
     # --- the rows, one by one ---------------------------------------------------------------------
 
     def open(self, rows: int, source_length: int, capacity: int) -> None:
-        """Make room; what was kept is dropped.
+        """Make room; what was kept is dropped, and the graphs with it.
 
         Args:
             rows: texts at most.
             source_length: tokens of a source at most.
             capacity: tokens that will be fed at most to a row, [CLS] included.
         """
+        self._graphs.clear()
         room = (rows, source_length, capacity)
         if self._cache is None or any(new > old for new, old in zip(room, self._room, strict=True)):
             self._room = room
             self._cache = None
-            self._graphs.clear()
 
     def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
         """Encode sources, token ids with [CLS] and [SEP], for these rows, which begin anew.

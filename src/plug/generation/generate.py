@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ from plug.device import find_device
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
 from plug.generation.engine import Engine
-from plug.generation.sampling import Sampler, penalize
+from plug.generation.sampling import penalize
 from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings, Mode
 from plug.generation.stream import RowStreams, text_stream
 from plug.generation.window import (
@@ -30,8 +31,8 @@ from plug.generation.window import (
     frame,
     prompt_limit,
     window_length,
-    write,
 )
+from plug.generation.writer import Row, write
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 
@@ -153,11 +154,15 @@ class Generator:
                     for token_id in token_ids:
                         streams.push(row, token_id)
         else:
-            on_token = streams.push if streams else None
-            rules = self._rules(window, settings)
-            sampler = Sampler(settings, seeds, rules.steps, self.engine.device)
-            rows = write(self.engine, prompts, rules, sampler, on_token)
-            written = [(row.written, row.finish_reason) for row in rows]
+            rules = self.rules(window, settings)
+            rows = [
+                Row(
+                    prompt, rules, settings, seed, partial(streams.push, index) if streams else None
+                )
+                for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            ]
+            write(self.engine, rows)
+            written = [(row.written, row.finish_reason or "length") for row in rows]
         if streams:
             streams.flush()
         seconds = time.perf_counter() - began
@@ -175,7 +180,7 @@ class Generator:
             )
         ]
 
-    def _rules(self, window: int, settings: GenerationSettings) -> Rules:
+    def rules(self, window: int, settings: GenerationSettings) -> Rules:
         if settings.mode == "original":
             return OriginalRules(self.config, window, settings.out_length)
         min_length = settings.min_length or 0
@@ -187,11 +192,18 @@ class Generator:
         """Beam search; what follows the first [SEP] of a hypothesis is dropped."""
         config = self.config
         original = settings.mode == "original"
+        repetition, ngram = settings.repetition_penalty, settings.no_repeat_ngram_size
 
         def allow(logits: Tensor, written: Tensor) -> Tensor:
             if not original:
                 logits = forbid(logits, config.num_emitted_tokens, self._banned)
-            return penalize(logits, list(written), settings) if settings.has_penalties else logits
+            if not settings.has_penalties or not written.shape[1]:
+                return logits
+            counts = written.new_full((len(written),), written.shape[1])
+            penalties = torch.full_like(counts, repetition, dtype=logits.dtype)
+            return penalize(
+                logits, written, counts, penalties, torch.full_like(counts, ngram), ngram
+            )
 
         found = beam_search(
             self.engine,
