@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import plug
-from plug.cli import convert, evaluate, generate, info, pretrain
+from plug.cli import convert, evaluate, generate, info, pretrain, quantize
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
 
@@ -44,6 +44,7 @@ def _options(
 
 app.command()(generate.generate)
 app.command()(convert.convert)
+app.command()(quantize.quantize)
 app.add_typer(pretrain.app, name="pretrain")
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(info.info)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from plug.errors import UsageError
 from plug.generation.cache import DecoderCache
 from plug.model.plug import Decoder, Plug
+from plug.quantization.linear import QuantizedLinear
 from plug.quantization.products import product
 
 # Sources are encoded together when their lengths round up to the same multiple of this.
@@ -186,13 +188,15 @@ class _Product(nn.Module):
 
     def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.forward = multiply  # type: ignore[method-assign]
+        self.forward = multiply
 
 
 def _with_fast_products(decoder: Decoder) -> Decoder:
     """The same modules with the same weights, but for linear layers: those are `product`s."""
 
     def replaced(module: nn.Module) -> nn.Module:
+        if isinstance(module, QuantizedLinear):
+            return _Product(module.step_product())
         if isinstance(module, nn.Linear):
             return _Product(product(module.weight, module.bias))
         copy = module.__new__(type(module))
@@ -203,4 +207,4 @@ def _with_fast_products(decoder: Decoder) -> Decoder:
         }
         return copy
 
-    return replaced(decoder)  # type: ignore[return-value]
+    return cast(Decoder, replaced(decoder))

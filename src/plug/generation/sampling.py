@@ -1,4 +1,4 @@
-"""From logits to one token a row: pure functions of tensors, and the `Sampler` with the rows' state.
+"""From logits to one token a row: pure functions of tensors, and `Sampler`, the rows' state.
 
 Each row has its own settings and seed. All of it happens on the device, and nothing is read back.
 The order is that of `transformers`: what is written already (repetition penalty, n-grams), then
@@ -203,7 +203,7 @@ class Sampler:
         for state in self._state.values():
             state[target] = state[source]
         for kept in (self._settings, self._generators, self._min_lengths):
-            kept[target] = kept[source]  # type: ignore[index, assignment]
+            kept[target] = kept[source]  # type: ignore[assignment]
 
     @property
     def _width(self) -> int:

@@ -72,7 +72,10 @@ class PlugRules:
         self.window = window
         self.steps = out_length
         self.min_length = min_length
-        self.forbidden = [*banned, *range(config.num_emitted_tokens, config.vocab_size)]
+        self.forbidden: Sequence[int] = [
+            *banned,
+            *range(config.num_emitted_tokens, config.vocab_size),
+        ]
 
     def first_source(self, prompt: Sequence[int]) -> list[int]:
         return frame(prompt, self.config)

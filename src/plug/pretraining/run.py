@@ -24,7 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from plug.checkpoints.store import find_model_directory, load, replace_directory, save, write_model
+from plug.checkpoints.store import (
+    find_model_directory,
+    load,
+    refuse_quantized,
+    replace_directory,
+    save,
+    write_model,
+)
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
@@ -193,7 +200,9 @@ class _Run:
 
     def _read_weights(self, model: Plug, source: str) -> None:
         """Weights of a checkpoint, or of stage 1 (the decoder stays new if it has none)."""
-        saved = load(find_model_directory(source))
+        directory = find_model_directory(source)
+        refuse_quantized(directory)
+        saved = load(directory)
         decoder_layers = {saved.config.num_decoder_layers, model.config.num_decoder_layers}
         ours, theirs = (
             dataclasses.replace(one, num_decoder_layers=0) for one in (model.config, saved.config)
