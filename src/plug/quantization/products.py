@@ -31,7 +31,7 @@ def product(weight: Tensor, bias: Tensor | None, *, lossless: bool = True) -> Pr
     weight = weight.detach()
     if _packs(weight, lossless):
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        multiply = torch.ops.quantized.linear_dynamic_fp16.default
+        multiply = torch.ops.quantized.linear_dynamic_fp16.default._op
         return lambda x: multiply(x, packed)
     return lambda x: F.linear(x, weight, bias)
 
@@ -50,7 +50,7 @@ def product_8bit(weight: Tensor, scale: Tensor, bias: Tensor) -> Product | None:
         warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
         quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
         packed = torch.ops.quantized.linear_prepack(quantized, bias)
-    multiply = torch.ops.quantized.linear_dynamic.default
+    multiply = torch.ops.quantized.linear_dynamic.default._op
     # Without VNNI, sums of two products can overflow their 16 bits unless a bit is spared.
     spare_a_bit = not torch.cpu._is_vnni_supported()
 
@@ -74,7 +74,7 @@ def product_4bit(weight: Tensor, scale: Tensor, center: Tensor, bias: Tensor) ->
     packed = torch._convert_weight_to_int4pack_for_cpu(unpacked, 1)
     group_size = unpacked.shape[1] // scale.shape[1]
     scales = torch.stack([scale, center], dim=2).transpose(0, 1).contiguous().bfloat16()
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default._op
 
     def rows(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).bfloat16()
