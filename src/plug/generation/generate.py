@@ -127,8 +127,8 @@ class Generator:
             )
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size={batch_size!r} 应是不小于 1 的整数。")
-        seeds = _seeds(seed, len(texts))
-        prompts = [self._encode(text, allow_special_tokens) for text in texts]
+        seeds = self.seeds(seed, len(texts))
+        prompts = [self.encode(text, allow_special_tokens) for text in texts]
         results: list[GenerationResult] = []
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)
@@ -181,6 +181,7 @@ class Generator:
         ]
 
     def rules(self, window: int, settings: GenerationSettings) -> Rules:
+        """What may be written, and when it ends."""
         if settings.mode == "original":
             return OriginalRules(self.config, window, settings.out_length)
         min_length = settings.min_length or 0
@@ -226,7 +227,27 @@ class Generator:
                 written.append((token_ids, "length"))
         return written
 
-    def _encode(self, text: str, allow_special_tokens: bool) -> list[int]:
+    @staticmethod
+    def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+        """One seed a text, checked; new ones for None."""
+        if seed is None:
+            return [secrets.randbits(32) for _ in range(count)]
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+        if len(seeds) != count:
+            raise UsageError(
+                f"给了 {len(seeds)} 个 seed，却有 {count} 段文字。请一段一个，或只给一个。"
+            )
+        for each in seeds:
+            if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**63:
+                raise UsageError(f"seed={each!r} 应是 0 到 2^63-1 之间的整数。")
+        return seeds
+
+    def encode(self, text: str, allow_special_tokens: bool) -> list[int]:
+        """The ids of a text to continue.
+
+        Raises:
+            UsageError: it has no content that the vocabulary knows.
+        """
         if not isinstance(text, str):
             raise UsageError(f"要续写的应是文字（str），却是 {type(text).__name__}。")
         if not text.strip():
@@ -334,17 +355,3 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         on_text=on_text,
     )
     return results[0] if isinstance(texts, str) else results
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        return [secrets.randbits(32) for _ in range(count)]
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
-    if len(seeds) != count:
-        raise UsageError(
-            f"给了 {len(seeds)} 个 seed，却有 {count} 段文字。请一段一个，或只给一个。"
-        )
-    for each in seeds:
-        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**63:
-            raise UsageError(f"seed={each!r} 应是 0 到 2^63-1 之间的整数。")
-    return seeds

@@ -52,7 +52,8 @@ def penalize(
     # At i stands an id to forbid if the size - 1 ids before it are the last size - 1 of the row.
     forbidden = valid & (size > 0) & (where >= size - 1) & (counts >= size)
     for back in range(1, min(longest_ngram, written.shape[1])):
-        last = written.gather(1, (counts - back).clamp(min=0))
+        # Rows without penalties may have written more than there is room for.
+        last = written.gather(1, (counts - back).clamp(0, written.shape[1] - 1))
         forbidden &= (written.roll(back, 1) == last) | (back >= size)
     return logits.masked_fill(_marked(written, forbidden, vocab), float("-inf"))
 
@@ -193,8 +194,8 @@ class Sampler:
         """Random numbers for the next ``draws`` choices of ``row``, after those it had."""
         settings = self._settings[row]
         assert settings is not None, "call join first"
+        self._state["draw"][row] = 0
         if not settings.greedy:
-            self._state["draw"][row] = 0
             uniforms = torch.rand(draws, generator=self._generators[row])
             self._state["uniforms"][row, :draws] = uniforms
 
@@ -253,7 +254,6 @@ class Sampler:
         counts = self._state["counts"][: plan.rows]
         if plan.written:
             written = self._state["written"][: plan.rows]
-            # Rows without penalties may have written more than there is room for.
             where = counts.clamp(max=written.shape[1] - 1)
             written.scatter_(1, where[:, None], token_ids[:, None])
         counts += kept
