@@ -275,7 +275,8 @@ def _write(path: Path, text: str) -> None:
             _rewrite(lambda x: x.update({"mlm_head.bias": torch.ones(3)})),
             r"mlm_head.bias 是 \[3\]，应为 \[320\]",
         ),
-        (_rewrite(lambda x: x.update({"mlm_head.bias": torch.ones(320).to(torch.int8)})), "I8"),
+        (_rewrite(lambda x: x.update({"mlm_head.bias": torch.ones(320).to(torch.int8)})), "int8"),
+        (_rewrite(lambda x: x.update({"mlm_head.bias": torch.ones(320).double()})), "F64"),
     ],
 )
 def test_damaged_weights_are_one_clear_failure(

@@ -15,6 +15,7 @@ from plug.errors import PlugError
 COMMANDS = [
     "generate",
     "convert",
+    "quantize",
     "finetune",
     "predict",
     "classify",

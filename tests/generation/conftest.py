@@ -78,32 +78,39 @@ class ScriptedEngine:
     def __init__(self, config: PlugConfig, scripts: Sequence[Sequence[int]]) -> None:
         self.config = config
         self.scripts = scripts
-        self.rows = list(range(len(scripts)))
-        self.next_rows = self.rows  # those that read again at the next window
-        self.selections = 0
+        self.order = list(range(len(scripts)))  # the script of each row
+        self.next_rows: list[int] | None = None  # those that read at the second encoding
+        self.moves = 0
         self.steps = 0
         self.windows: list[list[list[int]]] = []  # the sources of each encoding
         self.window_first_step: list[int] = []
         self.fed: list[tuple[list[int], list[int]]] = []
 
-    def start(self, sources: Sequence[Sequence[int]], capacity: int, copies: int = 1) -> None:
-        assert copies == 1
-        if self.windows:
-            self.rows = self.next_rows
-        assert len(sources) == len(self.rows)
-        self.capacity = capacity
+    def open(self, rows: int, source_length: int, capacity: int) -> None:
+        assert rows == len(self.scripts)
+        self.source_length, self.capacity = source_length, capacity
+
+    def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        assert max(rows) < len(self.scripts)
+        assert max(map(len, sources)) <= self.source_length
+        if self.windows and self.next_rows is not None:
+            self.order = self.next_rows
         self.windows.append([list(source) for source in sources])
         self.window_first_step.append(self.steps)
 
-    def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        assert max(positions) < self.capacity
-        self.fed.append((list(token_ids), list(positions)))
+    def decode(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        assert max(positions) < length <= self.capacity
+        self.fed.append((token_ids.tolist(), positions.tolist()))
         logits = torch.zeros(len(token_ids), self.config.vocab_size)
-        for index, row in enumerate(self.rows):
-            logits[index, self.scripts[row][self.steps]] = 1
+        for row in range(len(token_ids)):
+            logits[row, self.scripts[self.order[row]][self.steps]] = 1
         self.steps += 1
         return logits
 
-    def select(self, rows: Sequence[int]) -> None:
-        self.selections += 1
-        self.rows = self.next_rows = [self.rows[row] for row in rows]
+    def replay(self, _key: object, step: Callable[[], Tensor], _length: int, _rows: int) -> Tensor:
+        return step()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        assert length <= self.capacity
+        self.moves += 1
+        self.order[target] = self.order[source]

@@ -83,14 +83,14 @@ def test_what_is_shown_piece_by_piece_is_the_text(
 def test_the_text_is_shown_while_it_is_written(generator: Generator) -> None:
     shown: list[int] = []
     steps = 0
-    step = generator.engine.step
+    decode = generator.engine.decode
 
     def counted(*inputs: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        return step(*inputs)
+        return decode(*inputs)
 
-    generator.engine.step = counted  # type: ignore[method-assign]
+    generator.engine.decode = counted  # type: ignore[method-assign]
     generate("山上", model=generator, out_length=20, seed=1, on_text=lambda *_: shown.append(steps))
 
     assert shown[0] < 10
@@ -127,13 +127,13 @@ def test_beams_forbid_repeated_ngrams_too(generator: Generator) -> None:
 
 def test_special_tokens_in_the_text_are_text_unless_asked_for(generator: Generator) -> None:
     seen: list[list[int]] = []
-    start = generator.engine.start
+    read = generator.engine.read
 
-    def spy(sources: list[list[int]], *rest: int, **options: int) -> None:
+    def spy(rows: list[int], sources: list[list[int]]) -> None:
         seen.extend(sources)
-        start(sources, *rest, **options)
+        read(rows, sources)
 
-    generator.engine.start = spy  # type: ignore[method-assign]
+    generator.engine.read = spy  # type: ignore[method-assign]
     sep = generator.tokenizer.sep_token_id
 
     generate("山[SEP]庙", model=generator, out_length=1)

@@ -1,22 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plug.generation.sampling import (
-    Sampler,
-    candidates,
-    draw,
-    penalize,
-    penalize_repetition,
-    repeated_ngram_ids,
-)
+from plug.generation.sampling import Sampler, candidates, draw, penalize
 from plug.generation.settings import GenerationSettings
 
-CPU = torch.device("cpu")
+END = 49
+GREEDY = GenerationSettings(do_sample=False)
 
 
 def random_logits(rows: int = 3, vocab: int = 50) -> Tensor:
@@ -25,6 +21,39 @@ def random_logits(rows: int = 3, vocab: int = 50) -> Tensor:
 
 def as_distribution(probabilities: Tensor, ids: Tensor, vocab: int) -> Tensor:
     return torch.zeros(len(ids), vocab).scatter(1, ids, probabilities)
+
+
+def alike(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """`candidates` with the same settings in every row; 0 is off."""
+    rows, vocab = logits.shape
+    most = min(top_k or vocab, vocab)
+    return candidates(
+        logits,
+        torch.full((rows,), temperature),
+        torch.full((rows,), most),
+        torch.full((rows,), top_p or 1.0),
+        most,
+    )
+
+
+def make_sampler(
+    settings: list[GenerationSettings], seeds: list[int], draws: int, vocab: int = 50
+) -> Sampler:
+    sampler = Sampler(len(settings), vocab, END, draws, torch.device("cpu"))
+    for row, (each, seed) in enumerate(zip(settings, seeds, strict=True)):
+        sampler.join(row, each, seed, steps=draws)
+        sampler.refill(row, draws)
+    return sampler
+
+
+def choices(sampler: Sampler, logits: Tensor, steps: int) -> list[list[int]]:
+    """What each row chooses at each step."""
+    made = []
+    for step in range(steps):
+        plan = sampler.plan([step] * len(logits))
+        made.append(sampler.choose(logits, plan))
+        sampler.record(made[-1], torch.ones(len(logits), dtype=torch.bool), plan)
+    return torch.stack(made).T.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.9, 2.0])
@@ -41,9 +70,22 @@ def test_what_may_be_drawn_is_what_transformers_keeps(
     if 0 < top_p < 1:
         theirs = transformers.TopPLogitsWarper(top_p)(None, theirs)
 
-    kept = candidates(logits, temperature, top_k, top_p)
+    kept = alike(logits, temperature, top_k, top_p)
 
     torch.testing.assert_close(as_distribution(*kept, vocab=50), theirs.softmax(-1))
+
+
+def test_each_row_is_cut_by_its_own_settings() -> None:
+    logits = random_logits()
+    own = [(0.5, 3, 1.0), (2.0, 50, 0.6), (1.0, 50, 1.0)]
+
+    together = candidates(logits, *map(torch.tensor, zip(*own, strict=True)), 50)
+
+    for row, (temperature, top_k, top_p) in enumerate(own):
+        alone = alike(logits[row : row + 1], temperature, top_k, top_p)
+        torch.testing.assert_close(
+            as_distribution(*together, vocab=50)[row], as_distribution(*alone, vocab=50)[0]
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -52,37 +94,54 @@ def test_penalties_equal_those_of_transformers(size: int) -> None:
     generator = torch.Generator().manual_seed(5)
     written = torch.randint(0, 4, (3, 23), generator=generator)  # few ids: much is repeated
     logits = random_logits()
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(written, logits)
-    theirs = transformers.NoRepeatNGramLogitsProcessor(size)(written, theirs)
-    settings = GenerationSettings(repetition_penalty=1.3, no_repeat_ngram_size=size)
+    counts = [23, 11, 2]
+    theirs = []
+    for row, count in enumerate(counts):
+        ids, scores = written[row : row + 1, :count], logits[row : row + 1]
+        scores = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, scores)
+        theirs.append(transformers.NoRepeatNGramLogitsProcessor(size)(ids, scores))
 
-    torch.testing.assert_close(penalize(logits, list(written), settings), theirs)
+    ours = penalize(
+        logits,
+        written,
+        torch.tensor(counts),
+        torch.full((3,), 1.3),
+        torch.full((3,), size),
+        longest_ngram=4,
+    )
+
+    torch.testing.assert_close(ours, torch.cat(theirs))
 
 
 def test_a_penalty_acts_on_what_was_written_alone() -> None:
-    logits = torch.tensor([2.0, -2.0, 2.0, -2.0])
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]])
+    written = torch.tensor([[0, 1, 1, 3], [0, 1, 1, 3]])
 
-    penalized = penalize_repetition(logits, torch.tensor([0, 1, 1]), 2.0)
+    penalized = penalize(
+        logits, written, torch.tensor([3, 0]), torch.tensor([2.0, 2.0]), torch.tensor([0, 0]), 0
+    )
 
-    assert penalized.tolist() == [1.0, -4.0, 2.0, -2.0]
+    assert penalized.tolist() == [[1.0, -4.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]]
 
 
 @given(ids=st.lists(st.integers(0, 2), max_size=12), size=st.integers(1, 4))
 def test_an_ngram_is_banned_if_and_only_if_it_would_be_the_second(
     ids: list[int], size: int
 ) -> None:
-    banned = set(repeated_ngram_ids(torch.tensor(ids, dtype=torch.long), size).tolist())
+    written = torch.tensor([[*ids, 2, 1, 0, 0]])  # what follows the row's own is no one's
+    own, one = torch.tensor([len(ids)]), torch.ones(1)
+    banned = penalize(torch.zeros(1, 3), written, own, one, torch.tensor([size]), 4)[0] < 0
 
     for following in range(3):
         longer = [*ids, following]
         ngrams = [tuple(longer[at : at + size]) for at in range(len(longer) - size + 1)]
         is_second = bool(ngrams) and ngrams[-1] in ngrams[:-1]
-        assert (following in banned) == is_second
+        assert bool(banned[following]) == is_second
 
 
 @given(uniform=st.floats(0, 1, exclude_max=True), top_p=st.sampled_from([0.3, 0.9, 1.0]))
 def test_a_draw_is_the_quantile_of_the_kept_distribution(uniform: float, top_p: float) -> None:
-    probabilities, ids = candidates(random_logits(), 1.0, 20, top_p)
+    probabilities, ids = alike(random_logits(), 1.0, 20, top_p)
 
     drawn = draw(probabilities, ids, torch.full((3,), uniform)).tolist()
 
@@ -94,7 +153,7 @@ def test_a_draw_is_the_quantile_of_the_kept_distribution(uniform: float, top_p: 
 
 
 def test_nothing_that_top_p_dropped_is_drawn_at_the_very_end() -> None:
-    probabilities, ids = candidates(random_logits(200, 50), 1.0, 0, 0.5)
+    probabilities, ids = alike(random_logits(200, 50), 1.0, 0, 0.5)
 
     drawn = draw(probabilities, ids, torch.ones(200))
 
@@ -103,11 +162,11 @@ def test_nothing_that_top_p_dropped_is_drawn_at_the_very_end() -> None:
 
 def test_frequencies_of_draws_are_the_probabilities() -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -50.0]])
-    sampler = Sampler(GenerationSettings(temperature=1.0, top_k=0), [11], 20_000, CPU)
+    sampler = make_sampler([GenerationSettings(temperature=1.0, top_k=0)], [11], 20_000, vocab=5)
 
-    drawn = torch.tensor([sampler.choose(logits, [0], step)[0] for step in range(20_000)])
+    [drawn] = choices(sampler, logits, 20_000)
 
-    frequencies = torch.bincount(drawn, minlength=5) / 20_000
+    frequencies = torch.bincount(torch.tensor(drawn), minlength=5) / 20_000
     # 4 standard deviations of a frequency near 0.5 among 20,000 draws
     torch.testing.assert_close(frequencies, logits[0].softmax(-1), atol=0.015, rtol=0)
 
@@ -115,23 +174,41 @@ def test_frequencies_of_draws_are_the_probabilities() -> None:
 def test_the_seed_decides_and_a_longer_limit_changes_nothing_before_it() -> None:
     logits = random_logits(1, 50)
 
-    def choices(seed: int, steps: int) -> list[int]:
-        sampler = Sampler(GenerationSettings(), [seed], steps, CPU)
-        return [sampler.choose(logits, [0], step)[0] for step in range(15)]
+    def drawn(seed: int, steps: int) -> list[int]:
+        return choices(make_sampler([GenerationSettings()], [seed], steps), logits, 15)[0]
 
-    assert choices(1, 15) == choices(1, 15) == choices(1, 400)
-    assert choices(1, 15) != choices(2, 15)
+    assert drawn(1, 15) == drawn(1, 15) == drawn(1, 400)
+    assert drawn(1, 15) != drawn(2, 15)
 
 
-def test_a_row_draws_the_same_when_other_rows_have_left() -> None:
+def test_a_row_chooses_the_same_whoever_is_beside_it_and_wherever_it_is_moved() -> None:
     logits = random_logits(3, 50)
-    together = Sampler(GenerationSettings(), [4, 5, 6], 9, CPU)
-    alone = Sampler(GenerationSettings(), [6], 9, CPU)
+    own = GenerationSettings(temperature=2.0, repetition_penalty=1.2, no_repeat_ngram_size=2)
+    [expected] = choices(make_sampler([own], [6], 30), logits[2:], 30)
+    others = [GREEDY, GenerationSettings(top_k=0, top_p=0.5)]
+    together = make_sampler([*others, own], [4, 5, 6], 30)
 
-    for step in range(9):
-        assert (
-            together.choose(logits[1:], [1, 2], step)[1] == alone.choose(logits[2:], [0], step)[0]
-        )
+    first = choices(together, logits, 12)
+    together.move(2, 0)
+    second = []
+    for step in range(12, 30):
+        plan = together.plan([step])
+        chosen = together.choose(logits[2:], plan)
+        together.record(chosen, torch.ones(1, dtype=torch.bool), plan)
+        second += chosen.tolist()
+
+    assert first[2] + second == expected
+    assert len(set(expected)) > 10
+
+
+def test_the_minimum_length_and_forbidden_ids_are_those_of_the_row() -> None:
+    logits = torch.zeros(2, 50)
+    logits[:, END], logits[:, 7] = 3, 2
+    sampler = Sampler(2, 50, END, 4, torch.device("cpu"))
+    sampler.join(0, GREEDY, 0, min_length=2, steps=4)
+    sampler.join(1, GREEDY, 0, forbidden=[END, 7], steps=4)
+
+    assert choices(sampler, logits, 4) == [[7, 7, END, END], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +216,24 @@ def test_a_row_draws_the_same_when_other_rows_have_left() -> None:
 )
 def test_the_ways_to_be_greedy_all_take_the_likeliest(greedy: dict[str, float]) -> None:
     logits = random_logits()
-    sampler = Sampler(GenerationSettings(**greedy), [0, 0, 0], 5, CPU)
+    sampler = make_sampler([GenerationSettings(**greedy)] * 3, [0, 0, 0], 5)
 
-    assert sampler.choose(logits, [0, 1, 2], 0) == logits.argmax(-1).tolist()
+    assert sampler.choose(logits, sampler.plan([0, 0, 0])).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "penalty"),
+    [
+        ({}, 1.1),
+        ({"temperature": 0}, 1),
+        ({"do_sample": False}, 1),
+        ({"num_beams": 4}, 1),
+        ({"mode": "original"}, 1),
+        ({"mode": "original", "repetition_penalty": 1.3}, 1.3),
+        ({"do_sample": False, "repetition_penalty": 1.2}, 1.2),
+    ],
+)
+def test_repetition_is_penalized_by_default_only_where_plug_draws(
+    options: dict[str, Any], penalty: float
+) -> None:
+    assert GenerationSettings(**options).penalty == penalty

@@ -11,9 +11,9 @@ import torch
 
 from plug.errors import UsageError
 from plug.generation.engine import Engine
-from plug.generation.sampling import Sampler
 from plug.generation.settings import GenerationSettings
-from plug.generation.window import OriginalRules, PlugRules, Row, Rules, window_length, write
+from plug.generation.window import OriginalRules, PlugRules, Rules, window_length
+from plug.generation.writer import Row, write
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, original_text, replace_original_punctuation
@@ -28,9 +28,10 @@ ReadGolden = Callable[[str], Any]
 
 
 def write_greedily(engine: Any, prompts: list[list[int]], rules: Rules) -> list[Row]:
-    sampler = Sampler(GREEDY, [0] * len(prompts), rules.steps, engine.device)
+    rows = [Row(prompt, rules, GREEDY, 0) for prompt in prompts]
     with torch.inference_mode():
-        return write(engine, prompts, rules, sampler)
+        write(engine, rows)
+    return rows
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_rows_that_end_with_a_window_do_not_come_into_the_next(
 
     assert [row.written for row in rows] == [[10], [20, 21, 22]]
     assert engine.windows[1:] == [[[CLS, 8, 20, 21, SEP]]]
-    assert engine.selections == 0  # the full window's cache goes anyway: no copy of it
+    assert engine.moves == 0  # the full window's cache goes anyway: no copy of it
 
 
 def test_sep_waits_for_the_minimum_length(scripted_engine: MakeEngine) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ from plug.checkpoints.original_shards import (
 from plug.checkpoints.store import (
     CONFIG_FILE,
     find_model_directory,
+    refuse_quantized,
+    refuse_used,
     replace_directory,
     write_configs,
 )
@@ -44,6 +46,49 @@ from plug.model.configuration import PlugConfig
 from plug.tokenization import PlugTokenizer
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class OriginalReader:
+    """An original's directory whose names, shapes and dtypes are checked.
+
+    Raises:
+        UsageError: ``source`` is no such checkpoint.
+        PlugError: a shard is missing or damaged, or names or shapes do not fit.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.config, self.notes = _read_config(source)
+        self.shards = find_shards(source)
+        _check_divisible(self.config, len(self.shards))
+        self.table = layout.tensor_table(self.config)
+        self.shard_dtypes = check_shards(
+            self.shards, self.config, self.table
+        )  # by the shards' names
+        self.tokenizer = _read_vocabulary(source, self.config, self.notes)
+        self.notes.append(
+            "encoder_final_norm_passes=2：原版推理时对编码器的输出做两次末层归一化，"
+            "导入的模型照做，结果才与原版相同。"
+        )
+        self.notes.append(f"已略去 {layout.POOLER}.*：原版从不读取它。")
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each of our tensors."""
+        return {
+            ours: self.shard_dtypes[name]
+            for name, entry in self.table.items()
+            for ours in entry.ours
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each of our tensors, whole, put together from all shards (mapped, not read, at once)."""
+        states = [open_shard(path)[0] for path in self.shards]
+        for path, state in zip(self.shards, states, strict=True):
+            check_tied_table(path, state)
+        for name, entry in self.table.items():
+            slices = [state[name].chunk(len(entry.ours)) for state in states]
+            for index, ours in enumerate(entry.ours):
+                parts = [each[index] for each in slices]
+                yield ours, parts[0] if entry.axis is None else torch.cat(parts, entry.axis)
 
 
 def import_original(
@@ -69,19 +114,16 @@ def import_original(
         PlugError: a shard is missing or damaged, names or shapes do not fit, a value is not
             finite, or the disk is full.
     """
-    _refuse_used(target)
-    config, notes = _read_config(source)
-    shards = find_shards(source)
+    refuse_used(target)
+    original = OriginalReader(source)
+    config, notes, tokenizer = original.config, original.notes, original.tokenizer
+    shards, table, dtypes = original.shards, original.table, original.shard_dtypes
     num_shards = len(shards)
-    _check_divisible(config, num_shards)
-    table = layout.tensor_table(config)
-    dtypes = check_shards(shards, config, table)
     specs = {
         ours: TensorSpec(dtype or dtypes[name], entry.shape)
         for name, entry in table.items()
         for ours in entry.ours
     }
-    tokenizer = _read_vocabulary(source, config, notes)
     total = sum(
         entry.num_elements(num_shards) * dtypes[name].itemsize for name, entry in table.items()
     )
@@ -110,11 +152,6 @@ def import_original(
         write_configs(temporary, config, specs)
         if tokenizer is not None:
             tokenizer.save(temporary)
-    notes.append(
-        "encoder_final_norm_passes=2：原版推理时对编码器的输出做两次末层归一化，"
-        "导入的模型照做，结果才与原版相同。"
-    )
-    notes.append(f"已略去 {layout.POOLER}.*：原版从不读取它。")
     if differing:
         notes.append(
             f"{len(differing)} 个张量在各分片里本应相同，却不同，取第 0 片的值："
@@ -135,8 +172,9 @@ def export_original(
 
     The arguments, what is returned and what is raised are those of `import_original`.
     """
-    _refuse_used(target)
+    refuse_used(target)
     source = find_model_directory(source)
+    refuse_quantized(source)
     config = PlugConfig.from_file(source / CONFIG_FILE)
     if not config.num_decoder_layers:
         raise UsageError(f"{source} 只有编码器，写不成原版的格式。请用有解码器的模型。")
@@ -174,11 +212,6 @@ def export_original(
         write_json(temporary / "configuration.json", layout.original_configuration(num_shards))
         _write_vocabulary(source, temporary, notes)
     return notes
-
-
-def _refuse_used(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} 已经存在，不会覆盖。请换一个目录，或先删去它。")
 
 
 def _check_divisible(config: PlugConfig, num_shards: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from plug.checkpoints.weights import (
@@ -27,6 +28,8 @@ from plug.checkpoints.weights import (
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
+from plug.quantization.linear import quantize_modules, scheme_of
+from plug.quantization.scheme import Scheme, read_scheme
 
 if TYPE_CHECKING:
     from plug.tokenization import PlugTokenizer
@@ -58,7 +61,7 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
         raise UsageError(f"模型 {directory} 应是目录，却是文件。请给出它所在的目录。")
     if not any(directory.iterdir()):
         raise UsageError(f"模型目录 {directory} 是空的。请检查路径，或重新取得模型。")
-    if any(directory.glob("model/mp_rank_*_model_states.pt")):
+    if is_original(directory):
         raise UsageError(
             f"{directory} 是原版 PLUG 的权重。请先转换：plug convert --from {directory} --to 新目录"
         )
@@ -66,6 +69,11 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
         raise UsageError(f"{directory} 里没有 {CONFIG_FILE}，不是 PLUG 模型目录。")
     PlugConfig.from_file(directory / CONFIG_FILE)
     return directory
+
+
+def is_original(directory: Path) -> bool:
+    """Whether it holds the original's shards."""
+    return any(directory.glob("model/mp_rank_*_model_states.pt"))
 
 
 def load(
@@ -82,7 +90,8 @@ def load(
     Args:
         name_or_path: as in `find_model_directory`.
         device: "cpu", "cuda", "cuda:1", …
-        dtype: of all weights; None is float32 on the CPU and each tensor's saved dtype elsewhere.
+        dtype: of all weights but those of quantised layers; None is float32 on the CPU and each
+            tensor's saved dtype elsewhere.
 
     Raises:
         UsageError: as in `find_model_directory`.
@@ -91,14 +100,37 @@ def load(
     directory = find_model_directory(name_or_path)
     with torch.device("meta"), _NoInitialization():
         model = Plug(PlugConfig.from_file(directory / CONFIG_FILE))
+        if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
+            quantize_modules(model, scheme)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    weights = {
-        name: tensor if dtype is None else tensor.to(dtype)
-        for name, tensor in read_weights(directory, weight_shapes(model), device)
-    }
+    state = model.state_dict()
+    weights = {}
+    for name, tensor in read_weights(directory, weight_shapes(model), device):
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise PlugError(
+                f"{directory} 的 {name} 是 {tensor.dtype}，应为 {state[name].dtype}。"
+                "请检查 config.json 的 quantization 与权重是否配套。"
+            )
+        weights[name] = tensor if dtype is None or _is_quantized(name, tensor) else tensor.to(dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def _is_quantized(name: str, tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or name.endswith((".scale", ".center"))
+
+
+def refuse_quantized(directory: Path) -> None:
+    """Raise a `UsageError` where a directory's weights are integers, and floats are needed."""
+    if read_scheme(directory / CONFIG_FILE) is not None:
+        raise UsageError(f"{directory} 是量化过的，只能用来写作和评测。请改用量化之前的模型。")
+
+
+def refuse_used(target: Path) -> None:
+    """Raise a `UsageError` unless ``target`` is free to be written."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} 已经存在，不会覆盖。请换一个目录，或先删去它。")
 
 
 def weight_shapes(model: Plug) -> dict[str, tuple[int, ...]]:
@@ -162,22 +194,31 @@ def write_model(
     """What `save` writes, into a directory that is there (arguments as in `save`)."""
     state = model.state_dict()
     specs = {
-        name: TensorSpec(dtype or tensor.dtype, tuple(tensor.shape))
+        name: TensorSpec(
+            tensor.dtype if dtype is None or _is_quantized(name, tensor) else dtype,
+            tuple(tensor.shape),
+        )
         for name, tensor in state.items()
     }
     with WeightWriter(directory, specs, max_shard_bytes) as writer:
         for name, tensor in state.items():
             writer.write(name, tensor.detach())
-    write_configs(directory, model.config, specs)
+    write_configs(directory, model.config, specs, scheme_of(model))
     if tokenizer is not None:
         tokenizer.save(directory)
 
 
-def write_configs(directory: Path, config: PlugConfig, specs: dict[str, TensorSpec]) -> None:
+def write_configs(
+    directory: Path,
+    config: PlugConfig,
+    specs: dict[str, TensorSpec],
+    scheme: Scheme | None = None,
+) -> None:
     """`config.json` and, when there is a decoder, `generation_config.json`."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in specs.values():
-        sizes[spec.dtype] += spec.num_bytes
+        if spec.dtype.is_floating_point:
+            sizes[spec.dtype] += spec.num_bytes
     bookkeeping: dict[str, Any] = {
         "model_type": "plug",
         "architectures": ["PlugForPreTraining"],
@@ -185,6 +226,8 @@ def write_configs(directory: Path, config: PlugConfig, specs: dict[str, TensorSp
         "tie_word_embeddings": True,
         "dtype": str(sizes.most_common(1)[0][0]).removeprefix("torch."),
     }
+    if scheme is not None:
+        bookkeeping["quantization"] = scheme.to_dict()
     write_json(directory / CONFIG_FILE, bookkeeping | config.to_dict())
     if config.num_decoder_layers:
         write_json(directory / "generation_config.json", generation_defaults(config))

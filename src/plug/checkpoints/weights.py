@@ -28,7 +28,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 1024**3
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",  # of quantised layers
+    torch.uint8: "U8",
+}
 _DTYPES_BY_CODE = {code: dtype for dtype, code in _CODES.items()}
 
 Region = tuple[slice, ...] | EllipsisType

@@ -25,6 +25,7 @@ from plug.cli import (
     info,
     predict,
     pretrain,
+    quantize,
 )
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
@@ -55,6 +56,7 @@ def _options(
 
 app.command()(generate.generate)
 app.command()(convert.convert)
+app.command()(quantize.quantize)
 app.add_typer(pretrain.app, name="pretrain")
 app.command()(finetune.finetune)
 app.command()(predict.predict)

@@ -1,8 +1,9 @@
 """`DecoderCache`: what decoding keeps, so that a step costs one position and no more.
 
-Two halves, as in `transformers`' EncoderDecoderCache: self-attention keys and values, allocated
-once for a whole window and filled a position at a time; cross-attention keys and values,
-projected from the encoder's output once a window. Rows may stand at different positions.
+Two halves, as in `transformers`' EncoderDecoderCache: self-attention keys and values, filled a
+position at a time, and cross-attention keys and values, projected from the encoder's output once a
+window. Both are fixed buffers, allocated once: a step writes into them in place, wherever each row
+stands, so that its shapes and addresses stay the same and a CUDA graph can replay it.
 """
 
 from __future__ import annotations
@@ -16,81 +17,135 @@ from plug.model.layers import KeyValue
 
 
 class DecoderCache:
-    """Keys and values of one window; a `plug.model.layers.KeyValueCache`.
+    """Keys and values of up to ``rows`` texts; a `plug.model.layers.KeyValueCache`.
 
     Args:
-        encoder_key_values: a layer's cross-attention keys and values, each
-            (rows, heads, src, head_dim), from `Decoder.project_encoder`.
-        encoder_attention_mask: (rows, src) bool, True on real tokens; None where all are.
-        capacity: positions of self-attention to make room for.
+        like: a layer's keys (…, heads, …, head_dim), for the number and size of heads, the dtype
+            and the device.
+        layers: how many.
+        rows: texts at most.
+        source_length: tokens of a source at most.
+        capacity: positions of self-attention a row has room for.
     """
 
     def __init__(
-        self,
-        encoder_key_values: Sequence[KeyValue],
-        encoder_attention_mask: Tensor | None,
-        capacity: int,
+        self, like: Tensor, *, layers: int, rows: int, source_length: int, capacity: int
     ) -> None:
-        self.encoder_key_values = list(encoder_key_values)
-        self.encoder_attention_mask = encoder_attention_mask
-        key = encoder_key_values[0][0]
+        self._heads, self._head_dim = like.shape[1], like.shape[3]
         self.capacity = capacity
-        self.self_key_values: list[KeyValue] = [
-            (self._allocate(key, len(key)), self._allocate(key, len(key)))
-            for _ in encoder_key_values
-        ]
-        self.length = 0  # positions that any row has written
-        self._rows = torch.arange(len(key), device=key.device)
-        self._slots = torch.arange(capacity, device=key.device)
-        self._positions = self._rows.new_zeros(len(key))
-
-    def _allocate(self, like: Tensor, rows: int) -> Tensor:
         # Zeros, not empty: what the mask hides must still be a number.
-        return like.new_zeros(rows, like.shape[1], self.capacity, like.shape[3])
+        self._own, self._encoder = (
+            [
+                tuple(like.new_zeros(rows, self._heads, length, self._head_dim) for _ in range(2))
+                for _ in range(layers)
+            ]
+            for length in (capacity, source_length)
+        )
+        self._encoder_mask = like.new_zeros(rows, source_length, dtype=torch.bool)
+        self._sources = [(0, False)] * rows  # tokens, and whether padding ids are among them
+        self._slots = torch.arange(capacity, device=like.device)
+        heads = torch.arange(rows * self._heads, device=like.device)
+        self._first_slots = heads.view(rows, self._heads) * capacity
+        self._opened, self._shut = like.new_zeros(()), like.new_full((), float("-inf"))
 
-    def place(self, positions: Tensor, length: int) -> Tensor:
+    def put_source(
+        self, row: int, key_values: Sequence[KeyValue], attention_mask: Tensor, hidden: bool
+    ) -> None:
+        """Keep what ``row`` reads, each (heads, src, head_dim); mask (src,), True on real tokens.
+
+        Args:
+            row: which.
+            key_values: from `Decoder.project_encoder`, of this row.
+            attention_mask: where the source holds something to attend to.
+            hidden: whether the mask hides anything.
+        """
+        length = len(attention_mask)
+        for kept, new in zip(self._encoder, key_values, strict=True):
+            for buffer, states in zip(kept, new, strict=True):
+                buffer[row, :, :length] = states
+        self._encoder_mask[row] = False
+        self._encoder_mask[row, :length] = attention_mask
+        self._sources[row] = (length, hidden)
+
+    def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
+        """Cross-attention keys and values of the first ``rows``, and their mask (rows, src).
+
+        Args:
+            rows: how many are decoded.
+            granularity: the length is rounded up to a multiple of it, or to all there is. Above 1
+                there always is a mask.
+
+        Returns:
+            The pairs, each (rows, heads, src, head_dim); the mask is None where it hides nothing.
+        """
+        lengths = [length for length, _ in self._sources[:rows]]
+        longest = _round_up(max(lengths), granularity, self._encoder_mask.shape[1])
+        pairs = [
+            (key[:rows, :, :longest], value[:rows, :, :longest]) for key, value in self._encoder
+        ]
+        whole = all(source == (longest, False) for source in self._sources[:rows])
+        return pairs, None if whole and granularity == 1 else self._encoder_mask[:rows, :longest]
+
+    def place(self, positions: Tensor, length: int, granularity: int = 1) -> Tensor:
         """Say where the next token of each row goes.
 
         A position written before is overwritten, which is what repeating a step needs.
 
         Args:
             positions: (rows,), from 0, below ``capacity``.
-            length: the largest of them, plus 1.
+            length: not less than the largest of them, plus 1.
+            granularity: as in `encoder_view`.
 
         Returns:
-            Bool (rows, 1, 1, positions so far): the self-attention mask of this step.
+            (rows, 1, 1, positions so far): the self-attention mask to add, 0 or -inf.
         """
-        self._positions = positions
-        self.length = max(self.length, length)
-        return (self._slots[: self.length] <= positions[:, None])[:, None, None, :]
+        self._rows = len(positions)
+        self._length = _round_up(length, granularity, self.capacity)
+        slots = self._first_slots[: self._rows] + positions[:, None]
+        self._target = slots.view(-1)  # of each row and head, in a buffer seen as a list
+        seen = self._slots[: self._length] <= positions[:, None]
+        return torch.where(seen, self._opened, self._shut)[:, None, None, :]
 
     def update(self, key: Tensor, value: Tensor, layer_index: int) -> KeyValue:
         """Add one position, each (rows, heads, 1, head_dim); all positions of the layer so far."""
-        keys, values = self.self_key_values[layer_index]
-        keys[self._rows, :, self._positions] = key[:, :, 0]
-        values[self._rows, :, self._positions] = value[:, :, 0]
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        keys, values = self._own[layer_index]
+        for buffer, new in ((keys, key), (values, value)):
+            states = new.reshape(-1, self._head_dim)
+            buffer.view(-1, self._head_dim).index_copy_(0, self._target, states)
+        rows, length = self._rows, self._length
+        return keys[:rows, :, :length], values[:rows, :, :length]
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was, in self-attention alone.
+    def take(self, rows: Sequence[int], length: int, *, sources: bool) -> None:
+        """Row i becomes what row ``rows[i]`` was, in the first ``length`` positions.
 
-        For beams: all beams of one text read the same encoding.
+        Args:
+            rows: of the first ones; may repeat.
+            length: positions worth keeping.
+            sources: the source comes along; beams of one text leave theirs where it is.
         """
-        self.self_key_values = [
-            (self._take(key, rows), self._take(value, rows)) for key, value in self.self_key_values
-        ]
-        self._rows = self._rows[: len(rows)]
+        index = torch.tensor(rows, device=self._slots.device)
+        for keys, values in self._own:
+            for buffer in (keys, values):
+                buffer[: len(rows), :, :length] = buffer[index, :, :length]
+        if sources:
+            self._take_sources(slice(len(rows)), index)
+            self._sources[: len(rows)] = [self._sources[row] for row in rows]
 
-    def select(self, rows: Tensor) -> None:
-        """As `reorder`, cross-attention included: for texts that are done and leave the batch."""
-        self.reorder(rows)
-        self.encoder_key_values = [
-            (key[rows], value[rows]) for key, value in self.encoder_key_values
-        ]
-        if self.encoder_attention_mask is not None:
-            self.encoder_attention_mask = self.encoder_attention_mask[rows]
+    def move(self, source: int, target: int, length: int) -> None:
+        """Row ``target`` becomes what row ``source`` is."""
+        for keys, values in self._own:
+            for buffer in (keys, values):
+                buffer[target, :, :length] = buffer[source, :, :length]
+        self._take_sources(target, source)
+        self._sources[target] = self._sources[source]
 
-    def _take(self, states: Tensor, rows: Tensor) -> Tensor:
-        taken = self._allocate(states, len(rows))
-        taken[:, :, : self.length] = states[rows, :, : self.length]
-        return taken
+    def _take_sources(self, target: slice | int, source: Tensor | int) -> None:
+        longest = max(length for length, _ in self._sources)
+        for keys, values in self._encoder:
+            for buffer in (keys, values):
+                buffer[target, :, :longest] = buffer[source, :, :longest]
+        self._encoder_mask[target] = self._encoder_mask[source]
+
+
+def _round_up(length: int, granularity: int, limit: int) -> int:
+    return min(-(-length // granularity) * granularity, limit)

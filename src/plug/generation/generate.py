@@ -8,6 +8,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ from plug.device import find_device
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
 from plug.generation.engine import Engine
-from plug.generation.sampling import Sampler, penalize
+from plug.generation.sampling import penalize
 from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings, Mode
 from plug.generation.stream import RowStreams, text_stream
 from plug.generation.window import (
@@ -31,8 +32,8 @@ from plug.generation.window import (
     frame,
     prompt_limit,
     window_length,
-    write,
 )
+from plug.generation.writer import Row, write
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 
@@ -127,9 +128,9 @@ class Generator:
             )
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size={batch_size!r} 应是不小于 1 的整数。")
-        seeds = _seeds(seed, len(texts))
+        seeds = self.seeds(seed, len(texts))
         prompts = [
-            text if isinstance(text, list) else self._encode(text, allow_special_tokens)
+            text if isinstance(text, list) else self.encode(text, allow_special_tokens)
             for text in texts
         ]
         results: list[GenerationResult] = []
@@ -157,11 +158,15 @@ class Generator:
                     for token_id in token_ids:
                         streams.push(row, token_id)
         else:
-            on_token = streams.push if streams else None
-            rules = self._rules(window, settings)
-            sampler = Sampler(settings, seeds, rules.steps, self.engine.device)
-            rows = write(self.engine, prompts, rules, sampler, on_token)
-            written = [(row.written, row.finish_reason) for row in rows]
+            rules = self.rules(window, settings)
+            rows = [
+                Row(
+                    prompt, rules, settings, seed, partial(streams.push, index) if streams else None
+                )
+                for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            ]
+            write(self.engine, rows)
+            written = [(row.written, row.finish_reason or "length") for row in rows]
         if streams:
             streams.flush()
         seconds = time.perf_counter() - began
@@ -179,7 +184,8 @@ class Generator:
             )
         ]
 
-    def _rules(self, window: int, settings: GenerationSettings) -> Rules:
+    def rules(self, window: int, settings: GenerationSettings) -> Rules:
+        """What may be written, and when it ends."""
         if settings.mode == "original":
             return OriginalRules(self.config, window, settings.out_length)
         min_length = settings.min_length or 0
@@ -191,11 +197,18 @@ class Generator:
         """Beam search; what follows the first [SEP] of a hypothesis is dropped."""
         config = self.config
         original = settings.mode == "original"
+        repetition, ngram = settings.penalty, settings.no_repeat_ngram_size
 
         def allow(logits: Tensor, written: Tensor) -> Tensor:
             if not original:
                 logits = forbid(logits, config.num_emitted_tokens, self._banned)
-            return penalize(logits, list(written), settings) if settings.has_penalties else logits
+            if not settings.has_penalties or not written.shape[1]:
+                return logits
+            counts = written.new_full((len(written),), written.shape[1])
+            penalties = torch.full_like(counts, repetition, dtype=logits.dtype)
+            return penalize(
+                logits, written, counts, penalties, torch.full_like(counts, ngram), ngram
+            )
 
         found = beam_search(
             self.engine,
@@ -218,7 +231,27 @@ class Generator:
                 written.append((token_ids, "length"))
         return written
 
-    def _encode(self, text: str, allow_special_tokens: bool) -> list[int]:
+    @staticmethod
+    def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+        """One seed a text, checked; new ones for None."""
+        if seed is None:
+            return [secrets.randbits(32) for _ in range(count)]
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+        if len(seeds) != count:
+            raise UsageError(
+                f"给了 {len(seeds)} 个 seed，却有 {count} 段文字。请一段一个，或只给一个。"
+            )
+        for each in seeds:
+            if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**63:
+                raise UsageError(f"seed={each!r} 应是 0 到 2^63-1 之间的整数。")
+        return seeds
+
+    def encode(self, text: str, allow_special_tokens: bool) -> list[int]:
+        """The ids of a text to continue.
+
+        Raises:
+            UsageError: it has no content that the vocabulary knows.
+        """
         if not isinstance(text, str):
             raise UsageError(f"要续写的应是文字（str），却是 {type(text).__name__}。")
         if not text.strip():
@@ -328,17 +361,3 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         on_text=on_text,
     )
     return results[0] if isinstance(texts, str) else results
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        return [secrets.randbits(32) for _ in range(count)]
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
-    if len(seeds) != count:
-        raise UsageError(
-            f"给了 {len(seeds)} 个 seed，却有 {count} 段文字。请一段一个，或只给一个。"
-        )
-    for each in seeds:
-        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**63:
-            raise UsageError(f"seed={each!r} 应是 0 到 2^63-1 之间的整数。")
-    return seeds

@@ -84,7 +84,8 @@ class GenerationSettings:
         """The repetition penalty in effect."""
         if self.repetition_penalty is not None:
             return self.repetition_penalty
-        return SAMPLING_PENALTY if self.mode == "plug" and not self.greedy else 1.0
+        draws = self.mode == "plug" and self.num_beams == 1 and not self.greedy
+        return SAMPLING_PENALTY if draws else 1.0
 
     @property
     def has_penalties(self) -> bool:

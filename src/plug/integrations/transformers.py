@@ -104,6 +104,11 @@ class PlugTransformersConfig(PreTrainedConfig):
             for key, value in kwargs.items()
             if key not in _CONFIG_ARGUMENTS and not key.startswith("_")
         }
+        if "quantization" in kwargs:
+            raise UsageError(
+                "这个模型目录是量化过的，transformers 的类读不了它。"
+                "请用 plug.load 或 plug generate，或用未量化的模型。"
+            )
         super().__post_init__(**kwargs | PlugConfig.from_dict(checked).to_dict())
 
     def to_plug_config(self) -> PlugConfig:

@@ -25,6 +25,7 @@ BOOKKEEPING_KEYS = frozenset(
         "output_attentions",
         "output_hidden_states",
         "problem_type",
+        "quantization",
         "return_dict",
         "tie_word_embeddings",
         "torch_dtype",

@@ -24,7 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from plug.checkpoints.store import find_model_directory, load, replace_directory, save, write_model
+from plug.checkpoints.store import (
+    find_model_directory,
+    load,
+    refuse_quantized,
+    replace_directory,
+    save,
+    write_model,
+)
 from plug.checkpoints.weights import save_pickle
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
@@ -246,6 +253,7 @@ class _Run:
     def _read_weights(self, model: Plug, source: str) -> None:
         """Weights of a checkpoint, or of stage 1 (the decoder stays new if it has none)."""
         directory = find_model_directory(source)
+        refuse_quantized(directory)
         saved = load(directory)
         ours, theirs = model.config.to_dict(), saved.config.to_dict()
         differing = {name for name in ours if ours[name] != theirs[name]}

@@ -1,0 +1,216 @@
+"""`Writer`: texts written together, each in a row of its own; they join and leave between steps.
+
+`write` has all of them join at once; `batching.py` lets them come and go.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from plug.generation.engine import Engine
+from plug.generation.sampling import Plan, Sampler
+from plug.generation.settings import GenerationSettings
+from plug.generation.window import FinishReason, Rules, prompt_limit
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One text being written, in token ids.
+
+    Args:
+        prompt: without [CLS] and [SEP].
+        rules: `PlugRules` or `OriginalRules`.
+        settings: how tokens are chosen; ``rules`` have the lengths.
+        seed: of the draws.
+        on_token: called with each token it keeps.
+    """
+
+    prompt: Sequence[int]
+    rules: Rules
+    settings: GenerationSettings
+    seed: int
+    on_token: Callable[[int], None] | None = None
+    source: list[int] = field(default_factory=list)  # what the encoder reads now
+    written: list[int] = field(default_factory=list)
+    in_window: list[int] = field(default_factory=list)  # the part of it since the last encoding
+    finish_reason: FinishReason | None = None  # None while it is being written
+    steps: int = 0  # begun so far
+    steps_in_window: int = 0
+    is_due: bool = True  # the encoder has to read before the next step
+
+    @property
+    def longest_window(self) -> int:
+        return min(self.rules.window, self.rules.steps)
+
+    @property
+    def window_is_full(self) -> bool:
+        return self.steps_in_window == self.rules.window
+
+    @property
+    def has_no_steps_left(self) -> bool:
+        return self.steps == self.rules.steps
+
+    def take(self, token_id: int) -> None:
+        """The outcome of the step that comes next in turn."""
+        kept = self.rules.accept(token_id, self)
+        if kept == "stop":
+            self.finish_reason = "stop"
+        elif isinstance(kept, int):
+            self.written.append(kept)
+            self.in_window.append(kept)
+            if self.on_token is not None:
+                self.on_token(kept)
+
+
+class Writer:
+    """Steps all its rows by one token at a time. What a row writes does not depend on the others.
+
+    On CUDA the host runs a step ahead of what it has read, so that it never waits for a token; a
+    text that ends has one step too many, whose outcome is dropped.
+
+    Args:
+        engine: encodes and decodes; used by this writer alone.
+        rows: texts at most.
+        capacity: steps from one encoding at most.
+        source_length: tokens of a source at most; None is what the model can read.
+    """
+
+    def __init__(
+        self, engine: Engine, rows: int, capacity: int, source_length: int | None = None
+    ) -> None:
+        config, device = engine.config, engine.device
+        self.rows: list[Row] = []  # the i-th is the engine's row i
+        self.capacity = capacity
+        self.max_rows = rows
+        self._engine = engine
+        self._config = config
+        engine.open(rows, source_length or prompt_limit(config) + 2, capacity)
+        self._sampler = Sampler(rows, config.vocab_size, config.eos_token_id, capacity, device)
+        self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._begun: deque[tuple[list[Row], _Fetched]] = deque()
+        self._ahead = 1 if device.type == "cuda" else 0
+
+    def join(self, row: Row) -> None:
+        """Begin ``row`` with the next step."""
+        assert len(self.rows) < self.max_rows, "no room"
+        assert row.longest_window <= self.capacity, "its window is longer than the caches"
+        self._sampler.join(
+            len(self.rows),
+            row.settings,
+            row.seed,
+            forbidden=row.rules.forbidden,
+            min_length=row.rules.min_length,
+            steps=row.rules.steps,
+        )
+        row.source = row.rules.first_source(row.prompt)
+        self.rows.append(row)
+
+    def leave(self, gone: Sequence[Row]) -> None:
+        """Drop rows, finished or not; the last ones move into their places."""
+        for row in gone:
+            index, last = self.rows.index(row), self.rows.pop()
+            if last is not row:
+                self.rows[index] = last
+                self._sampler.move(len(self.rows), index)
+                for state in (self._tokens, self._positions):
+                    state[index] = state[len(self.rows)]
+                if not (last.is_due or last.window_is_full):  # else its caches are filled anew
+                    self._engine.move(len(self.rows), index, last.steps_in_window)
+
+    def step(self) -> list[Row]:
+        """One more token for every row; the rows that are finished now, which leave."""
+        self._read()
+        for row in self.rows:
+            row.steps += 1
+            row.steps_in_window += 1
+        length = max(row.steps_in_window for row in self.rows)
+        plan = self._sampler.plan([row.steps - 1 for row in self.rows])
+        chosen = self._engine.replay(
+            plan, lambda: self._decode(plan, length), length, len(self.rows)
+        )
+        self._begun.append((list(self.rows), _Fetched(chosen)))
+        # What comes next may need all that was written: the source of a window, or nothing more.
+        must_wait = any(row.window_is_full or row.has_no_steps_left for row in self.rows)
+        while len(self._begun) > (0 if must_wait else self._ahead):
+            self._take(*self._begun.popleft())
+        for row in self.rows:
+            if row.finish_reason is None and row.has_no_steps_left:
+                row.finish_reason = "length"
+        finished = [row for row in self.rows if row.finish_reason is not None]
+        self.leave(finished)
+        return finished
+
+    def _read(self) -> None:
+        for row in self.rows:
+            if row.window_is_full:
+                row.source = row.rules.next_source(row)
+                row.in_window = []
+                row.is_due = True
+        due = [index for index, row in enumerate(self.rows) if row.is_due]
+        if not due:
+            return
+        self._engine.read(due, [self.rows[index].source for index in due])
+        self._tokens[due] = self._config.decoder_start_token_id
+        self._positions[due] = 0
+        for index in due:
+            row = self.rows[index]
+            row.is_due, row.steps_in_window = False, 0
+            self._sampler.refill(index, row.longest_window)
+
+    def _decode(self, plan: Plan, length: int) -> Tensor:
+        """The step itself, on the device alone; the chosen ids (rows,)."""
+        config = self._config
+        tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
+        chosen = self._sampler.choose(self._engine.decode(tokens, positions, length), plan)
+        # What `Rules.accept` makes of it, for the next step: an id of a padding row is [UNK], and
+        # [SEP], where it ends nothing, is not written and the step comes again.
+        kept = chosen != config.eos_token_id
+        shown = chosen.masked_fill(chosen >= config.num_emitted_tokens, config.unk_token_id)
+        self._sampler.record(shown, kept, plan)
+        tokens.copy_(torch.where(kept, shown, tokens))
+        positions += kept
+        return chosen
+
+    @staticmethod
+    def _take(rows: list[Row], fetched: _Fetched) -> None:
+        for row, token_id in zip(rows, fetched.read(), strict=True):
+            if row.finish_reason is None:
+                row.take(token_id)
+
+
+class _Fetched:
+    """Ids on their way to the host."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._on_cuda = ids.device.type == "cuda"
+        if self._on_cuda:
+            self._ids = torch.empty_like(ids, device="cpu", pin_memory=True)
+            self._ids.copy_(ids, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._ids = ids
+
+    def read(self) -> list[int]:
+        if self._on_cuda:
+            self._arrived.synchronize()
+        return self._ids.tolist()
+
+
+def write(engine: Engine, rows: Sequence[Row]) -> None:
+    """Write all ``rows``, together."""
+    if rows:
+        capacity = max(row.longest_window for row in rows)
+        limit = prompt_limit(engine.config) + 2
+        longest = max(len(row.prompt) + 2 + row.rules.steps for row in rows)
+        writer = Writer(engine, len(rows), capacity, min(limit, longest))
+        for row in rows:
+            writer.join(row)
+        while writer.rows:
+            writer.step()

@@ -1,0 +1,82 @@
+"""`QuantizedLinear`, and putting it into a model in the place of `nn.Linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from plug.quantization.products import Product, product, product_4bit, product_8bit
+from plug.quantization.scheme import Scheme
+
+# Embeddings, norms and heads stay as they are.
+_PARTS = ("encoder.layers.", "decoder.layers.")
+
+
+class QuantizedLinear(nn.Module):
+    """Stands in for `nn.Linear`; for inference alone. Made empty: `load_state_dict` fills it.
+
+    Args:
+        in_features: of the layer.
+        out_features: of the layer.
+        scheme: how the weight is kept.
+
+    Raises:
+        UsageError: as `Scheme.tensors`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        for name, (dtype, shape) in scheme.tensors(out_features, in_features).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        self.register_buffer("bias", torch.empty(out_features))
+        self._product: Product | None = None
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in)."""
+        tensors = {name: each for name, each in self.named_buffers() if name != "bias"}
+        return self.scheme.dequantize(tensors, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            if self._product is None:
+                self._product = product(self.dequantized(x.dtype), self._bias, lossless=False)
+            return self._product(x)
+        return nn.functional.linear(x, self.dequantized(x.dtype), self._bias)
+
+    def step_product(self) -> Product:
+        """The fastest product of the few rows of a decoding step; nearly `forward`."""
+        tensors = dict(self.named_buffers())
+        fast = None
+        if self._bias.dtype == torch.float32:
+            fast = (product_8bit if self.scheme.bits == 8 else product_4bit)(**tensors)
+        return fast or self.forward
+
+    @property
+    def _bias(self) -> Tensor:
+        return self.get_buffer("bias")
+
+
+def quantized_names(model: nn.Module) -> list[str]:
+    """The linear layers of ``model`` that are quantised."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(_PARTS)
+    ]
+
+
+def quantize_modules(model: nn.Module, scheme: Scheme) -> None:
+    """Put an empty `QuantizedLinear` in the place of each of `quantized_names`."""
+    for name in quantized_names(model):
+        parent, _, own = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        quantized = QuantizedLinear(linear.in_features, linear.out_features, scheme)
+        setattr(model.get_submodule(parent), own, quantized)
+
+
+def scheme_of(model: nn.Module) -> Scheme | None:
+    """How the weights of ``model`` are kept; None where they are plain."""
+    found = (each.scheme for each in model.modules() if isinstance(each, QuantizedLinear))
+    return next(found, None)

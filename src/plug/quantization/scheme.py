@@ -1,0 +1,131 @@
+"""`Scheme`: how a weight matrix becomes integers and scales, and what it was again.
+
+8 bits: one scale an output channel, symmetric: w = q * scale, q in -127 … 127.
+4 bits: one scale and one centre a group of inputs: w = (q - 8) * scale + center, q in 0 … 15, two
+in a byte. Asymmetric, because 16 levels are few: placed between a group's least and largest weight
+none is wasted, for an eighth of a bit a weight. It is the form of PyTorch's own 4-bit kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plug.errors import UsageError
+
+GROUP_SIZE = 128
+# 4 bits: the range of a group is tried at these sizes, and the least squared error wins.
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What `config.json` says under "quantization".
+
+    Args:
+        bits: 8 or 4.
+        group_size: inputs that share a scale; None with 8 bits, where all do.
+
+    Raises:
+        UsageError: there is no such scheme.
+    """
+
+    bits: int
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits, self.group_size) not in ((8, None), (4, GROUP_SIZE)):
+            raise UsageError(
+                f"不支持的量化：bits={self.bits!r}，group_size={self.group_size!r}。"
+                f"可用：8 位（每个输出通道一个缩放），4 位（每 {GROUP_SIZE} 个输入一组）。"
+            )
+
+    @classmethod
+    def of(cls, bits: int) -> Scheme:
+        return cls(bits, GROUP_SIZE if bits == 4 else None)
+
+    def to_dict(self) -> dict[str, int]:
+        return {"bits": self.bits} | ({"group_size": self.group_size} if self.group_size else {})
+
+    def tensors(self, out: int, inputs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of what stands for a weight (out, in), by its name beside the bias.
+
+        Raises:
+            UsageError: the inputs cannot be parted into groups.
+        """
+        if self.group_size is None:
+            return {"weight": (torch.int8, (out, inputs)), "scale": (torch.float32, (out,))}
+        if inputs % self.group_size:
+            raise UsageError(
+                f"4 位量化每 {self.group_size} 个输入一组，而这个模型有宽度为 {inputs} 的层，分不成"
+                "整组。请用 --bits 8。"
+            )
+        groups = (out, inputs // self.group_size)
+        return {
+            "weight": (torch.uint8, (out, inputs // 2)),
+            "scale": (torch.bfloat16, groups),
+            "center": (torch.bfloat16, groups),
+        }
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """`tensors` of a weight (out, in) of any float dtype."""
+        weight = weight.float()
+        if self.group_size is None:
+            scale = weight.abs().amax(1) / 127
+            scale = scale.where(scale > 0, 1)
+            return {"weight": (weight / scale[:, None]).round_().to(torch.int8), "scale": scale}
+        groups = weight.unflatten(1, (-1, self.group_size))
+        least, most = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scale = center = q = torch.empty(0)
+        least_error = torch.full_like(least, float("inf"))
+        for shrink in _SHRINKS:
+            # Rounded first, so that the integers fit the scales that are saved.
+            try_scale = ((most - least) * shrink / 15).bfloat16().float()
+            try_center = ((least + most + try_scale) / 2).bfloat16().float()
+            try_q = (groups - try_center) / try_scale.where(try_scale > 0, 1) + 8
+            try_q.round_().clamp_(0, 15)
+            error = ((try_q - 8) * try_scale + try_center).sub_(groups).square_()
+            error = error.sum(2, keepdim=True)
+            better = error < least_error
+            if shrink == 1:
+                scale, center, q = try_scale, try_center, try_q
+            else:
+                scale = torch.where(better, try_scale, scale)
+                center = torch.where(better, try_center, center)
+                q = torch.where(better, try_q, q)
+            least_error = torch.minimum(error, least_error)
+        integers = q.flatten(1).to(torch.uint8)
+        return {
+            "weight": integers[:, ::2] | (integers[:, 1::2] << 4),  # even columns in the low half
+            "scale": scale[..., 0].bfloat16(),
+            "center": center[..., 0].bfloat16(),
+        }
+
+    def dequantize(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that `tensors` stand for."""
+        weight, scale = tensors["weight"], tensors["scale"]
+        if self.group_size is None:
+            return (weight * scale[:, None]).to(dtype)
+        q = torch.stack([weight & 15, weight >> 4], dim=2).flatten(1)
+        groups = q.unflatten(1, (-1, self.group_size)).float() - 8
+        restored = groups * scale.float()[..., None] + tensors["center"].float()[..., None]
+        return restored.flatten(1).to(dtype)
+
+
+def read_scheme(config_file: Path) -> Scheme | None:
+    """What a `config.json` that was checked before says; None where weights are plain.
+
+    Raises:
+        UsageError: it is not known here.
+    """
+    entry: Any = json.loads(config_file.read_text(encoding="utf-8")).get("quantization")
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or not {"bits"} <= entry.keys() <= {"bits", "group_size"}:
+        raise UsageError(f"{config_file} 里的 quantization={entry!r} 不认识。请升级 plug-zh。")
+    return Scheme(entry["bits"], entry.get("group_size"))
