@@ -162,7 +162,12 @@ def test_nothing_that_top_p_dropped_is_drawn_at_the_very_end() -> None:
 
 def test_frequencies_of_draws_are_the_probabilities() -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -50.0]])
-    sampler = make_sampler([GenerationSettings(temperature=1.0, top_k=0)], [11], 20_000, vocab=5)
+    sampler = make_sampler(
+        [GenerationSettings(temperature=1.0, top_k=0, repetition_penalty=1.0)],
+        [11],
+        20_000,
+        vocab=5,
+    )
 
     [drawn] = choices(sampler, logits, 20_000)
 
