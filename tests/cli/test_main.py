@@ -11,7 +11,7 @@ import plug
 from plug.cli import app
 from plug.errors import PlugError
 
-COMMANDS = ["generate", "convert", "pretrain", "evaluate", "info"]
+COMMANDS = ["generate", "convert", "quantize", "pretrain", "evaluate", "info"]
 
 
 def test_help_lists_every_command(run_plug: Callable) -> None:
