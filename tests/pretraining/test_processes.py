@@ -107,8 +107,8 @@ def test_ctrl_c_then_resume(command: Command, tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    assert process.returncode == 130, errors
+    assert "in pretrain" not in errors  # no traceback of ours
     assert state.is_file()
 
     again = run(command(1, "--resume", "--set", "steps=5", **changes))
