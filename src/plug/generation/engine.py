@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plug.errors import UsageError
 from plug.generation.cache import DecoderCache
+from plug.model import accounting
 from plug.model.layers import FeedForward, LayerNorm
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
@@ -24,6 +25,9 @@ from plug.quantization.scheme import Scheme
 
 # Sources are encoded together when their lengths round up to the same multiple of this.
 ENCODING_GRANULARITY = 64
+# A step on a CPU that reads fewer weights than this runs in one thread: handing out work takes
+# longer than the work, and far longer where other programs want the processor too.
+ONE_THREAD_WEIGHTS = 100_000_000
 # Lengths of the caches that a CUDA graph is made for are multiples of this.
 GRAPH_GRANULARITY = 64
 
@@ -60,6 +64,8 @@ class Engine:
         )
         self._head = _head(model)
         self._uses_graphs = self.device.type == "cuda"
+        step_weights = accounting.step_weights(model.config)
+        self._uses_one_thread = self.device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
         # A CPU is as fast with one source at a time, and its 8-bit products want it so.
         self._reads_together = self.device.type != "cpu"
         self._granularity = GRAPH_GRANULARITY if self._uses_graphs else 1
@@ -132,6 +138,16 @@ class Engine:
             positions: (rows,), where each stands in its window, from 0.
             length: known to the host: not less than the largest position, plus 1.
         """
+        if not self._uses_one_thread:
+            return self._decode(token_ids, positions, length)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._decode(token_ids, positions, length)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _decode(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
         assert self._cache is not None, "call read first"
         mask = self._cache.place(positions, length, self._granularity)
         key_values, encoder_mask = self._cache.encoder_view(len(token_ids), self._granularity)

@@ -48,8 +48,11 @@ class QuantizedLinear(nn.Module):
         """The fastest product of the few rows of a decoding step; nearly `forward`."""
         fast = None
         if self._bias.dtype == torch.float32:
-            multiply = product_8bit if self.scheme.bits == 8 else product_4bit
-            fast = multiply(**dict(self.named_buffers()))
+            weight, scale = self.get_buffer("weight"), self.get_buffer("scale")
+            if self.scheme.bits == 8:
+                fast = product_8bit(weight, scale, self._bias)
+            else:
+                fast = product_4bit(weight, scale, self.get_buffer("center"), self._bias)
         return fast or self.forward
 
     def source_product(self) -> Product:
