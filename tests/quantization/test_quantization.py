@@ -85,6 +85,19 @@ def test_constant_and_zero_weights_survive(bits: int) -> None:
 
 
 @BOTH
+def test_a_weight_taken_in_parts_is_quantized_as_whole(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, weight = Scheme.of(bits), torch.randn(7, 256)
+    whole = scheme.quantize(weight)
+    monkeypatch.setattr("plug.quantization.scheme._ELEMENTS_AT_ONCE", 3 * 256)
+
+    parts = scheme.quantize(weight)
+
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@BOTH
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_a_quantized_layer_is_the_linear_layer_of_its_restored_weight(bits: int, rows: int) -> None:
     scheme, weight, bias = Scheme.of(bits), torch.randn(64, 256), torch.randn(64)
