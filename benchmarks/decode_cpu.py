@@ -1,12 +1,12 @@
 """Tokens a second on a CPU, batch 1: ours, `transformers` generate() and CTranslate2, in one run.
 
-    pip install ".[train]" ctranslate2
+    pip install ".[benchmark]"
     python benchmarks/decode_cpu.py --threads 1
 
 All run the weights of one model (plug-mini-zh), greedily, 64 source tokens in, 128 out, encoder
 included. The runs take turns, so that whatever else the machine does meets all of them; the figures
 are medians. `tokens_per_cpu_s` counts the seconds that the process had the processor: with one
-thread it is the figure of a machine that does nothing else. The last line is JSON.
+thread it is nearly the figure of a machine that does nothing else. The last line is JSON.
 """
 
 from __future__ import annotations

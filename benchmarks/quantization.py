@@ -4,8 +4,8 @@
 
 `layers`: relative error (norm of the difference over the norm) of the outputs of a layer of random
 normal weights and inputs. `nats_per_character`: of plug-mini-zh, as `plug evaluate lm` counts it,
-the plain mean over the files; `decoded` computes the decoder with the products of decoding steps,
-which on a CPU round activations too. The last line is JSON.
+the plain mean over the files; `decoded` computes with the products of the decoding engine, which on
+a CPU round activations too (one document at a time). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 import plug
 from plug.checkpoints.store import find_model_directory, load
 from plug.evaluation.language_model import evaluate_language_model
-from plug.generation import engine
+from plug.generation.engine import Engine
 from plug.pretraining.corpus import expand_paths, read_documents
 from plug.quantization.convert import quantize_directory
 from plug.quantization.linear import QuantizedLinear
@@ -81,9 +80,11 @@ def _nats(text: Path, limit: int | None) -> dict[str, float]:
     tokenizer = PlugTokenizer.load(find_model_directory())
     files = expand_paths([text])
 
-    def score(model: plug.Plug) -> float:
+    def score(model: plug.Plug, batch_size: int = 8) -> float:
         scores = [
-            evaluate_language_model(model, tokenizer, islice(read_documents(file), limit))
+            evaluate_language_model(
+                model, tokenizer, islice(read_documents(file), limit), batch_size=batch_size
+            )
             for file in files
         ]
         return round(fmean(each.nats_per_character for each in scores), 4)
@@ -95,16 +96,15 @@ def _nats(text: Path, limit: int | None) -> dict[str, float]:
         for bits in (8, 4):
             model = load(Path(folder, str(bits)))
             results[f"int{bits}"] = score(model)
-            results[f"int{bits}_decoded"] = score(_as_decoded(model))
+            results[f"int{bits}_decoded"] = score(_as_decoded(model), batch_size=1)
     return results
 
 
 def _as_decoded(model: plug.Plug) -> plug.Plug:
-    """The model with the products of decoding steps in its decoder."""
-    assert model.decoder is not None
-    head: Callable[[torch.Tensor], torch.Tensor] = engine._head(model)
-    model.decoder = engine._with_fast_products(model.decoder)
-    model.lm_logits = head  # type: ignore[method-assign]
+    """The model with the products of the decoding engine."""
+    made = Engine(model)
+    model.encoder, model.decoder = made._encoder, made._decoder
+    model.lm_logits = made._head  # type: ignore[method-assign]
     return model
 
 

@@ -36,11 +36,14 @@ def product(weight: Tensor, bias: Tensor | None, *, lossless: bool = True) -> Pr
     return lambda x: F.linear(x, weight, bias)
 
 
-def product_8bit(weight: Tensor, scale: Tensor, bias: Tensor) -> Product | None:
+def product_8bit(
+    weight: Tensor, scale: Tensor, bias: Tensor, *, row_by_row: bool = True
+) -> Product | None:
     """The same for int8 weights (out, in) and one scale an output; None where there is no kernel.
 
-    On a CPU, FBGEMM's product of integers: a row's activations are rounded to 8 bits over their own
-    range. Rows are multiplied one by one, as the kernel has one range for all it is given.
+    On a CPU, FBGEMM's product of integers: activations are rounded to 8 bits over their range. The
+    kernel has one range for all it is given: ``row_by_row`` multiplies rows one by one, so that
+    they do not depend on each other; without it they do, as the tokens of one source may.
     """
     if not _has_fbgemm(weight):
         return None
@@ -55,7 +58,7 @@ def product_8bit(weight: Tensor, scale: Tensor, bias: Tensor) -> Product | None:
     spare_a_bit = not torch.cpu._is_vnni_supported()
 
     def rows(x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:
+        if not row_by_row or x.numel() == x.shape[-1]:
             return multiply(x, packed, spare_a_bit)
         parts = [multiply(row, packed, spare_a_bit) for row in x.reshape(-1, 1, x.shape[-1])]
         return torch.cat(parts).view(*x.shape[:-1], -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from plug.errors import UsageError
 
 GROUP_SIZE = 128
+_ELEMENTS_AT_ONCE = 2**22
 # 4 bits: the range of a group is tried at these sizes, and the least squared error wins.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
@@ -73,8 +74,12 @@ class Scheme:
         }
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """`tensors` of a weight (out, in) of any float dtype."""
-        weight = weight.float()
+        """`tensors` of a weight (out, in) of any float dtype; works on some rows at a time."""
+        rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
+        parts = [self._quantize_rows(part.float()) for part in weight.split(rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _quantize_rows(self, weight: Tensor) -> dict[str, Tensor]:
         if self.group_size is None:
             scale = weight.abs().amax(1) / 127
             scale = scale.where(scale > 0, 1)
