@@ -66,7 +66,7 @@ def test_a_host_that_reads_late_and_rounded_lengths_change_nothing(
     for row in make_rows(ending_model):
         alone += write_in_flight(Engine(ending_model), [row], ahead=0)
     engine = Engine(ending_model)
-    engine._granularity = granularity
+    engine._model.granularity = granularity
 
     together = write_in_flight(engine, make_rows(ending_model), ahead)
 

@@ -20,7 +20,7 @@ class DecoderCache:
     """Keys and values of up to ``rows`` texts; a `plug.model.layers.KeyValueCache`.
 
     Args:
-        like: a layer's keys (…, heads, …, head_dim), for the number and size of heads, the dtype
+        like: keys of a layer (heads, …, head_dim), for the number and size of heads, the dtype
             and the device.
         layers: how many.
         rows: texts at most.
@@ -31,7 +31,7 @@ class DecoderCache:
     def __init__(
         self, like: Tensor, *, layers: int, rows: int, source_length: int, capacity: int
     ) -> None:
-        self._heads, self._head_dim = like.shape[1], like.shape[3]
+        self._heads, self._head_dim = like.shape[0], like.shape[2]
         self.capacity = capacity
         # Zeros, not empty: what the mask hides must still be a number.
         self._own, self._encoder = (
@@ -41,31 +41,22 @@ class DecoderCache:
             ]
             for length in (capacity, source_length)
         )
-        self._encoder_mask = like.new_zeros(rows, source_length, dtype=torch.bool)
-        self._sources = [(0, False)] * rows  # tokens, and whether padding ids are among them
+        self._sources = [0] * rows  # tokens of each
+        self._encoder_slots = torch.arange(source_length, device=like.device)
+        self.source_lengths = torch.zeros(rows, dtype=torch.int32, device=like.device)
         self._slots = torch.arange(capacity, device=like.device)
         heads = torch.arange(rows * self._heads, device=like.device)
         self._first_slots = heads.view(rows, self._heads) * capacity
         self._opened, self._shut = like.new_zeros(()), like.new_full((), float("-inf"))
 
-    def put_source(
-        self, row: int, key_values: Sequence[KeyValue], attention_mask: Tensor, hidden: bool
-    ) -> None:
-        """Keep what ``row`` reads, each (heads, src, head_dim); mask (src,), True on real tokens.
-
-        Args:
-            row: which.
-            key_values: from `Decoder.project_encoder`, of this row.
-            attention_mask: where the source holds something to attend to.
-            hidden: whether the mask hides anything.
-        """
-        length = len(attention_mask)
+    def put_source(self, row: int, key_values: Sequence[KeyValue]) -> None:
+        """Keep what ``row`` reads: a pair a layer, each (heads, attended positions, head_dim)."""
+        length = key_values[0][0].shape[1]
         for kept, new in zip(self._encoder, key_values, strict=True):
             for buffer, states in zip(kept, new, strict=True):
                 buffer[row, :, :length] = states
-        self._encoder_mask[row] = False
-        self._encoder_mask[row, :length] = attention_mask
-        self._sources[row] = (length, hidden)
+        self._sources[row] = length
+        self.source_lengths[row] = length
 
     def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
         """Cross-attention keys and values of the first ``rows``, and their mask (rows, src).
@@ -78,13 +69,14 @@ class DecoderCache:
         Returns:
             The pairs, each (rows, heads, src, head_dim); the mask is None where it hides nothing.
         """
-        lengths = [length for length, _ in self._sources[:rows]]
-        longest = _round_up(max(lengths), granularity, self._encoder_mask.shape[1])
+        lengths = self._sources[:rows]
+        longest = _round_up(max(lengths), granularity, len(self._encoder_slots))
         pairs = [
             (key[:rows, :, :longest], value[:rows, :, :longest]) for key, value in self._encoder
         ]
-        whole = all(source == (longest, False) for source in self._sources[:rows])
-        return pairs, None if whole and granularity == 1 else self._encoder_mask[:rows, :longest]
+        if granularity == 1 and min(lengths) == longest:
+            return pairs, None
+        return pairs, self._encoder_slots[:longest] < self.source_lengths[:rows, None]
 
     def place(self, positions: Tensor, length: int, granularity: int = 1) -> Tensor:
         """Say where the next token of each row goes.
@@ -140,11 +132,11 @@ class DecoderCache:
         self._sources[target] = self._sources[source]
 
     def _take_sources(self, target: slice | int, source: Tensor | int) -> None:
-        longest = max(length for length, _ in self._sources)
+        longest = max(self._sources)
         for keys, values in self._encoder:
             for buffer in (keys, values):
                 buffer[target, :, :longest] = buffer[source, :, :longest]
-        self._encoder_mask[target] = self._encoder_mask[source]
+        self.source_lengths[target] = self.source_lengths[source]
 
 
 def _round_up(length: int, granularity: int, limit: int) -> int:

@@ -8,31 +8,14 @@ on CUDA `replay` captures a step once and replays it as a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import groupby
-from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plug.errors import UsageError
 from plug.generation.cache import DecoderCache
-from plug.model import accounting
-from plug.model.layers import FeedForward, LayerNorm
+from plug.generation.plain import PlainModel
 from plug.model.plug import Plug
-from plug.quantization.linear import QuantizedLinear, scheme_of
-from plug.quantization.products import Product, product, product_8bit
-from plug.quantization.scheme import Scheme
-
-# Sources are encoded together when their lengths round up to the same multiple of this.
-ENCODING_GRANULARITY = 64
-# A step on a CPU that reads fewer weights than this runs in one thread: handing out work takes
-# longer than the work, and far longer where other programs want the processor too.
-ONE_THREAD_WEIGHTS = 100_000_000
-# Lengths of the caches that a CUDA graph is made for are multiples of this.
-GRAPH_GRANULARITY = 64
-
-
-Part = TypeVar("Part", bound=nn.Module)
 
 
 class Engine:
@@ -52,23 +35,8 @@ class Engine:
             )
         self.config = model.config
         self.device = model.embeddings.word_embeddings.weight.device
-        self._model = model
-        self._project_encoder = model.decoder.project_encoder
-        self._encoder = _with_products(
-            model.encoder, QuantizedLinear.source_product, lambda linear: linear
-        )
-        self._decoder = _with_products(
-            model.decoder,
-            QuantizedLinear.step_product,
-            lambda linear: product(linear.weight, linear.bias),
-        )
-        self._head = _head(model)
+        self._model = PlainModel(model)
         self._uses_graphs = self.device.type == "cuda"
-        step_weights = accounting.step_weights(model.config)
-        self._uses_one_thread = self.device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
-        # A CPU is as fast with one source at a time, and its 8-bit products want it so.
-        self._reads_together = self.device.type != "cpu"
-        self._granularity = GRAPH_GRANULARITY if self._uses_graphs else 1
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._room = (0, 0, 0)
         self._cache: DecoderCache | None = None
@@ -93,40 +61,19 @@ class Engine:
     def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
         """Encode sources, token ids with [CLS] and [SEP], for these rows, which begin anew.
 
-        Padding ids inside a source are not attended to, as in the reference. On a GPU, sources of
-        like length are encoded together.
+        Padding ids inside a source are not attended to, as in the reference.
         """
-        if not self._reads_together:
-            for pair in zip(rows, sources, strict=True):
-                self._read_together([pair])
-            return
-        order = sorted(zip(rows, sources, strict=True), key=lambda pair: len(pair[1]))
-        for _, group in groupby(order, lambda pair: -(-len(pair[1]) // ENCODING_GRANULARITY)):
-            self._read_together(list(group))
-
-    def _read_together(self, pairs: list[tuple[int, Sequence[int]]]) -> None:
-        pad = self.config.pad_token_id
-        longest = len(pairs[-1][1])
-        padded = [[*source, *[pad] * (longest - len(source))] for _, source in pairs]
-        input_ids = torch.tensor(padded, device=self.device)
-        mask = input_ids != pad
-        hides = any(pad in source for source in padded)
-        embedded = self._model.embeddings(input_ids)
-        hidden_states = self._encoder(embedded, mask if hides else None)
-        key_values = self._project_encoder(hidden_states)
-        if self._cache is None:
-            rows, source_length, capacity = self._room
-            self._cache = DecoderCache(
-                key_values[0][0],
-                layers=len(key_values),
-                rows=rows,
-                source_length=source_length,
-                capacity=capacity,
-            )
-        for index, (row, source) in enumerate(pairs):
-            length = len(source)
-            own = [(k[index, :, :length], v[index, :, :length]) for k, v in key_values]
-            self._cache.put_source(row, own, mask[index, :length], pad in source)
+        for row, key_values in zip(rows, self._model.encode(sources), strict=True):
+            if self._cache is None:
+                room, source_length, capacity = self._room
+                self._cache = DecoderCache(
+                    key_values[0][0],
+                    layers=len(key_values),
+                    rows=room,
+                    source_length=source_length,
+                    capacity=capacity,
+                )
+            self._cache.put_source(row, key_values)
 
     def decode(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
         """Feed one token to each of the first rows; logits of the next, (rows, vocab) in float32.
@@ -138,22 +85,8 @@ class Engine:
             positions: (rows,), where each stands in its window, from 0.
             length: known to the host: not less than the largest position, plus 1.
         """
-        if not self._uses_one_thread:
-            return self._decode(token_ids, positions, length)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._decode(token_ids, positions, length)
-        finally:
-            torch.set_num_threads(threads)
-
-    def _decode(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
         assert self._cache is not None, "call read first"
-        mask = self._cache.place(positions, length, self._granularity)
-        key_values, encoder_mask = self._cache.encoder_view(len(token_ids), self._granularity)
-        embedded = self._model.embeddings(token_ids[:, None], position_ids=positions[:, None])
-        hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, self._cache)
-        return self._head(hidden_states[:, 0]).float()
+        return self._model.decode(token_ids, positions, length, self._cache)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row ``target`` becomes what ``source`` is, with ``length`` positions of its past."""
@@ -172,8 +105,9 @@ class Engine:
         if not self._uses_graphs:
             return step()
         assert self._cache is not None, "call read first"
-        source_length = self._cache.encoder_view(rows, self._granularity)[0][0][0].shape[2]
-        key = (key, rows, -(-length // self._granularity), source_length)
+        granularity = self._model.granularity
+        source_length = self._cache.encoder_view(rows, granularity)[0][0][0].shape[2]
+        key = (key, rows, -(-length // granularity), source_length)
         if key not in self._graphs:
             result = step().clone()  # this step, and the warm-up of the capture
             graph = torch.cuda.CUDAGraph()
@@ -216,52 +150,3 @@ class Engine:
         """Keep these rows, sources included, in this order."""
         assert self._cache is not None, "call start first"
         self._cache.take(rows, self._length, sources=True)
-
-
-def _head(model: Plug) -> Product:
-    """The product with the word table; in a quantised model on a CPU with its copy in 8 bits."""
-    table = model.embeddings.word_embeddings.weight.detach()
-    scheme = scheme_of(model)
-    if scheme is not None and table.dtype == torch.float32:
-        in_8_bits = Scheme.of(8).quantize(table)
-        no_bias = table.new_zeros(len(table))
-        fast = product_8bit(in_8_bits["weight"], in_8_bits["scale"], no_bias)
-        if fast is not None:
-            return fast
-    return product(table, None)
-
-
-def _with_products(
-    part: Part,
-    for_quantized: Callable[[QuantizedLinear], Product],
-    for_plain: Callable[[nn.Linear], Product],
-) -> Part:
-    """The same modules and weights, for inference alone, with other linear layers.
-
-    What is only ever called becomes a plain function, which costs half of what calling a module
-    does: at batch 1 on a CPU that is 7% of a step.
-    """
-
-    def replaced(module: nn.Module) -> nn.Module:
-        copy = module.__new__(type(module))
-        copy.__dict__.update(module.__dict__)
-        copy._modules = {
-            name: child if child is None else replaced(child)
-            for name, child in module._modules.items()
-        }
-        for name, child in module.named_children():
-            if isinstance(child, QuantizedLinear):
-                copy.__dict__[name] = for_quantized(child)
-            elif isinstance(child, nn.Linear):
-                copy.__dict__[name] = for_plain(child)
-            elif isinstance(child, nn.Dropout):
-                copy.__dict__[name] = _identity
-            elif isinstance(child, (LayerNorm, FeedForward)):
-                copy.__dict__[name] = copy._modules[name].forward  # type: ignore[union-attr]
-        return copy
-
-    return cast(Part, replaced(part))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
