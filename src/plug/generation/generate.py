@@ -33,7 +33,7 @@ from plug.generation.window import (
     prompt_limit,
     window_length,
 )
-from plug.generation.writer import Row, write
+from plug.generation.writer import Row, Writer, write
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 
@@ -97,6 +97,7 @@ class Generator:
         self.config = model.config
         self.tokenizer = tokenizer
         self.engine = Engine(model.eval())
+        self._writer: Writer | None = None
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         theirs = (self.config.decoder_start_token_id, self.config.eos_token_id)
         if tokenizer.vocab_size > self.config.vocab_size or ours != theirs:
@@ -165,7 +166,7 @@ class Generator:
                 )
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
-            write(self.engine, rows)
+            self._writer = write(self.engine, rows, self._writer)
             written = [(row.written, row.finish_reason or "length") for row in rows]
         if streams:
             streams.flush()

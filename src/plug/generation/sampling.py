@@ -128,6 +128,7 @@ class Sampler:
     ) -> None:
         self.vocab_size = vocab_size
         self.end = end
+        self._draws = draws
         zeros = torch.zeros(rows, device=device)
         counts = zeros.long()
         self._state = {
@@ -210,14 +211,18 @@ class Sampler:
     def _width(self) -> int:
         return self._state["written"].shape[1]
 
-    def plan(self, written: Sequence[int]) -> Plan:
-        """The next choice of the first rows, which have written at most so many tokens each."""
-        rows = len(written)
-        settings = [each for each in self._settings[:rows] if each is not None]
+    def plan(self, written: Sequence[int], rows: int | None = None) -> Plan:
+        """The next choice of the first rows, which have written at most so many tokens each.
+
+        Args:
+            written: a number a row that somebody reads.
+            rows: those, and some that nobody reads; None is those alone.
+        """
+        settings = [each for each in self._settings[: len(written)] if each is not None]
         drawing = [each.top_k or self.vocab_size for each in settings if not each.greedy]
         penalties = any(each.has_penalties for each in settings)
         return Plan(
-            rows=rows,
+            rows=rows or len(written),
             most=min(max(drawing, default=0), self.vocab_size),
             written=min(-(-max(1, *written) // 64) * 64, self._width) if penalties else 0,
             longest_ngram=max(each.no_repeat_ngram_size for each in settings),
@@ -246,7 +251,7 @@ class Sampler:
             return likeliest
         kept = candidates(logits, state["temperature"], state["top_k"], state["top_p"], plan.most)
         uniforms = state["uniforms"].gather(1, state["draw"][:, None])[:, 0]
-        state["draw"] += 1
+        state["draw"].add_(1).clamp_(max=self._draws - 1)  # rows that nobody reads go on and on
         return torch.where(state["greedy"], likeliest, draw(*kept, uniforms))
 
     def record(self, token_ids: Tensor, kept: Tensor, plan: Plan) -> None:

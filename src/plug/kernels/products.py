@@ -1,0 +1,168 @@
+"""`Weight`: a weight on a CUDA device, multiplied with any number of rows by what is fastest there.
+
+Few rows are a matter of reading the weight: `few_rows.cu`. Many are a matter of arithmetic: cuBLAS
+in half precision, or FP8 where the weight is quantised and the card has it. `docs/quantization.md`
+has the measurements.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plug.kernels.rows import FP8, FP8_MAX, quantize_rows, unpack_4bit
+from plug.quantization.linear import QuantizedLinear
+
+# cuBLAS is as fast from here on, with half precision.
+_FEW_ROWS_OF_HALF = 8
+# Rows of one launch, and those up to which several launches are better than an unpacked weight.
+_ROWS_AT_ONCE = 32
+_FEW_ROWS_OF_INTEGERS = 64
+
+
+class Weight:
+    """x W^T + b, of one linear layer or of several with the same input, stacked.
+
+    Stacking moves the layers' tensors into one, of which they keep views: no weight is held twice.
+
+    Args:
+        layers: all `nn.Linear` in half precision, or all `QuantizedLinear`.
+        for_sources: it will multiply many rows. 8-bit weights become FP8 for good, where the card
+            has that.
+    """
+
+    def __init__(self, *layers: nn.Linear | QuantizedLinear, for_sources: bool = False) -> None:
+        self._bits = 16
+        if isinstance(layers[0], QuantizedLinear):
+            self._bits = layers[0].scheme.bits
+        self._has_fp8 = has_fp8(cast(Tensor, layers[0].bias).device)
+        if for_sources and self._bits == 8 and self._has_fp8:
+            for layer in layers:
+                layer.weight = layer.weight.to(FP8)
+        tensors = _stacked(layers)
+        self._weight, self._bias = tensors["weight"], tensors["bias"]
+        self._scale = tensors.get("scale", self._bias)
+        self._center = tensors.get("center", self._bias)
+        self._row_scale: Tensor | None = None
+        if self._bits == 4 and self._has_fp8:
+            largest = self._center.float().abs() + 8 * self._scale.float().abs()
+            self._row_scale = largest.amax(1).clamp_min(1e-12) / FP8_MAX
+        self.out_features = len(self._bias)
+        self._fits = _fits(self._weight, self._bits, self.out_features)
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+        """(rows, in) to (rows, out), in x's dtype.
+
+        Args:
+            x: in half precision.
+            gelu: apply the exact GELU.
+            wide: the result in float32.
+        """
+        few = _FEW_ROWS_OF_HALF if self._bits == 16 else _FEW_ROWS_OF_INTEGERS
+        if self._fits and len(x) <= few:
+            dtype = torch.float32 if wide else x.dtype
+            out = torch.empty(len(x), self.out_features, dtype=dtype, device=x.device)
+            for first in range(0, len(x), _ROWS_AT_ONCE):
+                part = slice(first, first + _ROWS_AT_ONCE)
+                self._few_rows(x[part], out[part], gelu)
+            return out
+        out = self._many_rows(x)
+        out = F.gelu(out) if gelu else out
+        return out.float() if wide else out
+
+    def _few_rows(self, x: Tensor, out: Tensor, gelu: bool) -> None:
+        tiles = 1 if len(x) <= 8 else 2 if len(x) <= 16 else 4
+        kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
+        n_in = x.shape[1]
+        wide = out.dtype == torch.float32
+        kernel(
+            grid=(self.out_features // outputs, 1, 1),
+            block=(threads, 1, 1),
+            args=[
+                *(x, self._weight, self._scale, self._center, self._bias, out),
+                *(len(x), self.out_features, n_in, int(gelu), int(wide)),
+            ],
+        )
+
+    def _many_rows(self, x: Tensor) -> Tensor:
+        if self._bits == 16:
+            return F.linear(x, self._weight, self._bias)
+        if self._has_fp8:
+            return self._in_fp8(x)
+        if self._bits == 8:
+            weight = self._weight.to(x.dtype) * self._scale[:, None].to(x.dtype)
+        else:
+            weight = unpack_4bit(self._weight, self._scale, self._center, None)
+        return F.linear(x, weight.to(x.dtype), self._bias)
+
+    def _in_fp8(self, x: Tensor) -> Tensor:
+        if self._row_scale is not None:
+            weight = unpack_4bit(self._weight, self._scale, self._center, self._row_scale)
+            scale = self._row_scale
+        else:
+            weight, scale = self._weight.to(FP8), self._scale
+        rows, row_scale = quantize_rows(x)
+        result = torch._scaled_mm(
+            rows,
+            weight.t(),
+            scale_a=row_scale,
+            scale_b=scale[None, :],
+            bias=self._bias.bfloat16(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return result.to(x.dtype)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the card multiplies FP8 rows with a scale each."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _stacked(layers: tuple[nn.Linear | QuantizedLinear, ...]) -> dict[str, Tensor]:
+    """Tensors of all layers by name, one under the other; the layers' own become views of them."""
+    stacked = {}
+    for name in [*dict(layers[0].named_parameters()), *dict(layers[0].named_buffers())]:
+        parts: list[Tensor] = [getattr(layer, name).detach() for layer in layers]
+        if len(parts) == 1:
+            stacked[name] = parts[0]
+            continue
+        stacked[name] = torch.cat(parts)
+        views = stacked[name].split([len(part) for part in parts])
+        for layer, view in zip(layers, views, strict=True):
+            getattr(layer, name).data = view
+    return stacked
+
+
+def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
+    """Whether `few_rows.cu` takes the weight: integers or halves that go into whole pieces."""
+    n_in = weight.shape[1] * (2 if bits == 4 else 1)
+    whole = out_features % 64 == 0 and n_in % (512 // bits) == 0
+    return weight.is_cuda and whole and weight.dtype not in (FP8, torch.float32)
+
+
+@cache
+def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[Any, int, int]:
+    """The compiled kernel for the current device, its outputs and its threads a block."""
+    pieces, across, along, unroll = (1, 1, 8, 2) if tiles == 1 else (2, 2, 4, 1)
+    if tiles == 1 and bits == 16:
+        along = 16
+    settings = {
+        "BITS": bits,
+        "HALF": int(dtype == torch.float16),
+        "TILES": tiles,
+        "PIECES": pieces,
+        "ACROSS": across,
+        "ALONG": along,
+        "UNROLL": unroll,
+    }
+    defines = "".join(f"#define {name} {value}\n" for name, value in settings.items())
+    source = (files("plug.kernels") / "few_rows.cu").read_text(encoding="utf-8")
+    # PyTorch's own door to NVRTC, which comes with it: no compiler needs to be installed.
+    kernel = torch.cuda._compile_kernel(defines + source, "few_rows")
+    return kernel, 16 * pieces * across, 32 * across * along
