@@ -47,7 +47,7 @@ def test_it_writes_what_the_plain_model_writes(lively_model: Plug) -> None:
     plain = written(Engine(copy.deepcopy(lively_model)), PROMPTS)
 
     assert written(fused_engine(lively_model), PROMPTS) == plain
-    assert all(len(ids) > 4 for ids in plain)  # a second window was read
+    assert any(len(ids) > 4 for ids in plain)  # a second window was read
 
 
 @torch.inference_mode()
