@@ -46,7 +46,6 @@ class Engine:
         self._model = _model(model)
         self._uses_graphs = self.device.type == "cuda"
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         self.openings = 0
         self._room = (0, 0, 0)
         self._cache: DecoderCache | None = None
@@ -66,6 +65,8 @@ class Engine:
             `openings`, by which who opened can see whether somebody else has since.
         """
         self._graphs.clear()
+        # The graphs share their memory; a pool goes with its last graph.
+        self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         room = (rows, source_length, capacity)
         if self._cache is None or any(new > old for new, old in zip(room, self._room, strict=True)):
             self._room = room
@@ -133,7 +134,7 @@ class Engine:
         if key not in self._graphs:
             result = step().clone()  # this step, and the warm-up of the capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):  # the graphs share their memory
+            with torch.cuda.graph(graph, pool=self._pool):
                 output = step()
             self._graphs[key] = graph, output
             return result

@@ -10,7 +10,7 @@ tokens, without padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import cast
 
 import torch
@@ -56,6 +56,9 @@ class FusedModel:
         ]
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
+        steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
+        for weight, following in pairwise([*steps, self._head, steps[0]]):
+            weight.comes_before(following)
         self.granularity = None
 
     # --- sources ----------------------------------------------------------------------------------
@@ -72,8 +75,9 @@ class FusedModel:
                 group.append(source)
         return found
 
-    def _encode_together(self, sources: list[Sequence[int]]) -> list[list[KeyValue]]:
-        lengths = [len(source) for source in sources]
+    def read(self, sources: Sequence[Sequence[int]]) -> Tensor:
+        """The encoder's output for one source after the other, (tokens, hidden)."""
+        lengths = map(len, sources)
         token_ids = torch.tensor([i for source in sources for i in source], device=self._device)
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])
         hidden = embed(token_ids, positions, self._embeddings)
@@ -82,10 +86,15 @@ class FusedModel:
             hidden, normalized = add_norm(hidden, delta, layer.attention_norm)
             context = self._attend_sources(layer.query_key_value(normalized), sources)
             hidden, normalized = add_norm(hidden, layer.out(context), layer.feed_forward_norm)
-            delta = layer.fc2(layer.fc1(normalized, gelu=True))
+            delta = layer.fc2.after(layer.fc1, normalized)
         for norm in self._encoder_norms:
             _, hidden = add_norm(hidden, delta, norm)
             delta = None
+        return hidden
+
+    def _encode_together(self, sources: list[Sequence[int]]) -> list[list[KeyValue]]:
+        hidden = self.read(sources)
+        lengths = [len(source) for source in sources]
         found: list[list[KeyValue]] = [[] for _ in sources]
         kept = [attended(source, self._pad) for source in sources]
         for decoder_layer in self._decoder_layers:
@@ -96,7 +105,7 @@ class FusedModel:
                 found[index].append((key, value))
         return found
 
-    def _attend_sources(self, query_key_value: Tensor, sources: list[Sequence[int]]) -> Tensor:
+    def _attend_sources(self, query_key_value: Tensor, sources: Sequence[Sequence[int]]) -> Tensor:
         """Each source attends to itself: (tokens, 3 * hidden) to (tokens, hidden)."""
         shaped = query_key_value.view(-1, 3, self._heads, self._head_dim)
         contexts, first = [], 0
@@ -138,7 +147,7 @@ class FusedModel:
             hidden, normalized = add_norm(
                 hidden, layer.source_out(context), layer.feed_forward_norm
             )
-            delta = layer.fc2(layer.fc1(normalized, gelu=True))
+            delta = layer.fc2.after(layer.fc1, normalized)
         _, hidden = add_norm(hidden, delta, self._decoder_norm)
         return self._head(hidden, wide=True)
 
@@ -164,6 +173,8 @@ class _DecoderLayer:
         self.source_out = Weight(cross.out_proj)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
+        self.in_a_step = [self.query_key_value, self.out, self.source_query, self.source_out]
+        self.in_a_step += [self.fc1, self.fc2]
 
 
 def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Weight:
