@@ -119,7 +119,7 @@ def measure(bits: int, arguments: argparse.Namespace, device: torch.device) -> d
         found[f"batch{batch}_range"] = [round(batch * OUT / t, 1) for t in (max(times), min(times))]
         if batch == 1:
             found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        encoded = seconds(partial(engine._model.read, sources[:batch]), 3)
+        encoded = seconds(partial(engine._model.read, sources[:batch]), 5, rest=0.5)
         found[f"batch{batch}_encoder_ms"] = round(1e3 * encoded, 2)
     found["peak_gb_all"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     writer = None
@@ -250,16 +250,24 @@ def measure_peer(arguments: argparse.Namespace, device: torch.device) -> dict[st
         times = [seconds(partial(written, batch, **options), 1) for _ in range(arguments.rounds)]
         found[f"{name}_tokens_per_s"] = round(batch * OUT / statistics.median(times), 1)
     with torch.inference_mode():
-        found["encoder_ms"] = round(1e3 * seconds(partial(model.get_encoder(), ids[:1]), 5), 2)
+        encoded = seconds(partial(model.get_encoder(), ids[:1]), 5, rest=0.5)
+        found["encoder_ms"] = round(1e3 * encoded, 2)
     found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return found
 
 
-def seconds(call: Callable[[], Any], times: int) -> float:
-    """Median seconds of ``call``, with the device idle before and after."""
+def seconds(call: Callable[[], Any], times: int, rest: float = 0.0) -> float:
+    """Median seconds of ``call``, with the device idle before and after.
+
+    Args:
+        call: what to time.
+        times: how often; above 1, after one more that does not count.
+        rest: seconds before each: large products heat the card, which then slows down.
+    """
     found = []
     for _ in range(times + 1 if times > 1 else 1):
         torch.cuda.synchronize()
+        time.sleep(rest)
         began = time.perf_counter()
         call()
         torch.cuda.synchronize()
