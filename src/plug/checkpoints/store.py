@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from plug.checkpoints.hub import write_pretrained_configuration
 from plug.checkpoints.weights import (
     MAX_SHARD_BYTES,
     TensorSpec,
@@ -214,7 +215,7 @@ def write_configs(
     specs: dict[str, TensorSpec],
     scheme: Scheme | None = None,
 ) -> None:
-    """`config.json` and, when there is a decoder, `generation_config.json`."""
+    """`config.json`, `configuration.json` (ModelScope's), `generation_config.json` for a decoder."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in specs.values():
         if spec.dtype.is_floating_point:
@@ -229,8 +230,11 @@ def write_configs(
     if scheme is not None:
         bookkeeping["quantization"] = scheme.to_dict()
     write_json(directory / CONFIG_FILE, bookkeeping | config.to_dict())
+    defaults = generation_defaults(config)
     if config.num_decoder_layers:
-        write_json(directory / "generation_config.json", generation_defaults(config))
+        write_json(directory / "generation_config.json", defaults)
+    sampling = {name: defaults[name] for name in ("temperature", "top_k")}
+    write_pretrained_configuration(directory, config, sampling)
 
 
 def generation_defaults(config: PlugConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.store import CONFIG_FILE, find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
@@ -63,6 +64,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a model; the weights of the best epoch are kept.
 
+    Under `torchrun` (or another launcher that sets RANK and WORLD_SIZE) each process has a copy of
+    the model and its share of every batch, so that a step is batch size times processes.
+
     Args:
         settings: of the run.
         device: "cpu", "cuda", …; None is CUDA where there is one, and there in bfloat16.
@@ -75,7 +79,9 @@ def finetune(
     """
     began = time.perf_counter()
     task, output = find_task(settings.task), Path(settings.output)
-    _check_output(output, settings, resume)
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, one writes
+    if is_main:
+        _check_output(output, settings, resume)
     directory = find_model_directory(settings.model)
     config = PlugConfig.from_file(directory / CONFIG_FILE)
     settings.check_lengths(config.max_position_embeddings)
@@ -118,8 +124,11 @@ def finetune(
     try:
         checkpoint = get_last_checkpoint(output / "checkpoints") if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
-        model.save_pretrained(output)
-        tokenizer.save(output)
+        trainer.accelerator.wait_for_everyone()  # all have read the best weights
+        if is_main:
+            model.save_pretrained(output)
+            tokenizer.save(output)
+            write_finetuned_configuration(output, task.kind, settings.num_beams)
     except OSError as error:
         raise PlugError(
             f"没能写入 {output}：{error.strerror or error}。请检查磁盘空间和权限。"
@@ -139,11 +148,13 @@ def finetune(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    write_report(output, f"{task.title}：微调", settings.command(), facts, evaluation)
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
-    (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    if is_main:
+        write_report(output, f"{task.title}：微调", settings.command(), facts, evaluation)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
+        (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()  # the output is whole for each of them
     return FinetuneResult(output, evaluation.metrics)
 
 
