@@ -8,6 +8,7 @@ The directory holds the model and its tokenizer, `finetuning.json` (settings, la
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.store import CONFIG_FILE, find_model_directory
 from plug.device import find_device
@@ -48,10 +50,14 @@ from plug.tokenization import PlugTokenizer
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """Where the model is, and its scores on the evaluation file."""
+    """Where the model is, its scores on the evaluation file, and what the report says of the run.
+
+    `facts`: the settings, numbers of examples and steps, the device, versions.
+    """
 
     directory: Path
     metrics: dict[str, float]
+    facts: dict[str, Any]
 
 
 def finetune(
@@ -59,6 +65,7 @@ def finetune(
     *,
     device: str | None = None,
     resume: bool = False,
+    resumable: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
     """Fine-tune a model; the weights of the best epoch are kept.
@@ -67,6 +74,8 @@ def finetune(
         settings: of the run.
         device: "cpu", "cuda", …; None is CUDA where there is one, and there in bfloat16.
         resume: go on with the run that was interrupted in the same output.
+        resumable: keep what ``resume`` needs after every epoch, three times the model's size; False
+            keeps the best weights alone, for many short runs.
         callbacks: of `transformers`, for the Trainer.
 
     Raises:
@@ -100,15 +109,22 @@ def finetune(
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
     _write_run(output, settings, kind)
 
+    def predict(model: Any) -> list[Any]:
+        return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+
+    best = _Best(task.metric)
+
     def score(model: Any) -> dict[str, float]:
-        predictions = kind.predict(model, held_out, batch_size=settings.eval_batch_size)
-        return kind.evaluate(held_out, predictions).metrics
+        predictions = predict(model)
+        metrics = kind.evaluate(held_out, predictions).metrics
+        best.offer(trainer.state.global_step, metrics, predictions)
+        return metrics
 
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
         model=model,
-        args=_training_arguments(settings, task, output, chosen),
+        args=_training_arguments(settings, task, output, chosen, resumable),
         train_dataset=kind.features(examples),
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -124,7 +140,8 @@ def finetune(
         raise PlugError(
             f"没能写入 {output}：{error.strerror or error}。请检查磁盘空间和权限。"
         ) from error
-    predictions = kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+    is_best = best.step == trainer.state.best_global_step  # it is not after a resumption
+    predictions = best.predictions if is_best else predict(model)
     evaluation = kind.evaluate(held_out, predictions)
     history = trainer.state.log_history
     evaluation.plots.extend(_curves(history, task.metric))
@@ -144,7 +161,21 @@ def finetune(
     (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return FinetuneResult(output, evaluation.metrics)
+    return FinetuneResult(output, evaluation.metrics, facts)
+
+
+class _Best:
+    """The predictions of the best evaluation so far, so that it need not be repeated at the end."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.value = -math.inf
+        self.step: int | None = None
+        self.predictions: list[Any] = []
+
+    def offer(self, step: int, metrics: dict[str, float], predictions: list[Any]) -> None:
+        if metrics[self.metric] > self.value:
+            self.value, self.step, self.predictions = metrics[self.metric], step, predictions
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
@@ -220,9 +251,10 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
 
 
 def _training_arguments(
-    settings: FinetuneSettings, task: Task, output: Path, device: torch.device
+    settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
+    in_bf16 = settings.precision == "bf16"
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
         num_train_epochs=settings.epochs,
@@ -234,16 +266,19 @@ def _training_arguments(
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu,
+        bf16=on_gpu and in_bf16,
+        tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         eval_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="epoch" if resumable else "best",
+        save_only_model=not resumable,
         save_total_limit=1,  # and the best one
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{task.metric}",
         greater_is_better=True,
-        logging_steps=10,
+        logging_steps=0.01,  # of all steps: a hundred points
+        logging_nan_inf_filter=False,  # it waits for the GPU at every step; `log` checks the loss
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )

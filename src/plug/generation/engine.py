@@ -40,11 +40,16 @@ class Engine:
 
     The model's weights are read when the engine is made: later changes need another engine.
 
+    Args:
+        model: what decodes.
+        graphs: on CUDA, make a graph of each step that comes again; not worth it for many texts
+            of different length at once, where rows leave at nearly every step.
+
     Raises:
         UsageError: the model is an encoder alone.
     """
 
-    def __init__(self, model: Plug) -> None:
+    def __init__(self, model: Plug, *, graphs: bool = True) -> None:
         if model.decoder is None:
             raise UsageError(
                 "这个模型只有编码器（num_decoder_layers=0，预训练第一阶段的产物），不能写作。"
@@ -63,7 +68,7 @@ class Engine:
             lambda linear: product(linear.weight, linear.bias),
         )
         self._head = _head(model)
-        self._uses_graphs = self.device.type == "cuda"
+        self._uses_graphs = graphs and self.device.type == "cuda"
         step_weights = accounting.step_weights(model.config)
         self._uses_one_thread = self.device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
         # A CPU is as fast with one source at a time, and its 8-bit products want it so.
