@@ -74,6 +74,8 @@ def _pretrain(name: str, arguments: argparse.Namespace, device: list[str], deadl
         subprocess.run(words, check=True, timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         raise SystemExit(f"{name}: out of time. The same command goes on.") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"{name}: interrupted. The same command goes on.") from None
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{name}: plug pretrain ended with {error.returncode}.") from None
 

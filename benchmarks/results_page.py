@@ -1,7 +1,7 @@
 """Tables of docs/results.md from the lines that `finetune_all.py` wrote.
 
     python benchmarks/results_page.py --results docs/runs/finetune.jsonl --page docs/results.md \
-        [--ablation docs/runs/ablation.jsonl]
+        [--ablation docs/runs/ablation.jsonl docs/runs/ablation-encoders.jsonl]
 
 Replaces what stands in the page between `<!-- begin NAME -->` and `<!-- end NAME -->` for the names
 `finetune`, `commands` and `ablation`; the words around them are written by hand. A page that is not
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -98,7 +98,8 @@ def main() -> None:
     lines = read_lines(arguments.results)
     blocks = {"finetune": finetune_block(lines), "commands": commands_block(lines)}
     if arguments.ablation:
-        blocks["ablation"] = ablation_block(read_lines(arguments.ablation))
+        encoders = read_encoders(arguments.ablation)
+        blocks["ablation"] = ablation_block(read_lines(arguments.ablation), encoders)
     page = arguments.page.read_text(encoding="utf-8") if arguments.page.is_file() else PAGE
     for name, block in blocks.items():
         page = replaced(page, name, block)
@@ -108,13 +109,24 @@ def main() -> None:
 
 def read_lines(paths: Iterable[Path]) -> list[Line]:
     """Runs of all files, the last of each; those that failed left out."""
-    found: dict[tuple[str, str, int], Line] = {}
-    for path in paths:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if "failed" not in line:
-                found[line["task"], line["start"], line["seed"]] = line
+    found = {
+        (line["task"], line["start"], line["seed"]): line
+        for line in _lines(paths)
+        if "task" in line and "failed" not in line
+    }
+    if not found:
+        raise SystemExit(f"no finished run in {', '.join(map(str, paths))}")
     return list(found.values())
+
+
+def read_encoders(paths: Iterable[Path]) -> list[Line]:
+    """Lines of `ablation.py` on how the encoders were made."""
+    return [line for line in _lines(paths) if "name" in line]
+
+
+def _lines(paths: Iterable[Path]) -> Iterator[Line]:
+    for path in paths:
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
 def replaced(page: str, name: str, block: str) -> str:
@@ -272,8 +284,8 @@ def commands_block(lines: list[Line]) -> str:
     return table(header, rows) + "\n"
 
 
-def ablation_block(lines: list[Line]) -> str:
-    """Both encoders on each task; the difference seed by seed."""
+def ablation_block(lines: list[Line], encoders: list[Line]) -> str:
+    """How both encoders were made; each on each task, and the difference seed by seed."""
     cells = grouped(lines)
     rows = []
     for task in tasks_of(lines):
@@ -294,7 +306,22 @@ def ablation_block(lines: list[Line]) -> str:
                      mean, shown])  # fmt: skip
     header = ["task", "metric", *_others(lines), "masked LM alone (`plain`)",
               "with word and sentence objectives (`full`)", "full − plain", "by seed"]  # fmt: skip
-    return table(header, rows) + "\n\n" + _circumstances(lines) + "\n"
+    parts = [table(header, rows), _circumstances(lines), commands_block(lines).strip()]
+    if encoders:
+        costs = [
+            [
+                f"`{encoder['name']}`",
+                f"{encoder['step']:,.0f}",
+                f"{encoder['tokens'] / 1e6:,.1f}M",
+                f"{encoder['seconds']:,.0f}",
+                ", ".join(f"{name} {value:.3f}" for name, value in encoder["losses"].items()),
+                f"`{encoder['command']}`",
+            ]
+            for encoder in encoders
+        ]
+        head = ["encoder", "steps", "tokens", "seconds", "losses at the end", "command"]
+        parts.insert(0, table(head, costs))
+    return "\n\n".join(parts) + "\n"
 
 
 def _others(lines: list[Line]) -> list[str]:
