@@ -8,7 +8,8 @@ as many tokens: `full` as --config says, `plain` with the masked-LM loss alone. 
 `finetune_all.py` fine-tunes both; options that are not named here go to it. FOLDER holds
 pretraining.jsonl (a line an encoder) and results.jsonl. The same command goes on after a stop:
 an encoder from its last checkpoint, the fine-tuning with the runs that are missing. --minutes is
-for all of it; an encoder that would not be finished is not waited for.
+for all of it; an encoder that would not be finished is not waited for. --encoders-only leaves the
+fine-tuning to a call of `finetune_all.py` that does other runs, too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--device")
+    parser.add_argument("--encoders-only", action="store_true")
     arguments, options = parser.parse_known_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     device = ["--device", arguments.device] if arguments.device else []
@@ -46,6 +48,8 @@ def main() -> None:
     (arguments.folder / "pretraining.jsonl").write_text("".join(lines), encoding="utf-8")
     print("".join(lines), end="", flush=True)
 
+    if arguments.encoders_only:
+        return
     starts = [f"{name}={arguments.folder / name / 'model'}" for name in CHANGES]
     left = (deadline - time.monotonic()) / 60
     words = ["--folder", str(arguments.folder), "--starts", *starts, "--minutes", f"{left:.3f}"]

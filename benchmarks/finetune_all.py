@@ -4,8 +4,8 @@
         --starts shipped random stage1=runs/mini-stage1/model --seeds 1 2 3 --minutes 9
 
 Starting points: `shipped` (--shipped, plug-mini-zh), `random` (its shape, random weights), and
-NAME=DIRECTORY for others; an encoder alone gets a random decoder where the task writes. Further
-options are those of `plug finetune`, for every run.
+NAME=DIRECTORY for others, or NAME=DIRECTORY@TASK,TASK for these tasks alone; an encoder alone gets
+a random decoder where the task writes. Further options are those of `plug finetune`, for every run.
 
 --jobs processes work on one device, each importing its libraries once and taking one run after
 another, in the order seed, task (the long ones first), start. Each run is what the `plug finetune`
@@ -152,6 +152,9 @@ def _runs(arguments: argparse.Namespace, settings: dict[str, Any]) -> Iterator[R
             data = arguments.data / FOLDERS.get(task, task)
             train, dev = (next(data.glob(f"{part}.*")) for part in ("train", "dev"))
             for start in arguments.starts:
+                start, _, wanted = start.partition("@")
+                if wanted and task not in wanted.split(","):
+                    continue
                 name, model = _start(start, task, arguments)
                 yield Run(
                     task,

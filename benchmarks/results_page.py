@@ -35,7 +35,9 @@ PLUG = {
 }  # fmt: skip
 TITLES = {"random": "random weights", "stage1": "stage 1 alone", "shipped": "plug-mini-zh"}
 NAMES = {"accuracy": "accuracy", "f1": "F1", "bleu4": "BLEU-4"}
-OBJECTIVES = ("plain", "full")  # starting points of the ablation
+PLAIN = (
+    "plain"  # starting point of the ablation; the other one is `full`, or `stage1` if there is none
+)
 
 PAGE = """# Results
 
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--ablation", nargs="+", type=Path, default=[])
     parser.add_argument("--page", type=Path, required=True)
     arguments = parser.parse_args()
-    lines = read_lines(arguments.results)
+    lines = [line for line in read_lines(arguments.results) if line["start"] != PLAIN]
     blocks = {"finetune": finetune_block(lines), "commands": commands_block(lines)}
     if arguments.ablation:
         encoders = read_encoders(arguments.ablation)
@@ -286,26 +288,31 @@ def commands_block(lines: list[Line]) -> str:
 
 def ablation_block(lines: list[Line], encoders: list[Line]) -> str:
     """How both encoders were made; each on each task, and the difference seed by seed."""
+    full = "full" if any(line["start"] == "full" for line in lines) else "stage1"
+    tasks = tasks_of(line for line in lines if line["start"] == PLAIN)
+    lines = [line for line in lines if line["start"] in (PLAIN, full) and line["task"] in tasks]
     cells = grouped(lines)
     rows = []
-    for task in tasks_of(lines):
+    for task in tasks:
         metric = TASKS[task].metric
-        plain, full = (cells.get((task, start), Scores([])) for start in OBJECTIVES)
+        both = [cells.get((task, start), Scores([])) for start in (PLAIN, full)]
         by_seed = [
             {line["seed"]: 100 * line["metrics"][metric] for line in scores.lines}
-            for scores in (plain, full)
+            for scores in both
         ]
-        both = sorted(by_seed[0].keys() & by_seed[1].keys())
-        differences = [by_seed[1][seed] - by_seed[0][seed] for seed in both]
-        shown = ", ".join(f"{value:+.2f}" for value in differences)
-        mean = f"{fmean(differences):+.2f}" if differences else "–"
-        others = [
-            cells[task, start].shown(metric) for start in _others(lines) if (task, start) in cells
-        ]
-        rows.append([f"`{task}`", NAMES[metric], *others, plain.shown(metric), full.shown(metric),
-                     mean, shown])  # fmt: skip
-    header = ["task", "metric", *_others(lines), "masked LM alone (`plain`)",
-              "with word and sentence objectives (`full`)", "full − plain", "by seed"]  # fmt: skip
+        shared = sorted(by_seed[0].keys() & by_seed[1].keys())
+        differences = [by_seed[1][seed] - by_seed[0][seed] for seed in shared]
+        rows.append(
+            [
+                f"`{task}`",
+                NAMES[metric],
+                *(scores.shown(metric) for scores in both),
+                f"{fmean(differences):+.2f}" if differences else "–",
+                ", ".join(f"{value:+.2f}" for value in differences),
+            ]
+        )
+    header = ["task", "metric", "masked LM alone (`plain`)",
+              f"with word and sentence objectives (`{full}`)", "difference", "by seed"]  # fmt: skip
     parts = [table(header, rows), _circumstances(lines), commands_block(lines).strip()]
     if encoders:
         costs = [
@@ -322,10 +329,6 @@ def ablation_block(lines: list[Line], encoders: list[Line]) -> str:
         head = ["encoder", "steps", "tokens", "seconds", "losses at the end", "command"]
         parts.insert(0, table(head, costs))
     return "\n\n".join(parts) + "\n"
-
-
-def _others(lines: list[Line]) -> list[str]:
-    return [start for start in starts_of(lines) if start not in OBJECTIVES]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
