@@ -101,6 +101,7 @@ def finetune(
         source_length=settings.source_length,
         target_length=settings.target_length,
         num_beams=settings.num_beams,
+        pairs=_pairs(examples),
     )
     kind.check(examples, training=True)
     kind.check(held_out, training=False)
@@ -205,6 +206,7 @@ def _write_run(output: Path, settings: FinetuneSettings, kind: Kind[Any, Any]) -
         "settings": settings.to_dict(),
         "labels": kind.labels,
         "label_names": kind.label_names,
+        "pairs": kind.pairs,
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -236,6 +238,16 @@ def _label_names(examples: list[Example]) -> dict[str, str]:
         for example in examples
         if isinstance(example, ClassificationExample) and example.label and example.label_name
     }
+
+
+def _pairs(examples: list[Example]) -> bool | None:
+    """Whether all have two texts, or none has; None if it differs."""
+    has_two = {
+        example.text_b is not None
+        for example in examples
+        if isinstance(example, ClassificationExample)
+    }
+    return has_two.pop() if len(has_two) == 1 else None
 
 
 def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: list[str]) -> None:
