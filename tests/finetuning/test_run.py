@@ -103,6 +103,22 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     assert logs[0] == logs[1] != []
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    epoch: int, settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With one before it the run goes on from there; with none it begins anew."""
+    whole = settings("classification", data("classification"), epochs=3.0)
+    finetune(whole, device="cpu")
+    broken = settings("classification", data("classification"), epochs=3.0, output=f"{tmp_path}/2")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken, device="cpu", callbacks=[StopAfterEpoch(epoch)])
+    (tmp_path / "2" / "checkpoints" / f"checkpoint-{2 * epoch}" / "trainer_state.json").unlink()
+    finetune(broken, device="cpu", resume=True)
+    expected, actual = (load_file(f"{run.output}/model.safetensors") for run in (whole, broken))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_a_run_that_cannot_resume_ends_alike_and_keeps_the_best_weights_alone(
     settings: Make, data: Callable[..., Path], tmp_path: Path
 ) -> None:

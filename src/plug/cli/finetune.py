@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,7 +49,9 @@ def finetune(
         float, typer.Option(help="每步保留多大比例的梯度；1 为全部。")
     ] = _DEFAULTS.child_tuning,
     source_length: Annotated[int, typer.Option(help="最多读多少词元；0 为任务的默认值。")] = 0,
-    target_length: Annotated[int, typer.Option(help="最多写多少词元；0 为任务的默认值。")] = 0,
+    target_length: Annotated[
+        int, typer.Option(help="最多写多少词元（常有几个字）；0 为任务的默认值。")
+    ] = 0,
     num_beams: Annotated[
         int, typer.Option(help="生成任务评测时的束宽；1 为贪心。")
     ] = _DEFAULTS.num_beams,
@@ -92,7 +96,12 @@ def finetune(
         precision=precision,
         from_scratch=from_scratch,
     )
-    result = run(settings, device=device, resume=resume)
+    try:
+        result = run(settings, device=device, resume=resume)
+    except KeyboardInterrupt:
+        again = any(Path(output).glob("checkpoints/checkpoint-*"))
+        print("已中断。" + ("加上 --resume 从上一轮接着训练。" if again else ""), file=sys.stderr)
+        raise
     for name, value in result.metrics.items():
         print(f"{name:<16}{value:.4f}")
     print(f"已写入 {result.directory}：模型、report.md、report.html。")

@@ -31,7 +31,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.store import CONFIG_FILE, find_model_directory
@@ -106,6 +105,10 @@ def finetune(
     kind.check(examples, training=True)
     kind.check(held_out, training=False)
     chosen = find_device(device)
+    if chosen.index:  # the Trainer takes the first GPU that it sees
+        raise UsageError(
+            f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
+        )
     set_seed(settings.seed)
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
     _write_run(output, settings, kind)
@@ -133,7 +136,7 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        checkpoint = get_last_checkpoint(output / "checkpoints") if resume else None
+        checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
         model.save_pretrained(output)
         tokenizer.save(output)
@@ -177,6 +180,13 @@ class _Best:
     def offer(self, step: int, metrics: dict[str, float], predictions: list[Any]) -> None:
         if metrics[self.metric] > self.value:
             self.value, self.step, self.predictions = metrics[self.metric], step, predictions
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest that is whole: the state is what the Trainer writes last. None: begin anew."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
@@ -267,7 +277,7 @@ def _training_arguments(
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -294,6 +304,8 @@ def _training_arguments(
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
+    return arguments
 
 
 class _Tell(TrainerCallback):
