@@ -76,6 +76,7 @@ class Generator:
         model: a name or directory as `plug.load` takes it, or a `Plug`.
         tokenizer: needed with a `Plug`; otherwise the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one. A `Plug` stays where it is.
+        graphs: as in `Engine`.
 
     Raises:
         UsageError: no such model or device, an encoder alone, or a tokenizer that does not fit.
@@ -86,6 +87,8 @@ class Generator:
         model: str | Path | Plug | None = None,
         tokenizer: PlugTokenizer | None = None,
         device: str | None = None,
+        *,
+        graphs: bool = True,
     ) -> None:
         if isinstance(model, Plug):
             if tokenizer is None:
@@ -96,7 +99,7 @@ class Generator:
             model = load(directory, device=find_device(device))
         self.config = model.config
         self.tokenizer = tokenizer
-        self.engine = Engine(model.eval())
+        self.engine = Engine(model.eval(), graphs=graphs)
         self._writer: Writer | None = None
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         theirs = (self.config.decoder_start_token_id, self.config.eos_token_id)
