@@ -25,8 +25,8 @@ _ROWS_AT_ONCE = 32
 _FEW_ROWS_OF_INTEGERS = 64
 
 
-# Bytes of the next product's weight to fetch ahead, a multiple of 64 * 16. A step of the 27B took 2.5%
-# less with 8 bits and 0.8% less with 16; with 4 bits it took longer, at any size.
+# Bytes of the next product's weight to fetch ahead, a multiple of 64 * 16. A step of the 27B took
+# 2.5% less with 8 bits and 0.8% less with 16; with 4 bits it took longer, at any size.
 _FETCHED_AHEAD = {16: 2**23, 8: 2**23, 4: 0}
 # How a block of `few_rows.cu` is cut, by the bits and whether there are more than 8 rows; measured.
 _SHAPES = {
