@@ -289,7 +289,7 @@ def write_configs(
     specs: dict[str, TensorSpec],
     scheme: Scheme | None = None,
 ) -> None:
-    """`config.json`, `configuration.json` (ModelScope's), `generation_config.json` for a decoder."""
+    """`config.json`, ModelScope's `configuration.json`; with a decoder `generation_config.json`."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in specs.values():
         if spec.dtype.is_floating_point:
