@@ -304,6 +304,7 @@ def _training_arguments(
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every parameter has its part in the loss
         eval_strategy="epoch",
         save_strategy="epoch" if resumable else "best",
         save_only_model=not resumable,
@@ -334,6 +335,8 @@ class _Tell(TrainerCallback):
         control: Any,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
+        if not state.is_world_process_zero:
+            return
         value = kwargs["metrics"][f"eval_{self.metric}"]
         self.console.print(
             f"第 {state.epoch:g} 轮（{state.global_step}/{state.max_steps} 步）："
