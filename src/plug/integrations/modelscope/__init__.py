@@ -9,30 +9,38 @@ else of ModelScope is changed but the messages for a model that it cannot find.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from plug.checkpoints.hub import CONFIGURATION_FILE
+from plug.checkpoints.store import CONFIG_FILE, SHIPPED_MODEL, find_model_directory
 from plug.errors import PlugError, UsageError
 
 TESTED = "1.40.2"  # the version of modelscope that the tests ran with
 
-_HERE = "plug.integrations.modelscope"
-MODULES = {  # (registry, group, name) -> the module that registers it
-    ("PIPELINES", "text-generation", "plug-generation"): f"{_HERE}.generation",
-    ("PIPELINES", "fill-mask", "plug-generation"): f"{_HERE}.understanding",
-    ("PIPELINES", "token-classification", "plug-token-classification"): f"{_HERE}.understanding",
-    ("PIPELINES", "named-entity-recognition", "plug-token-classification"): (
-        f"{_HERE}.understanding"
-    ),
-    ("PIPELINES", "text-classification", "plug-text-classification"): f"{_HERE}.understanding",
-    ("PIPELINES", "sentence-similarity", "plug-text-classification"): f"{_HERE}.understanding",
-    ("PIPELINES", "nli", "plug-text-classification"): f"{_HERE}.understanding",
-    ("TRAINERS", "default", "nlp-plug-trainer"): f"{_HERE}.trainer",
+NAMES = {  # of a pipeline, as `configuration.json` has it -> ModelScope's tasks that it does
+    "plug-generation": ("text-generation", "fill-mask"),
+    "plug-text-classification": ("text-classification", "sentence-similarity", "nli"),
+    "plug-token-classification": ("token-classification", "named-entity-recognition"),
 }
-_BUILT_IN = [key for key in MODULES if key[2] in ("nlp-plug-trainer", "plug-generation")
-             and key[1] != "fill-mask"]  # fmt: skip
+TASKS = [task for tasks in NAMES.values() for task in tasks]
+BUILT_IN = [  # names that are PLUG's in ModelScope
+    ("PIPELINES", "text-generation", "plug-generation"),
+    ("TRAINERS", "default", "nlp-plug-trainer"),
+]
+
+
+def _modules() -> dict[tuple[str, str, str], str]:
+    """Registry, group and name -> the module that registers it."""
+    modules = {
+        ("PIPELINES", task, name): "understanding" if task in tasks else "wrong_task"
+        for name, tasks in NAMES.items()
+        for task in TASKS
+    }
+    modules |= dict(zip(BUILT_IN, ("generation", "trainer"), strict=True))
+    return {key: f"{__name__}.{module}" for key, module in modules.items()}
 
 
 def switch_on() -> None:
@@ -55,14 +63,14 @@ def switch_on() -> None:
         raise _changed(str(error)) from error
     try:
         index = LazyImportModule.get_ast_index()[INDEX_KEY]
-        missing = [key for key in _BUILT_IN if key not in index]
+        missing = [key for key in BUILT_IN if key not in index]
         builders = (modelscope.pipelines.builder, modelscope.trainers.builder)
         finders = [builder.is_official_hub_path for builder in builders]
     except (AttributeError, KeyError, TypeError) as error:
         raise _changed(repr(error)) from error
     if missing:
         raise _changed(f"索引里没有 {missing}")
-    for key, module in MODULES.items():
+    for key, module in _modules().items():
         index[key] = {MODULE_KEY: module}
     for builder, find in zip(builders, finders, strict=True):
         if not hasattr(find, "__wrapped__"):
@@ -97,25 +105,29 @@ def _explained(find: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _check_local(path: str) -> None:
-    """Raise a `UsageError` where a path has no directory, or one that ModelScope cannot read."""
+    """Raise a `PlugError` where a path has no directory, or one that ModelScope cannot read."""
     directory = Path(path)
     if directory.is_file():
         raise UsageError(f"模型 {path} 应是目录，却是文件。请给出它所在的目录。")
-    if not directory.exists() and (directory.is_absolute() or path.count("/") != 1):
-        raise UsageError(f"找不到模型目录 {path}，它也不是“拥有者/名字”样的编号。请检查路径。")
-    is_ours = '"plug"' in _text(directory / "config.json")
-    if is_ours and not (directory / CONFIGURATION_FILE).is_file():
+    if not directory.exists():
+        if path == SHIPPED_MODEL:
+            raise UsageError(f"ModelScope 只认目录。{path} 的目录是 {find_model_directory()}。")
+        if directory.is_absolute() or path.count("/") != 1:
+            raise UsageError(f"找不到模型目录 {path}，它也不是“拥有者/名字”样的编号。请检查路径。")
+        return
+    file = directory / CONFIGURATION_FILE
+    if file.is_file():
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PlugError(f"{file} 不是有效的 JSON：{error}。请重新生成它。") from None
+    elif not (directory / CONFIG_FILE).is_file():
+        raise UsageError(f"{path} 里没有 {CONFIGURATION_FILE}，不是模型目录。请检查路径。")
+    elif '"plug"' in (directory / CONFIG_FILE).read_text(encoding="utf-8", errors="replace"):
         raise UsageError(
             f"{path} 里没有 {CONFIGURATION_FILE}，ModelScope 认不出它（旧版本写的，或 ModelScope "
             "没有它的任务，如阅读理解）。请重新生成它，或直接用 plug generate、plug predict。"
         )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 switch_on()

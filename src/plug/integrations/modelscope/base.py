@@ -13,7 +13,7 @@ from modelscope.utils.config import Config
 
 from plug.checkpoints.hub import CONFIGURATION_FILE
 from plug.checkpoints.original_cache import converted
-from plug.checkpoints.store import is_original
+from plug.checkpoints.store import find_model_directory, is_original
 from plug.cli.progress import byte_counter
 from plug.errors import PlugError, UsageError
 
@@ -106,7 +106,8 @@ def find_directories(model: Any) -> tuple[Path, Path]:
             f"{given} 里没有权重。原版的 mp_rank_NN_model_states.pt 要另外取得，"
             f"放进 {given / 'model'}。"
         )
-    return given, given
+    directory = find_model_directory(given)
+    return directory, directory
 
 
 def read_configuration(directory: Path) -> Config:
