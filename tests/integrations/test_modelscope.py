@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("modelscope", reason='needs ModelScope: pip install ".[modelscope]"')
+for _name in ("modelscope", "datasets", "addict", "simplejson", "sortedcontainers", "PIL"):
+    pytest.importorskip(_name, reason='needs ModelScope: pip install ".[modelscope]"')
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ModelScope's own, and of what it imports
+    from datasets import Dataset
     from modelscope.hub import api as hub_api
     from modelscope.metainfo import Trainers
     from modelscope.msdatasets import MsDataset
@@ -174,6 +177,27 @@ def test_the_cards_first_program_on_an_original_writes_by_its_rules(
     assert original.with_name(original.name + ".plug").is_dir()
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize(("code", "name"), [("modelscope", "prompt40"), ("alicemind", "prompt600")])
+def test_an_original_writes_what_the_originals_code_wrote(
+    code: str, name: str, golden: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    """At the longer prompt ModelScope's own code fails past the first window; AliceMind's goes on.
+
+    Source: golden/plug-tiny/generation.json, greedy.
+    """
+    directory = tmp_path / "hub" / "plug"
+    (directory / "model").mkdir(parents=True)
+    files = golden / "checkpoints" / "mp2"
+    for path in [*files.glob("*.json"), *files.glob("model/*.pt")]:
+        shutil.copyfile(path, directory / path.relative_to(files))
+    shutil.copyfile(shared_data / "vocab" / "bert-chinese-vocab.txt", directory / "vocab.txt")
+    runs = json.loads((golden / "generation.json").read_text(encoding="utf-8"))
+    wanted = runs[code][name]
+    pipe = pipeline(Tasks.text_generation, model=str(directory))
+    assert pipe(wanted["prompt"], **runs["settings"]) == {"text": wanted["text"]}
+
+
 @pytest.fixture
 def pipe(model_directory: Path) -> Any:
     return pipeline(Tasks.text_generation, model=str(model_directory))
@@ -227,8 +251,7 @@ def test_a_stream_that_is_closed_stops_and_one_that_is_open_is_alone(pipe: Any) 
 
 
 def test_a_dataset_is_answered_row_by_row(pipe: Any) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([{"text": "今天"}, {"text": "花"}])
+    rows = Dataset.from_list([{"text": "今天"}, {"text": "花"}])
     answers = list(pipe(MsDataset.to_ms_dataset(rows, target="text"), out_length=5, seed=1))
     assert answers == [pipe(text, out_length=5, seed=1) for text in ("今天", "花")]
 
@@ -342,7 +365,6 @@ def test_a_task_that_the_model_was_not_made_for(model_directory: Path) -> None:
 @pytest.fixture
 def dataset(tmp_path: Path) -> str:
     """A folder that `load_dataset` reads, in the form of DuReader-robust."""
-    pytest.importorskip("datasets")
     rows = [
         {
             "id": str(index),
@@ -458,9 +480,8 @@ def test_evaluate_scores_the_base_before_and_the_result_after(
 
 
 def test_an_msdataset_and_other_column_names(trainer: Callable[..., Any], tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     renamed = [{"问": row["src_txt"], "答": row["tgt_txt"]} for row in ROWS]
-    rows = MsDataset.to_ms_dataset(datasets.Dataset.from_list(renamed))
+    rows = MsDataset.to_ms_dataset(Dataset.from_list(renamed))
 
     def columns(cfg: Any) -> Any:
         cfg.preprocessor.first_sequence, cfg.preprocessor.second_sequence = "问", "答"
