@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-for _name in ("modelscope", "datasets", "addict", "simplejson", "sortedcontainers", "PIL"):
-    pytest.importorskip(_name, reason='needs ModelScope: pip install ".[modelscope]"')
+pytest.importorskip("modelscope", reason='needs ModelScope: pip install ".[modelscope]"')
+pytest.importorskip("datasets", reason='ModelScope needs it: pip install ".[modelscope]"')
+pytest.importorskip("addict", reason='ModelScope needs it: pip install ".[modelscope]"')
+pytest.importorskip("sortedcontainers", reason='ModelScope needs it: pip install ".[modelscope]"')
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ModelScope's own, and of what it imports
     from datasets import Dataset
