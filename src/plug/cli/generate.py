@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,32 +103,34 @@ def generate(
         logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from plug.checkpoints.weights import DTYPES
+    from plug.distributed.processes import start_processes
     from plug.generation.generate import Generator
     from plug.memory import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     rows = min(batch_size, len(texts)) * settings.num_beams
-    generator = Generator(
-        model,
-        device=device,
-        dtype=None if dtype is None else DTYPES[dtype],
-        room=Room(batch_size=rows, capacity=capacity),
-    )
     shown_as_written = file is None and not as_json
-    for first in range(0, len(texts), batch_size):
-        results = generator(
-            texts[first : first + batch_size],
-            settings,
-            seed=seed,
-            batch_size=batch_size,
-            allow_special_tokens=allow_special_tokens,
-            on_text=_show if shown_as_written else None,
+    with start_processes(device) as processes:
+        generator = Generator(
+            model,
+            dtype=None if dtype is None else DTYPES[dtype],
+            room=Room(batch_size=rows, capacity=capacity),
+            processes=processes,
         )
-        for prompt, result in zip(texts[first:], results, strict=False):
-            if as_json:
-                print(json.dumps(_record(prompt, result), ensure_ascii=False), flush=True)
-            else:
-                print("" if shown_as_written else f"{result.text}\n", flush=True)
+        for first in range(0, len(texts), batch_size):
+            results = generator(
+                texts[first : first + batch_size],
+                settings,
+                seed=seed,
+                batch_size=batch_size,
+                allow_special_tokens=allow_special_tokens,
+                on_text=_show if shown_as_written else None,
+            )
+            for prompt, result in zip(texts[first:], results, strict=False):
+                if as_json:
+                    print(json.dumps(_record(prompt, result), ensure_ascii=False), flush=True)
+                else:
+                    print("" if shown_as_written else f"{result.text}\n", flush=True)
 
 
 def _texts(text: str | None, file: str | None) -> list[str]:
@@ -136,6 +139,8 @@ def _texts(text: str | None, file: str | None) -> list[str]:
     if text is not None:
         return [text]
     assert file is not None
+    if file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("多个进程不能都读标准输入。请把文字写进文件，用 --file 文件。")
     try:
         read = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         lines = read.decode("utf-8-sig").split("\n")

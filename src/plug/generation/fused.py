@@ -9,7 +9,7 @@ tokens, without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import cast
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.distributed.plan import Reduced, added_up, gathered, own_rows
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import attended
 from plug.kernels.attention import append_and_attend, attend
@@ -26,6 +27,7 @@ from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.products import Product
 from plug.quantization.scheme import Scheme
 
 # Tokens of sources read at once at most: bounds the memory of a feed-forward layer's inside.
@@ -45,7 +47,9 @@ class FusedModel:
         config = model.config
         self._device = model.embeddings.word_embeddings.weight.device
         self._pad = config.pad_token_id
-        self._heads, self._head_dim = config.num_attention_heads, config.head_dim
+        self._head_dim = config.head_dim
+        keys = cast(DecoderLayer, model.decoder.layers[0]).self_attention.k_proj.bias
+        self._heads = len(keys) // self._head_dim  # of this process
         self._embeddings = model.embeddings
         self._encoder_layers = [
             _EncoderLayer(cast(EncoderLayer, layer)) for layer in model.encoder.layers
@@ -147,7 +151,7 @@ class _EncoderLayer:
     def __init__(self, layer: EncoderLayer) -> None:
         self.attention_norm = layer.attention_norm
         self.query_key_value = _query_key_value(layer.attention, for_sources=True)
-        self.out = Weight(layer.attention.out_proj, for_sources=True)
+        self.out = _summed(layer.attention.out_proj, for_sources=True)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward, for_sources=True)
 
@@ -156,12 +160,12 @@ class _DecoderLayer:
     def __init__(self, layer: DecoderLayer) -> None:
         self.self_attention_norm = layer.self_attention_norm
         self.query_key_value = _query_key_value(layer.self_attention)
-        self.out = Weight(layer.self_attention.out_proj)
+        self.out = _summed(layer.self_attention.out_proj)
         self.cross_attention_norm = layer.cross_attention_norm
         cross = layer.cross_attention
         self.source_query = Weight(cross.q_proj)
         self.source_key_value = Weight(cross.k_proj, cross.v_proj, for_sources=True)
-        self.source_out = Weight(cross.out_proj)
+        self.source_out = _summed(cross.out_proj)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
 
@@ -171,13 +175,21 @@ def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Weig
     return Weight(*layers, for_sources=for_sources)
 
 
-def _feed_forward(part: FeedForward, *, for_sources: bool = False) -> tuple[Weight, Weight]:
-    return Weight(part.fc1, for_sources=for_sources), Weight(part.fc2, for_sources=for_sources)
+def _feed_forward(part: FeedForward, *, for_sources: bool = False) -> tuple[Weight, Product]:
+    return Weight(part.fc1, for_sources=for_sources), _summed(part.fc2, for_sources=for_sources)
 
 
-def _head(model: Plug) -> Weight:
+def _summed(layer: nn.Module, *, for_sources: bool = False) -> Product:
+    """The product with a layer of which other processes may have a share."""
+    if not isinstance(layer, Reduced):
+        return Weight(cast(nn.Linear, layer), for_sources=for_sources)
+    share = Weight(cast(nn.Linear, layer.own), for_sources=for_sources)
+    return lambda x: added_up(share(x))
+
+
+def _head(model: Plug) -> Callable[..., Tensor]:
     """The product with the word table; in a quantised model with its copy in 8 bits."""
-    table = model.embeddings.word_embeddings.weight.detach()
+    table = own_rows(model, model.embeddings.word_embeddings.weight.detach())
     out_features, in_features = table.shape
     no_bias = table.new_zeros(out_features)
     layer: nn.Linear | QuantizedLinear
@@ -189,4 +201,4 @@ def _head(model: Plug) -> Weight:
         layer = QuantizedLinear(in_features, out_features, Scheme.of(8))
         tensors = Scheme.of(8).quantize(table) | {"bias": no_bias}
         layer.load_state_dict(tensors, assign=True)
-    return Weight(layer)
+    return gathered(model, Weight(layer))

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from plug.checkpoints.store import find_model_directory, load
 from plug.device import find_device
+from plug.distributed.plan import is_shared_out
+from plug.distributed.processes import Processes, agree
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
 from plug.generation.engine import Engine
@@ -80,6 +82,8 @@ class Generator:
         device: "cpu", "cuda", …; None is CUDA where there is one. A `Plug` stays where it is.
         dtype: of the weights, as `plug.load` takes it.
         room: what the device's memory must have room for besides the weights, or loading fails.
+        processes: what `start_processes` gives: each of them takes a share of the model, all call
+            this together, and get the same.
 
     Raises:
         UsageError: no such model or device, an encoder alone, or a tokenizer that does not fit.
@@ -94,6 +98,7 @@ class Generator:
         *,
         dtype: torch.dtype | None = None,
         room: Room = ONE_TEXT,
+        processes: Processes | None = None,
     ) -> None:
         if isinstance(model, Plug):
             if tokenizer is None:
@@ -101,10 +106,17 @@ class Generator:
         else:
             directory = find_model_directory(model)
             tokenizer = tokenizer or PlugTokenizer.load(directory)
-            model = load(directory, device=find_device(device), dtype=dtype, room=room)
+            model = load(
+                directory,
+                device=find_device(device) if processes is None else processes.device,
+                dtype=dtype,
+                room=room,
+                processes=processes,
+            )
         self.config = model.config
         self.tokenizer = tokenizer
         self.engine = Engine(model.eval())
+        self.is_shared_out = is_shared_out(model)
         self._writer: Writer | None = None
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         theirs = (self.config.decoder_start_token_id, self.config.eos_token_id)
@@ -138,6 +150,8 @@ class Generator:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size={batch_size!r} 应是不小于 1 的整数。")
         seeds = self.seeds(seed, len(texts))
+        if self.is_shared_out and seed is None:
+            seeds = agree(seeds)
         prompts = [
             text if isinstance(text, list) else self.encode(text, allow_special_tokens)
             for text in texts
