@@ -32,9 +32,17 @@ from plug.checkpoints.weights import (
     write_json,
 )
 from plug.distributed import plan
+from plug.distributed.device_map import (
+    DeviceMap,
+    choose,
+    is_elsewhere,
+    keep_elsewhere,
+    layer_bytes,
+)
 from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.memory import Room, check_dtype, check_memory
+from plug.model.accounting import STREAMED_AT_ONCE
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantize_modules, scheme_of
@@ -94,6 +102,7 @@ def load(
     dtype: torch.dtype | None = None,
     room: Room | None = None,
     processes: Processes | None = None,
+    device_map: DeviceMap | None = None,
 ) -> Plug:
     """A model in eval mode, its weights read straight onto ``device``.
 
@@ -108,6 +117,9 @@ def load(
         room: what must be free on ``device`` besides the weights; None is nothing.
         processes: of several, each reads and gets its share of the model (`plug.distributed.plan`),
             to write with; it cannot be trained or saved.
+        device_map: where layers of the encoder are kept that ``device`` has no memory for, until
+            they are needed: "auto", or from names ("encoder.layers.23") to "cpu" (the file itself,
+            by way of the system's page cache) or another card. Not to be trained or saved either.
 
     Raises:
         UsageError: as in `find_model_directory`, ``dtype`` is none of `weights.DTYPES`, or the
@@ -125,19 +137,26 @@ def load(
     places = locate_weights(directory, weight_shapes(model))
     specs = _specs(directory, model, places, dtype)
     began = time.perf_counter()
+    kept = choose(device_map, model, specs, device, room)
     is_mapped = False
     if processes is not None and processes.world_size > 1:
+        if device_map is not None:
+            raise UsageError("--device-map 和多个进程不能一起用。请只用其中一种。")
         plan.check_divisible(model, processes.world_size)
         regions = {name: plan.region(name, x.shape, processes) for name, x in specs.items()}
         weights = _read(places, specs, regions, device, model, room)
         plan.set_shares(model, weights, processes)
-    else:
-        is_mapped = device.type == "cpu"
-        if is_mapped:
-            weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
-        else:
-            weights = _read(places, specs, {}, device, model, room)
+    elif device.type == "cpu" and not kept:
+        is_mapped = True
+        weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
         model.load_state_dict(weights, assign=True)
+    else:
+        here = {name: spec for name, spec in specs.items() if not is_elsewhere(name, kept)}
+        besides = STREAMED_AT_ONCE * layer_bytes(specs) if kept else 0
+        weights = _read(places, here, {}, device, model, room, besides)
+        model.load_state_dict(weights, assign=True, strict=not kept)
+        if kept:
+            keep_elsewhere(model, kept, places, specs, device)
     size, seconds = sum(x.nbytes for x in weights.values()), time.perf_counter() - began
     logger.info(
         "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）%s。",
@@ -184,8 +203,9 @@ def _read(
     device: torch.device,
     model: Plug,
     room: Room | None,
+    besides: int = 0,
 ) -> dict[str, Tensor]:
-    """Every tensor, or its region if it has one, once they are found to fit."""
+    """Every tensor, or its region if it has one, once they and ``besides`` are found to fit."""
     shapes = {name: plan.shape_of(regions.get(name, ()), x.shape) for name, x in specs.items()}
     own = {name: spec._replace(shape=shapes[name]) for name, spec in specs.items()}
     table = specs["embeddings.word_embeddings.weight"].dtype
@@ -194,7 +214,7 @@ def _read(
     check_memory(
         device,
         model.config,
-        sum(spec.num_bytes for spec in own.values()),
+        sum(spec.num_bytes for spec in own.values()) + besides,
         bits=8 * table.itemsize if scheme is None else scheme.bits,
         room=room,
         bytes_per_value=table.itemsize,

@@ -76,6 +76,12 @@ def generate(
         int, typer.Option(min=1, help="一起写的段数：越大总的越快，占的内存或显存越多。")
     ] = 8,
     device: Annotated[str | None, typer.Option(help="cpu 或 cuda（默认有 cuda 就用）。")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto：显存放不下的编码器的层留在内存或别的卡上，用时再读。", show_default=False
+        ),
+    ] = None,
     dtype: Annotated[
         Precision | None,
         typer.Option(help="权重的精度（默认 CPU 上 float32，显卡上照原样）。", show_default=False),
@@ -116,6 +122,7 @@ def generate(
             dtype=None if dtype is None else DTYPES[dtype],
             room=Room(batch_size=rows, capacity=capacity),
             processes=processes,
+            device_map=device_map,
         )
         for first in range(0, len(texts), batch_size):
             results = generator(

@@ -9,7 +9,7 @@ tokens, without padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import cast
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.distributed.device_map import StreamedLayers
 from plug.distributed.plan import Reduced, added_up, gathered, own_rows
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import attended
@@ -51,9 +52,12 @@ class FusedModel:
         keys = cast(DecoderLayer, model.decoder.layers[0]).self_attention.k_proj.bias
         self._heads = len(keys) // self._head_dim  # of this process
         self._embeddings = model.embeddings
-        self._encoder_layers = [
-            _EncoderLayer(cast(EncoderLayer, layer)) for layer in model.encoder.layers
-        ]
+        layers = model.encoder.layers
+        self._encoder_layers: Iterable[_EncoderLayer] = (
+            layers.each(_EncoderLayer)
+            if isinstance(layers, StreamedLayers)
+            else [_EncoderLayer(layer) for layer in layers]
+        )
         self._encoder_norms = [model.encoder.final_norm] * model.encoder.final_norm_passes
         self._decoder_layers = [
             _DecoderLayer(cast(DecoderLayer, layer)) for layer in model.decoder.layers
@@ -148,7 +152,8 @@ class FusedModel:
 
 
 class _EncoderLayer:
-    def __init__(self, layer: EncoderLayer) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        layer = cast(EncoderLayer, module)
         self.attention_norm = layer.attention_norm
         self.query_key_value = _query_key_value(layer.attention, for_sources=True)
         self.out = _summed(layer.attention.out_proj, for_sources=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plug.checkpoints.store import find_model_directory, load
 from plug.device import find_device
+from plug.distributed.device_map import DeviceMap
 from plug.distributed.plan import is_shared_out
 from plug.distributed.processes import Processes, agree
 from plug.errors import UsageError
@@ -84,6 +85,7 @@ class Generator:
         room: what the device's memory must have room for besides the weights, or loading fails.
         processes: what `start_processes` gives: each of them takes a share of the model, all call
             this together, and get the same.
+        device_map: as `plug.load` takes it.
 
     Raises:
         UsageError: no such model or device, an encoder alone, or a tokenizer that does not fit.
@@ -99,6 +101,7 @@ class Generator:
         dtype: torch.dtype | None = None,
         room: Room = ONE_TEXT,
         processes: Processes | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
         if isinstance(model, Plug):
             if tokenizer is None:
@@ -112,6 +115,7 @@ class Generator:
                 dtype=dtype,
                 room=room,
                 processes=processes,
+                device_map=device_map,
             )
         self.config = model.config
         self.tokenizer = tokenizer
