@@ -148,8 +148,7 @@ def explain_out_of_memory(device: torch.device, batch_size: int) -> Iterator[Non
             else "请用更短的 --window，或量化过的模型（plug quantize），或 --device-map auto"
         )
         raise PlugError(
-            f"写作时 {device} 的显存用完了：共 {_gb(all_of_it)} GB，本程序占着 {_gb(used)} GB。"
-            f"{smaller}。"
+            f"{device} 的显存用完了：共 {_gb(all_of_it)} GB，本程序占着 {_gb(used)} GB。{smaller}。"
         ) from None
 
 

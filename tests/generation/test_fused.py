@@ -28,6 +28,12 @@ from plug.quantization.scheme import Scheme
 PROMPTS = [[9, 8, 7, 6], [30, 31], [40, 41], [50, 0, 51]]  # 0: [PAD]
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device(lively_model: Plug) -> None:
+    if torch.cuda.is_available():
+        lively_model.cuda()
+
+
 def fused_engine(model: Plug) -> Engine:
     engine = Engine(model)
     engine._model = FusedModel(model)  # which a model in float32 does not get by itself
@@ -72,7 +78,8 @@ def test_quantized_weights_are_read_as_the_plain_model_reads_them(lively_model: 
 
     got, expected = fused.step([2], [0]), plain.step([2], [0])
 
-    assert (got - expected).norm() < 0.05 * expected.norm()  # the CPU rounds activations too
+    # The CPU rounds activations to 8 bits, a GPU reads sources in FP8.
+    assert (got - expected).norm() < 0.1 * expected.norm()
 
 
 def quantized(model: Plug, bits: int) -> Plug:

@@ -18,30 +18,38 @@ IN = 512
 OUT = (192, 64) if torch.cuda.is_available() else (8, 8)
 
 
+def layer(
+    n_in: int,
+    out: int,
+    scheme: Scheme | None,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
+    weight = torch.randn(out, n_in, generator=generator) / n_in**0.5
+    bias = torch.randn(out, generator=generator).to(dtype)
+    made: nn.Module
+    if scheme is None:
+        made = nn.Linear(n_in, out, dtype=dtype)
+        made.load_state_dict({"weight": weight.to(dtype), "bias": bias})
+    else:
+        made = QuantizedLinear(n_in, out, scheme)
+        made.load_state_dict(scheme.quantize(weight) | {"bias": bias}, assign=True)
+    return made.requires_grad_(False)
+
+
 def layers(bits: int, dtype: torch.dtype, generator: torch.Generator) -> list[nn.Module]:
-    made: list[nn.Module] = []
-    for out in OUT:
-        weight = torch.randn(out, IN, generator=generator) / IN**0.5
-        bias = torch.randn(out, generator=generator).to(dtype)
-        layer: nn.Module
-        if bits == 16:
-            layer = nn.Linear(IN, out, dtype=dtype)
-            layer.load_state_dict({"weight": weight.to(dtype), "bias": bias})
-        else:
-            layer = QuantizedLinear(IN, out, Scheme.of(bits))
-            layer.load_state_dict(Scheme.of(bits).quantize(weight) | {"bias": bias}, assign=True)
-        made.append(layer.requires_grad_(False))
-    return made
+    scheme = Scheme.of(bits) if bits < 16 else None
+    return [layer(IN, out, scheme, generator, dtype) for out in OUT]
 
 
 def exact(x: torch.Tensor, made: list[nn.Module]) -> torch.Tensor:
     parts = []
-    for layer in made:
-        if isinstance(layer, QuantizedLinear):
-            weight = layer.dequantized(torch.float64)
+    for each in made:
+        if isinstance(each, QuantizedLinear):
+            weight = each.dequantized(torch.float64)
         else:
-            weight = layer.weight.double()
-        parts.append(F.linear(x.double(), weight, layer.bias.double()))
+            weight = each.weight.double()
+        parts.append(F.linear(x.double(), weight, each.bias.double()))
     return torch.cat(parts, 1)
 
 
@@ -67,9 +75,23 @@ def test_any_number_of_rows(
 
     in_fp8 = x.is_cuda and rows > 64 and bits < 16
     assert relative_error(got, expected) < (0.04 if in_fp8 else 0.003)
-    assert relative_error(weight(x, gelu=True), F.gelu(expected)) < (0.06 if in_fp8 else 0.004)
     assert weight(x, wide=True).dtype == torch.float32
     assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("rows", [9, *(pytest.param(n, marks=pytest.mark.gpu) for n in (1, 100))])
+@torch.inference_mode()
+def test_a_feed_forward_layer(rows: int, bits: int, generator: torch.Generator) -> None:
+    scheme = Scheme.of(bits) if bits < 16 else None
+    first, second = layer(IN, 128, scheme, generator), layer(128, 64, scheme, generator)
+    x = torch.randn(rows, IN, generator=generator).bfloat16()
+    expected = exact(F.gelu(exact(x, [first])), [second])
+
+    got = Weight(second).after(Weight(first), x)  # type: ignore[arg-type]
+
+    in_fp8 = x.is_cuda and rows > 64 and bits < 16
+    assert relative_error(got, expected) < (0.06 if in_fp8 else 0.006)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -77,13 +99,13 @@ def test_any_number_of_rows(
 def test_stacked_layers_keep_their_own_weights(bits: int, generator: torch.Generator) -> None:
     made = layers(bits, torch.bfloat16, generator)
     x = torch.randn(2, IN, generator=generator).bfloat16()
-    before = [layer(x) for layer in made]
+    before = [each(x) for each in made]
 
     Weight(*made)  # type: ignore[arg-type]
 
-    for layer, expected in zip(made, before, strict=True):
-        assert torch.equal(layer(x), expected)
-    first, second = (next(iter(layer.state_dict().values())) for layer in made)
+    for each, expected in zip(made, before, strict=True):
+        assert torch.equal(each(x), expected)
+    first, second = (next(iter(each.state_dict().values())) for each in made)
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Above this many rows, a graph decodes a multiple of it.
 ROWS_GRANULARITY = 4
+# A graph of the plain model computes over lengths that are rounded up to a multiple of this.
+GRAPH_GRANULARITY = 64
 
 
 class Engine:
@@ -31,11 +33,16 @@ class Engine:
 
     The model's weights are read when the engine is made: later changes need another engine.
 
+    Args:
+        model: what decodes.
+        graphs: on CUDA, make a graph of each step that comes again; not worth it for many texts
+            of different length at once, where rows leave at nearly every step.
+
     Raises:
         UsageError: the model is an encoder alone.
     """
 
-    def __init__(self, model: Plug) -> None:
+    def __init__(self, model: Plug, *, graphs: bool = True) -> None:
         if model.decoder is None:
             raise UsageError(
                 "这个模型只有编码器（num_decoder_layers=0，预训练第一阶段的产物），不能写作。"
@@ -43,10 +50,9 @@ class Engine:
             )
         self.config = model.config
         self.device = model.embeddings.word_embeddings.weight.device
-        self._model = _model(model)
-        self._uses_graphs = self.device.type == "cuda"
+        self._uses_graphs = graphs and self.device.type == "cuda"
+        self._model = _model(model, GRAPH_GRANULARITY if self._uses_graphs else 1)
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         self.openings = 0
         self._room = (0, 0, 0)
         self._cache: DecoderCache | None = None
@@ -66,6 +72,8 @@ class Engine:
             `openings`, by which who opened can see whether somebody else has since.
         """
         self._graphs.clear()
+        # The graphs share their memory; a pool goes with its last graph.
+        self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         room = (rows, source_length, capacity)
         if self._cache is None or any(new > old for new, old in zip(room, self._room, strict=True)):
             self._room = room
@@ -133,7 +141,8 @@ class Engine:
         if key not in self._graphs:
             result = step().clone()  # this step, and the warm-up of the capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):  # the graphs share their memory
+            # Other threads, such as one that watches over NCCL, may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = step()
             self._graphs[key] = graph, output
             return result
@@ -174,10 +183,10 @@ class Engine:
         self._cache.take(rows, self._length, sources=True)
 
 
-def _model(model: Plug) -> PlainModel | FusedModel:
+def _model(model: Plug, granularity: int) -> PlainModel | FusedModel:
     words = model.embeddings.word_embeddings.weight
     if words.is_cuda and words.dtype in (torch.float16, torch.bfloat16):
         from plug.generation.fused import FusedModel  # Triton comes with PyTorch for CUDA alone
 
         return FusedModel(model)
-    return PlainModel(model)
+    return PlainModel(model, granularity)

@@ -9,8 +9,8 @@ tokens, without padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
 from typing import cast
 
 import torch
@@ -28,7 +28,6 @@ from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
-from plug.quantization.products import Product
 from plug.quantization.scheme import Scheme
 
 # Tokens of sources read at once at most: bounds the memory of a feed-forward layer's inside.
@@ -64,6 +63,10 @@ class FusedModel:
         ]
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
+        self._logits = gathered(model, self._head)
+        steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
+        for weight, following in pairwise([*steps, self._head, steps[0]]):
+            weight.comes_before(following)
         self.granularity = None
 
     # --- sources ----------------------------------------------------------------------------------
@@ -80,8 +83,9 @@ class FusedModel:
                 group.append(source)
         return found
 
-    def _encode_together(self, sources: list[Sequence[int]]) -> list[list[KeyValue]]:
-        lengths = [len(source) for source in sources]
+    def read(self, sources: Sequence[Sequence[int]]) -> Tensor:
+        """The encoder's output for one source after the other, (tokens, hidden)."""
+        lengths = map(len, sources)
         token_ids = torch.tensor([i for source in sources for i in source], device=self._device)
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])
         hidden = embed(token_ids, positions, self._embeddings)
@@ -90,10 +94,15 @@ class FusedModel:
             hidden, normalized = add_norm(hidden, delta, layer.attention_norm)
             context = self._attend_sources(layer.query_key_value(normalized), sources)
             hidden, normalized = add_norm(hidden, layer.out(context), layer.feed_forward_norm)
-            delta = layer.fc2(layer.fc1(normalized, gelu=True))
+            delta = layer.fc2.after(layer.fc1, normalized)
         for norm in self._encoder_norms:
             _, hidden = add_norm(hidden, delta, norm)
             delta = None
+        return hidden
+
+    def _encode_together(self, sources: list[Sequence[int]]) -> list[list[KeyValue]]:
+        hidden = self.read(sources)
+        lengths = [len(source) for source in sources]
         found: list[list[KeyValue]] = [[] for _ in sources]
         kept = [attended(source, self._pad) for source in sources]
         for decoder_layer in self._decoder_layers:
@@ -104,7 +113,7 @@ class FusedModel:
                 found[index].append((key, value))
         return found
 
-    def _attend_sources(self, query_key_value: Tensor, sources: list[Sequence[int]]) -> Tensor:
+    def _attend_sources(self, query_key_value: Tensor, sources: Sequence[Sequence[int]]) -> Tensor:
         """Each source attends to itself: (tokens, 3 * hidden) to (tokens, hidden)."""
         shaped = query_key_value.view(-1, 3, self._heads, self._head_dim)
         contexts, first = [], 0
@@ -146,9 +155,9 @@ class FusedModel:
             hidden, normalized = add_norm(
                 hidden, layer.source_out(context), layer.feed_forward_norm
             )
-            delta = layer.fc2(layer.fc1(normalized, gelu=True))
+            delta = layer.fc2.after(layer.fc1, normalized)
         _, hidden = add_norm(hidden, delta, self._decoder_norm)
-        return self._head(hidden, wide=True)
+        return self._logits(hidden, wide=True)
 
 
 class _EncoderLayer:
@@ -173,6 +182,8 @@ class _DecoderLayer:
         self.source_out = _summed(cross.out_proj)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
+        self.in_a_step = [self.query_key_value, self.out, self.source_query, self.source_out]
+        self.in_a_step += [self.fc1, self.fc2]
 
 
 def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Weight:
@@ -180,19 +191,31 @@ def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Weig
     return Weight(*layers, for_sources=for_sources)
 
 
-def _feed_forward(part: FeedForward, *, for_sources: bool = False) -> tuple[Weight, Product]:
+def _feed_forward(part: FeedForward, *, for_sources: bool = False) -> tuple[Weight, Weight]:
     return Weight(part.fc1, for_sources=for_sources), _summed(part.fc2, for_sources=for_sources)
 
 
-def _summed(layer: nn.Module, *, for_sources: bool = False) -> Product:
-    """The product with a layer of which other processes may have a share."""
-    if not isinstance(layer, Reduced):
-        return Weight(cast(nn.Linear, layer), for_sources=for_sources)
-    share = Weight(cast(nn.Linear, layer.own), for_sources=for_sources)
-    return lambda x: added_up(share(x))
+class _SummedWeight(Weight):
+    """A layer parted by inputs, of which other processes have the rest."""
+
+    def _few_rows(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+        return added_up(super()._few_rows(x, gelu=gelu, wide=wide))
+
+    def _many_rows(self, x: Tensor) -> Tensor:
+        result = super()._many_rows(x)
+        return result if self._in_fp8 else added_up(result)
+
+    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return added_up(super()._multiply_fp8(rows, row_scale, dtype))
 
 
-def _head(model: Plug) -> Callable[..., Tensor]:
+def _summed(layer: nn.Module, *, for_sources: bool = False) -> Weight:
+    if isinstance(layer, Reduced):
+        return _SummedWeight(cast(nn.Linear, layer.own), for_sources=for_sources)
+    return Weight(cast(nn.Linear, layer), for_sources=for_sources)
+
+
+def _head(model: Plug) -> Weight:
     """The product with the word table; in a quantised model with its copy in 8 bits."""
     table = own_rows(model, model.embeddings.word_embeddings.weight.detach())
     out_features, in_features = table.shape
@@ -206,4 +229,4 @@ def _head(model: Plug) -> Callable[..., Tensor]:
         layer = QuantizedLinear(in_features, out_features, Scheme.of(8))
         tensors = Scheme.of(8).quantize(table) | {"bias": no_bias}
         layer.load_state_dict(tensors, assign=True)
-    return gathered(model, Weight(layer))
+    return Weight(layer)

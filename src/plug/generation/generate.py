@@ -81,6 +81,7 @@ class Generator:
         model: a name or directory as `plug.load` takes it, or a `Plug`.
         tokenizer: needed with a `Plug`; otherwise the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one. A `Plug` stays where it is.
+        graphs: as in `Engine`.
         dtype: of the weights, as `plug.load` takes it.
         room: what the device's memory must have room for besides the weights, or loading fails.
         processes: what `start_processes` gives: each of them takes a share of the model, all call
@@ -98,6 +99,7 @@ class Generator:
         tokenizer: PlugTokenizer | None = None,
         device: str | None = None,
         *,
+        graphs: bool = True,
         dtype: torch.dtype | None = None,
         room: Room = ONE_TEXT,
         processes: Processes | None = None,
@@ -109,17 +111,20 @@ class Generator:
         else:
             directory = find_model_directory(model)
             tokenizer = tokenizer or PlugTokenizer.load(directory)
-            model = load(
-                directory,
-                device=find_device(device) if processes is None else processes.device,
-                dtype=dtype,
-                room=room,
-                processes=processes,
-                device_map=device_map,
-            )
+            chosen = find_device(device) if processes is None else processes.device
+            with explain_out_of_memory(chosen, room.batch_size):
+                model = load(
+                    directory,
+                    device=chosen,
+                    dtype=dtype,
+                    room=room,
+                    processes=processes,
+                    device_map=device_map,
+                )
         self.config = model.config
         self.tokenizer = tokenizer
-        self.engine = Engine(model.eval())
+        with explain_out_of_memory(model.embeddings.word_embeddings.weight.device, room.batch_size):
+            self.engine = Engine(model.eval(), graphs=graphs)
         self.is_shared_out = is_shared_out(model)
         self._writer: Writer | None = None
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)

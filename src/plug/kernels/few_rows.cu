@@ -8,7 +8,8 @@
 // and no weight passes through shared memory. A row's sums do not depend on the other rows.
 //
 // A block has 16 * PIECES * ACROSS outputs, PIECES * 16 a warp; its ALONG warps share the inputs.
-// Set from outside: BITS, HALF (1: float16, 0: bfloat16), TILES, PIECES, ACROSS, ALONG, UNROLL.
+// Set from outside: BITS, HALF (1: float16, 0: bfloat16), TILES, PIECES, ACROSS, ALONG, UNROLL, and
+// BLOCKS, how many should fit on a multiprocessor.
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -16,6 +17,7 @@ typedef unsigned long long u64;
 #define PER (128 / BITS)  // weights in 16 bytes
 #define SPAN (4 * PER)    // inputs of a warp's step; with 4 bits, a group
 #define OUTPUTS (16 * PIECES * ACROSS)
+#define FETCHERS 64       // blocks that fetch for the next product
 
 #if HALF
 #define TYPE "f16"
@@ -103,11 +105,19 @@ __device__ __forceinline__ void unpack(const uint4& u, const uint4& v, int i, u3
 #endif
 }
 
+// Eight inputs of a row, from column at + 8 * i on; zeros where there is no such row.
+__device__ __forceinline__ uint4 inputs(const u16* x, int row, int rows, int n_in, int at, int i) {
+    if (row >= rows) return make_uint4(0, 0, 0, 0);
+    return ((const uint4*)(x + (u64)row * n_in + at))[i];
+}
+
 // x (rows, n_in); weight (n_out, n_in), packed; 8 bits: scale float (n_out); 4 bits: scale and center
 // bfloat16 (n_out, n_in / 128); bias (n_out); out (rows, n_out), in float where wide.
-extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32) few_rows(
+// What the next product will read can be named: its first bytes are fetched into the second cache
+// while the kernels in between leave the memory idle.
+extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) few_rows(
     const u16* x, const uint4* weight, const void* scale, const u16* center, const u16* bias,
-    void* out, int rows, int n_out, int n_in, int gelu, int wide)
+    void* out, const char* next, int rows, int n_out, int n_in, int gelu, int wide, int next_bytes)
 {
     __shared__ float part[ALONG][8 * TILES][OUTPUTS + 1];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -129,15 +139,21 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32) few_rows(
 #if BITS == 4
         float sums[TILES][4] = {}, products[PIECES][TILES][4] = {};
 #endif
+#if TILES == 1  // there is room for all inputs of the step at once
+        uint4 all[PER / 8];
+        #pragma unroll
+        for (int i = 0; i < PER / 8; i++) all[i] = inputs(x, g, rows, n_in, s * SPAN + t * PER, i);
+#endif
         #pragma unroll
         for (int i = 0; i < PER / 8; i++) {
             uint4 in[TILES];
+#if TILES == 1
+            in[0] = all[i];
+#else
             #pragma unroll
-            for (int m = 0; m < TILES; m++) {
-                int row = m * 8 + g;
-                const uint4* at = (const uint4*)(x + (u64)row * n_in + s * SPAN + t * PER) + i;
-                in[m] = row < rows ? *at : make_uint4(0, 0, 0, 0);
-            }
+            for (int m = 0; m < TILES; m++)
+                in[m] = inputs(x, m * 8 + g, rows, n_in, s * SPAN + t * PER, i);
+#endif
             #pragma unroll
             for (int p = 0; p < PIECES; p++) {
                 u32 a[2][4];
@@ -193,6 +209,14 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32) few_rows(
         }
     }
     __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    int late = (int)blockIdx.x + FETCHERS - (int)gridDim.x;  // the last blocks to start
+    if (late >= 0 && threadIdx.x == 0 && next_bytes) {
+        int bytes = next_bytes / FETCHERS;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                     :: "l"(next + (u64)late * bytes), "r"(bytes) : "memory");
+    }
+#endif
     for (int at = threadIdx.x; at < 8 * TILES * OUTPUTS; at += ACROSS * ALONG * 32) {
         int m = at / OUTPUTS, o = at % OUTPUTS;
         if (m >= rows) break;

@@ -68,14 +68,25 @@ def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
     return out
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (rows, size) as FP8 (e4m3), and a float32 scale each (rows, 1): x = fp8 * scale."""
+def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows (rows, size) as FP8 (e4m3), and a float32 scale each (rows, 1): x = fp8 * scale.
+
+    Args:
+        x: in any float dtype.
+        gelu: of the exact GELU of x.
+    """
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=FP8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(size)
-    _quantize_rows[(rows,)](x, out, scale, size, BLOCK=block, num_warps=_warps(size))
+    _quantize_rows[(rows,)](x, out, scale, size, GELU=gelu, BLOCK=block, num_warps=_warps(size))
     return out, scale
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """The exact GELU in place: what was written just now is still in the cache."""
+    _gelu_in_place[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096)
+    return x
 
 
 def unpack_4bit(weight: Tensor, scale: Tensor, center: Tensor, row_scale: Tensor | None) -> Tensor:
@@ -107,7 +118,7 @@ def unpack_4bit(weight: Tensor, scale: Tensor, center: Tensor, row_scale: Tensor
 
 
 def _warps(size: int) -> int:
-    return min(16, max(1, size // 512))
+    return min(8, max(1, size // 512))
 
 
 @triton.jit
@@ -164,11 +175,26 @@ def _embed(
 
 
 @triton.jit
-def _quantize_rows(x, out, scale, size, BLOCK: tl.constexpr):
+def _gelu(value):
+    return 0.5 * value * (1.0 + tl.math.erf(value * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_in_place(x, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, _gelu(value), mask=inside)
+
+
+@triton.jit
+def _quantize_rows(x, out, scale, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < size
     value = tl.load(x + row * size + i, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        value = _gelu(value)
     unit = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
     tl.store(scale + row, unit)
     tl.store(out + row * size + i, (value / unit).to(tl.float8e4nv), mask=inside)
