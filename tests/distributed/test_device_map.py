@@ -124,6 +124,29 @@ def test_the_fused_model_takes_them(directory: Path) -> None:
     assert written(generator) == written(directory)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 8])
+def test_on_a_gpu_streamed_layers_write_the_same(
+    bits: int,
+    lively: Callable[[PlugConfig], Plug],
+    tiny_tokenizer: PlugTokenizer,
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(
+        PRESETS["test"], num_hidden_layers=6, hidden_size=512, intermediate_size=2048
+    )
+    save(lively(config), tmp_path / "m", tokenizer=tiny_tokenizer, dtype=torch.bfloat16)
+    if bits < 16:
+        quantize_directory(tmp_path / "m", tmp_path / "q", bits=bits)
+    source = tmp_path / ("m" if bits == 16 else "q")
+    chosen = {f"{LAYERS}{index}": FILE for index in (0, 1, 3, 5)}
+
+    generator = Generator(source, device="cuda", device_map=chosen)
+
+    expected = written(Generator(source, device="cuda"))
+    assert [written(generator) for _ in range(3)] == [expected] * 3
+
+
 @pytest.mark.parametrize(
     ("free", "others", "expected"),
     [

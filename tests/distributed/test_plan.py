@@ -14,6 +14,7 @@ from plug.checkpoints.store import load, save
 from plug.distributed import plan
 from plug.distributed.processes import Processes
 from plug.errors import UsageError
+from plug.generation.batching import Batcher
 from plug.generation.generate import Generator, generate
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
@@ -156,3 +157,14 @@ def test_groups_of_4_bits_are_not_torn_apart(
     quantize_directory(tmp_path / "wide", tmp_path / "quantized", bits=4)
     with pytest.raises(UsageError, match=r"每 128 个输入一组，hidden_size=128 分成 2 份"):
         load(tmp_path / "quantized", processes=Processes(0, 2, CPU))
+
+
+def test_a_batcher_needs_the_whole_model(odd_directory: Path) -> None:
+    generator = Generator(odd_directory, processes=Processes(0, 2, CPU))
+    with pytest.raises(UsageError, match="请用一个进程"):
+        Batcher(generator)
+
+
+def test_a_share_has_no_device_map(odd_directory: Path) -> None:
+    with pytest.raises(UsageError, match="--device-map"):
+        load(odd_directory, processes=Processes(0, 2, CPU), device_map="auto")
