@@ -133,7 +133,11 @@ def test_on_a_gpu_streamed_layers_write_the_same(
     tmp_path: Path,
 ) -> None:
     config = dataclasses.replace(
-        PRESETS["test"], num_hidden_layers=6, hidden_size=512, intermediate_size=2048
+        PRESETS["test"],
+        num_hidden_layers=6,
+        hidden_size=512,
+        num_attention_heads=8,
+        intermediate_size=2048,
     )
     save(lively(config), tmp_path / "m", tokenizer=tiny_tokenizer, dtype=torch.bfloat16)
     if bits < 16:
