@@ -34,12 +34,14 @@ from plug.generation.window import (
     window_length,
 )
 from plug.generation.writer import Row, Writer, write
+from plug.memory import Room, explain_out_of_memory
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 
 logger = logging.getLogger(__name__)
 
 DEFAULTS = GenerationSettings()
+ONE_TEXT = Room()
 OnText = Callable[[int, str], None]
 
 
@@ -77,9 +79,12 @@ class Generator:
         tokenizer: needed with a `Plug`; otherwise the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one. A `Plug` stays where it is.
         graphs: as in `Engine`.
+        dtype: of the weights, as `plug.load` takes it.
+        room: what the device's memory must have room for besides the weights, or loading fails.
 
     Raises:
         UsageError: no such model or device, an encoder alone, or a tokenizer that does not fit.
+        PlugError: as `plug.load`, and in calls where the device has no memory left.
     """
 
     def __init__(
@@ -89,6 +94,8 @@ class Generator:
         device: str | None = None,
         *,
         graphs: bool = True,
+        dtype: torch.dtype | None = None,
+        room: Room = ONE_TEXT,
     ) -> None:
         if isinstance(model, Plug):
             if tokenizer is None:
@@ -96,7 +103,7 @@ class Generator:
         else:
             directory = find_model_directory(model)
             tokenizer = tokenizer or PlugTokenizer.load(directory)
-            model = load(directory, device=find_device(device))
+            model = load(directory, device=find_device(device), dtype=dtype, room=room)
         self.config = model.config
         self.tokenizer = tokenizer
         self.engine = Engine(model.eval(), graphs=graphs)
@@ -143,7 +150,8 @@ class Generator:
             streams = None
             if on_text is not None:
                 streams = RowStreams(self.tokenizer, on_text, len(prompts[part]), first)
-            results += self._batch(prompts[part], seeds[part], window, settings, streams)
+            with explain_out_of_memory(self.engine.device, len(prompts[part])):
+                results += self._batch(prompts[part], seeds[part], window, settings, streams)
         return results
 
     def _batch(
