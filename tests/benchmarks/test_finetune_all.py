@@ -34,6 +34,8 @@ def test_a_call_does_what_is_missing_and_tells_of_failures(
         write(tmp_path / "tasks" / "afqmc" / f"{part}.json", [PAIR, PAIR])
     done = {"task": "tnews", "start": "shipped", "seed": 1}
     write(tmp_path / "runs" / "results.jsonl", [done, done | {"task": "ocnli", "failed": "why"}])
+    with (tmp_path / "runs" / "results.jsonl").open("a") as file:
+        file.write('{"task": "ocn')  # a call that was killed
     words = (
         f"--data {tmp_path}/tasks --folder {tmp_path}/runs --shipped {model_directory}"
         " --device cpu --tasks tnews ocnli afqmc --starts shipped --seeds 1 --jobs 1"
