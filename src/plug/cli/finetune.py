@@ -61,7 +61,7 @@ def finetune(
     ] = _DEFAULTS.patience,
     seed: Annotated[int, typer.Option(help="随机种子。")] = _DEFAULTS.seed,
     precision: Annotated[
-        str, typer.Option(help="GPU 上的精度：bf16，或 fp32（用 TF32，短文本更快）。")
+        str, typer.Option(help="GPU 上的精度：bf16，或 fp32（乘法用 TF32）。")
     ] = _DEFAULTS.precision,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="不用模型的权重，随机初始化（供比较）。")
