@@ -15,6 +15,7 @@ from torch import Tensor
 from plug.errors import UsageError
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import PlainModel
+from plug.generation.reuse import KeptSources
 from plug.model.plug import Plug
 
 
@@ -23,11 +24,15 @@ class Engine:
 
     The model's weights are read when the engine is made: later changes need another engine.
 
+    Args:
+        model: with a decoder.
+        reuse_bytes: kept at most of what the encoder made of earlier sources (`KeptSources`).
+
     Raises:
         UsageError: the model is an encoder alone.
     """
 
-    def __init__(self, model: Plug) -> None:
+    def __init__(self, model: Plug, reuse_bytes: int = 0) -> None:
         if model.decoder is None:
             raise UsageError(
                 "这个模型只有编码器（num_decoder_layers=0，预训练第一阶段的产物），不能写作。"
@@ -36,6 +41,7 @@ class Engine:
         self.config = model.config
         self.device = model.embeddings.word_embeddings.weight.device
         self._model = PlainModel(model)
+        self._kept_sources = KeptSources(reuse_bytes)
         self._uses_graphs = self.device.type == "cuda"
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._room = (0, 0, 0)
@@ -63,7 +69,8 @@ class Engine:
 
         Padding ids inside a source are not attended to, as in the reference.
         """
-        for row, key_values in zip(rows, self._model.encode(sources), strict=True):
+        encoded = self._kept_sources.encode(sources, self._model.encode)
+        for row, key_values in zip(rows, encoded, strict=True):
             if self._cache is None:
                 room, source_length, capacity = self._room
                 self._cache = DecoderCache(

@@ -55,25 +55,25 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.mode not in WINDOW:
             raise UsageError(f"mode={self.mode!r} 只能是 'plug' 或 'original'。")
-        _check_int("out_length", self.out_length, 1, MAX_OUT_LENGTH)
+        check_int("out_length", self.out_length, 1, MAX_OUT_LENGTH)
         if self.temperature != 0:
             _check_float("temperature", self.temperature, 0.01, 100)
-        _check_int("top_k", self.top_k, 0)
+        check_int("top_k", self.top_k, 0)
         _check_float("top_p", self.top_p, 0, 1)
         if self.repetition_penalty is not None:
             _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
-        _check_int("num_beams", self.num_beams, 1, MAX_BEAMS)
+        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        check_int("num_beams", self.num_beams, 1, MAX_BEAMS)
         _check_float("length_penalty", self.length_penalty, -10, 10)
         if self.min_length is not None:
-            _check_int("min_length", self.min_length, 0, self.out_length)
+            check_int("min_length", self.min_length, 0, self.out_length)
             if self.mode == "original" and self.num_beams == 1:
                 raise UsageError(
                     "mode='original' 由原版的规则决定何时结束（写满 out_length 的 80% 之后），"
                     "不能再给 min_length。请去掉它，或用 mode='plug'。"
                 )
         if self.window is not None:
-            _check_int("window", self.window, 1)
+            check_int("window", self.window, 1)
 
     @property
     def greedy(self) -> bool:
@@ -92,7 +92,8 @@ class GenerationSettings:
         return self.penalty != 1 or self.no_repeat_ngram_size > 0
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise a `UsageError` that names the limits unless ``value`` is an integer within them."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(f"{name}={value!r} 应是整数。")
     if value < low or (high is not None and value > high):
