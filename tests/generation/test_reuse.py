@@ -38,9 +38,7 @@ def count_reads(engine: Engine) -> list[list[int]]:
 
 
 @pytest.fixture
-def make_generator(
-    lively_model: Plug, tiny_tokenizer: PlugTokenizer
-) -> Callable[[int], Generator]:
+def make_generator(lively_model: Plug, tiny_tokenizer: PlugTokenizer) -> Callable[[int], Generator]:
     return lambda reuse_bytes: Generator(lively_model, tiny_tokenizer, reuse_bytes=reuse_bytes)
 
 
