@@ -95,6 +95,19 @@ class Engine:
         assert self._cache is not None, "call read first"
         return self._model.decode(token_ids, positions, length, self._cache)
 
+    def decode_several(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        """As `decode`, several tokens of each row at once; logits (rows, tokens, vocab).
+
+        Args:
+            token_ids: (rows, tokens) on the device.
+            positions: (rows, tokens); a token attends to those of its row at no later positions,
+                also to what an earlier step left there. A row with fewer tokens than others
+                repeats its last one, at the same position.
+            length: as in `decode`.
+        """
+        assert self._cache is not None, "call read first"
+        return self._model.decode_several(token_ids, positions, length, self._cache)
+
     def move(self, source: int, target: int, length: int) -> None:
         """Row ``target`` becomes what ``source`` is, with ``length`` positions of its past."""
         assert self._cache is not None, "call read first"

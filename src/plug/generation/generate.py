@@ -311,6 +311,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     length_penalty: float = DEFAULTS.length_penalty,
     min_length: int | None = DEFAULTS.min_length,
     window: int | None = DEFAULTS.window,
+    prompt_lookup_num_tokens: int | None = DEFAULTS.prompt_lookup_num_tokens,
     seed: int | Sequence[int] | None = None,
     batch_size: int = 8,
     allow_special_tokens: bool = False,
@@ -325,7 +326,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
             every call: for many calls make a `Generator` or a `pipeline` once.
         tokenizer: the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one.
-        out_length: these and the following up to ``window`` are `GenerationSettings`.
+        out_length: these and the following up to ``prompt_lookup_num_tokens`` are
+            `GenerationSettings`.
         mode: see ``out_length``.
         do_sample: see ``out_length``.
         temperature: see ``out_length``.
@@ -337,6 +339,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         length_penalty: see ``out_length``.
         min_length: see ``out_length``.
         window: see ``out_length``.
+        prompt_lookup_num_tokens: see ``out_length``.
         seed: of the draws; a text with a seed gives the same whatever else is in the list. One
             for all texts, or one each; None is a new one each.
         batch_size: texts decoded together.
@@ -363,6 +366,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         length_penalty=length_penalty,
         min_length=min_length,
         window=window,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     generator = model if isinstance(model, Generator) else Generator(model, tokenizer, device)
     results = generator(

@@ -128,6 +128,7 @@ class Sampler:
     ) -> None:
         self.vocab_size = vocab_size
         self.end = end
+        self._draws = draws
         zeros = torch.zeros(rows, device=device)
         counts = zeros.long()
         self._state = {
@@ -210,23 +211,35 @@ class Sampler:
     def _width(self) -> int:
         return self._state["written"].shape[1]
 
-    def plan(self, written: Sequence[int]) -> Plan:
-        """The next choice of the first rows, which have written at most so many tokens each."""
+    def plan(self, written: Sequence[int], drafted: int = 0) -> Plan:
+        """The next choice of the first rows, which have written at most so many tokens each.
+
+        Args:
+            written: a number a row.
+            drafted: choices that follow in the same step.
+        """
         rows = len(written)
         settings = [each for each in self._settings[:rows] if each is not None]
         drawing = [each.top_k or self.vocab_size for each in settings if not each.greedy]
         penalties = any(each.has_penalties for each in settings)
+        most = max(1, *written) + drafted
         return Plan(
             rows=rows,
             most=min(max(drawing, default=0), self.vocab_size),
-            written=min(-(-max(1, *written) // 64) * 64, self._width) if penalties else 0,
+            written=min(-(-most // 64) * 64, self._width) if penalties else 0,
             longest_ngram=max(each.no_repeat_ngram_size for each in settings),
             waits=any(map(int.__lt__, written, self._min_lengths)),
             room=self._width,
         )
 
-    def choose(self, logits: Tensor, plan: Plan) -> Tensor:
-        """Next token (rows,) of the first rows from their logits (rows, vocab)."""
+    def choose(self, logits: Tensor, plan: Plan, counts: Tensor | None = None) -> Tensor:
+        """Next token (rows,) of the first rows from their logits (rows, vocab).
+
+        Args:
+            logits: of the rows.
+            plan: of the step.
+            counts: bool (rows,), the rows whose choice counts; the others' draws come again.
+        """
         state = {name: each[: plan.rows] for name, each in self._state.items()}
         logits = logits + state["forbidden"]
         if plan.waits:
@@ -246,7 +259,8 @@ class Sampler:
             return likeliest
         kept = candidates(logits, state["temperature"], state["top_k"], state["top_p"], plan.most)
         uniforms = state["uniforms"].gather(1, state["draw"][:, None])[:, 0]
-        state["draw"] += 1
+        # Rows whose choice counts no more may have none left.
+        state["draw"].add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
         return torch.where(state["greedy"], likeliest, draw(*kept, uniforms))
 
     def record(self, token_ids: Tensor, kept: Tensor, plan: Plan) -> None:

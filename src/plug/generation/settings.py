@@ -12,6 +12,7 @@ Mode = Literal["plug", "original"]
 
 MAX_OUT_LENGTH = 100_000  # tokens; a limit against typing errors, not of the model
 MAX_BEAMS = 64
+MAX_LOOKUP_TOKENS = 32  # of a draft of prompt lookup; more are seldom right, and cost
 MAX_PROMPT_TOKENS = 510  # read at most, as in the reference; [CLS] and [SEP] come on top
 WINDOW = {"plug": 384, "original": 128}  # tokens written from one encoding
 SAMPLING_PENALTY = 1.1  # of repeated tokens; docs/experiments.md has what it does
@@ -37,6 +38,9 @@ class GenerationSettings:
         min_length: tokens before the end may come; None is 0, and 5 with beams.
         window: tokens written before the encoder reads again what was written; None is 384,
             128 in original mode, and no more than the model has positions for.
+        prompt_lookup_num_tokens: guess up to so many next tokens, 1 … 32, by copying what followed
+            where the text last ended like now, and check them in one step: the same text, sooner
+            where it repeats its prompt or itself. None: off.
     """
 
     out_length: int = 256
@@ -51,6 +55,7 @@ class GenerationSettings:
     length_penalty: float = 0.6
     min_length: int | None = None
     window: int | None = None
+    prompt_lookup_num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in WINDOW:
@@ -74,6 +79,13 @@ class GenerationSettings:
                 )
         if self.window is not None:
             check_int("window", self.window, 1)
+        if (lookup := self.prompt_lookup_num_tokens) is not None:
+            check_int("prompt_lookup_num_tokens", lookup, 1, MAX_LOOKUP_TOKENS)
+            if self.num_beams > 1:
+                raise UsageError(
+                    f"prompt_lookup_num_tokens={lookup} 不能与束搜索（num_beams="
+                    f"{self.num_beams}）同用。请去掉其中一个。"
+                )
 
     @property
     def greedy(self) -> bool:
