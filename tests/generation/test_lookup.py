@@ -66,11 +66,11 @@ def test_drafts_of_short_texts(text: str, draft: str) -> None:
 def test_where_drafts_are_right_they_grow_to_the_most_and_where_wrong_they_shrink() -> None:
     lookup = Lookup([5, 6] * 9, 12)
     lengths = []
-    for right in (12, 3, 4, 8, 12, 0):
+    for right in (4, 8, 12, 3, 4, 8, 12, 0):
         lengths.append(len(lookup.draft(99)))
         lookup.judge(min(right, lengths[-1]))
 
-    assert lengths == [12, 12, 4, 8, 12, 12]
+    assert lengths == [4, 8, 12, 12, 4, 8, 12, 12]
     assert lookup.draft(99) == [5]
 
 
@@ -81,7 +81,7 @@ def test_where_drafts_come_to_nothing_they_become_rare_and_cheap() -> None:
         drafted.append(len(lookup.draft(99)))
         lookup.judge(0)
 
-    assert drafted[0] == 32
+    assert drafted[0] == 4
     assert set(drafted[1:]) == {0, 1}
     assert sum(drafted[1:]) < 300 / LONGEST_REST + 8
     lookup._rest = 0
@@ -160,18 +160,20 @@ def write_in_flight(engine: Engine, rows: list[Row], ahead: int = 0) -> list[tup
 
 
 class Foretold(Lookup):
-    """Drafts that are right for a random while, and then not."""
+    """Drafts that are right; with ``draws``, for a random while, and then not."""
 
-    def __init__(self, row: Row, future: list[int], draws: random.Random) -> None:
-        assert row.lookup is not None
-        super().__init__(row.prompt, row.lookup.most)
+    def __init__(self, row: Row, future: list[int], draws: random.Random | None = None) -> None:
+        most = row.settings.prompt_lookup_num_tokens
+        assert most is not None
+        super().__init__(row.prompt, most)
         self.row, self.future, self.draws = row, future, draws
         self.right = 0
 
     def draft(self, room: int) -> list[int]:
-        right, wrong = self.draws.randrange(9), self.draws.randrange(3)
-        at = len(self.row.written)
-        tokens = [*self.future[at : at + right], *(self.draws.randrange(300) for _ in range(wrong))]
+        tokens = self.future[len(self.row.written) :]
+        if self.draws is not None:
+            tokens = tokens[: self.draws.randrange(9)]
+            tokens += [self.draws.randrange(300) for _ in range(self.draws.randrange(3))]
         self._drafted = len(tokens[: min(room, self.most)])
         return tokens[: self._drafted]
 
@@ -250,6 +252,24 @@ def test_with_and_without_are_the_same(options: dict[str, Any], writing: Generat
         found = generate(TEXTS, prompt_lookup_num_tokens=most, **options)
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
         assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
+
+
+@torch.inference_mode()
+def test_what_a_step_has_written_itself_is_not_written_again(tiny_model: Plug) -> None:
+    """The ids to look back on grow by 64 at a time; here a draft reaches beyond 64."""
+    options = GenerationSettings(
+        do_sample=False, no_repeat_ngram_size=1, prompt_lookup_num_tokens=8
+    )
+    rules = PlugRules(tiny_model.config, 90, 90, min_length=90)
+    plain, row = (Row([9, 8, 7], rules, options, 0) for _ in range(2))
+    plain.lookup = None
+    write(Engine(tiny_model), [plain])
+    row.lookup = foretold = Foretold(row, plain.written)
+
+    write(Engine(tiny_model), [row])
+
+    assert row.written == plain.written
+    assert foretold.right == 80  # ten steps of nine tokens
 
 
 def count_steps(engine: Engine) -> dict[str, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST_MATCH = 3  # tokens: looked for first; then shorter ones
+FIRST_LENGTH = 4  # tokens of the first draft at most; after one that is right the next has twice
 LONGEST_REST = 16  # steps without a draft, after several that came to nothing
 
 
@@ -45,7 +46,7 @@ class Lookup:
     def __init__(self, prompt: Sequence[int], most: int) -> None:
         self._text = "".join(map(chr, prompt))
         self.most = most
-        self._length = most  # of the next draft
+        self._length = min(FIRST_LENGTH, most)  # of the next draft
         self._drafted = 0  # tokens of the last one
         self._failures = 0  # drafts in a row of which nothing was right
         self._rest = 0  # steps until the next draft

@@ -211,8 +211,8 @@ class Writer:
         """The step itself, on the device alone.
 
         Returns:
-            The chosen ids, (rows,), or with drafts (rows, 1 + drafted): after the first choice that
-            was not the draft's, -1.
+            The chosen ids, (rows,), or with drafts (rows, 1 + drafted), perhaps fewer on a CPU:
+            after the first choice that was not the draft's, -1.
         """
         tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
         if not drafted:
@@ -235,6 +235,8 @@ class Writer:
             if index < drafted:
                 is_right = (shown == drafts[:, index]) & (index < counts[:, 0])
                 counted = kept & is_right
+                if counted.device.type == "cpu" and not counted.any():  # a GPU is not waited for
+                    break
         return torch.stack(found, 1)
 
     def _keep(self, chosen: Tensor, kept: Tensor, plan: Plan) -> Tensor:
