@@ -1,14 +1,17 @@
 """Fine-tune every task from several starting points and seeds; one JSON line a run.
 
-    python benchmarks/finetune_all.py --data tasks --folder build/finetune --jobs 6 \
-        --stage1 runs/mini-stage1/model --seeds 1 2 3 --minutes 9
+    python benchmarks/finetune_all.py --data tasks --folder build/finetune --jobs 8 \
+        --starts shipped random stage1=runs/mini-stage1/model --seeds 1 2 3 --minutes 9
 
-Starting points: `shipped` (plug-mini-zh), `random` (the same shape, random weights) and, with
-`--stage1`, `stage1` (that encoder; for generation, under a random decoder). Further ones:
-`--start NAME=DIRECTORY`. Runs are processes of their own, `--jobs` at a time on one device, in the
-order seed, task, start. Results are appended to FOLDER/results.jsonl; runs that stand there are
-skipped, so that the same command goes on after `--minutes` (runs not done by then are dropped).
-Each line holds the command, the scores on the development file, the best epoch's step and seconds.
+Starting points: `shipped` (--shipped, plug-mini-zh), `random` (its shape, random weights), and
+NAME=DIRECTORY for others, or NAME=DIRECTORY@TASK,TASK for these tasks alone; an encoder alone gets
+a random decoder where the task writes. Further options are those of `plug finetune`, for every run.
+
+--jobs processes work on one device, each importing its libraries once and taking one run after
+another, in the order seed, task (the long ones first), start. Each run is what the `plug finetune`
+command in its line does; only its checkpoints are smaller. Lines are appended to
+FOLDER/results.jsonl; the same command run again does what is missing there (failed runs too).
+After --minutes whatever still runs is dropped. `benchmarks/results_page.py` makes tables of it.
 
 Where seqeval is not installed (it needs scikit-learn alone): pip install --no-deps --target DIR
 seqeval elsewhere, and PYTHONPATH=DIR here.
@@ -17,21 +20,24 @@ seqeval elsewhere, and PYTHONPATH=DIR here.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
-import shlex
+import multiprocessing
+import os
 import shutil
-import subprocess
-import sys
+import threading
 import time
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from plug.checkpoints.store import find_model_directory, load, save
+from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import TASKS
-from plug.model.plug import Plug
-from plug.tokenization import PlugTokenizer
 
 FOLDERS = {  # where a task's name is not that of its data's folder
     "dureader_robust_qg": "dureader_robust",
@@ -39,122 +45,248 @@ FOLDERS = {  # where a task's name is not that of its data's folder
     "drcd_qg": "drcd",
     "kbqg": "nlpcc_kbqa",
 }
-DEFAULT_TASKS = [  # those of docs/results.md
-    *("afqmc", "tnews", "iflytek", "cmnli", "ocnli", "cluewsc2020", "csl"),
-    *("cluener2020", "dureader_robust_qg", "cmrc2018_qg"),
+DEFAULT_TASKS = [  # of docs/results.md, the longest first: short runs fill the gaps at the end
+    *("cmrc2018_qg", "tnews", "afqmc", "cluener2020", "iflytek", "ocnli"),
+    *("cmnli", "csl", "dureader_robust_qg", "cluewsc2020"),
 ]
+FACTS = ["train_examples", "eval_examples", "steps", "best_step", "device", "torch", "transformers"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the results."""
+
+    task: str
+    start: str
+    seed: int
+    settings: FinetuneSettings
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.task, self.start, self.seed
+
+    def command(self) -> str:
+        """As it would be typed beside folders `tasks` and `runs`."""
+        train, dev = (Path(path) for path in (self.settings.train, self.settings.eval))
+        return dataclasses.replace(
+            self.settings,
+            train=f"tasks/{train.parent.name}/{train.name}",
+            eval=f"tasks/{dev.parent.name}/{dev.name}",
+            output=f"runs/{Path(self.settings.output).name}",
+        ).command()
 
 
 def main() -> None:
+    arguments, settings = _arguments()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
+    results = arguments.folder / "results.jsonl"
+    done = _forget_failures(results)
+    runs = [run for run in _runs(arguments, settings) if run.key not in done]
+    deadline = time.monotonic() + 60 * arguments.minutes
+    waiting, lock, stopped = iter(runs), threading.Lock(), threading.Event()
+    finished = 0
+
+    def serve(number: int) -> None:
+        nonlocal finished
+        log = arguments.folder / f"worker-{number}.log"
+        with _Worker(log, arguments.device) as worker:
+            while time.monotonic() < deadline:
+                with lock:
+                    run = next(waiting, None)
+                line = None if run is None else worker.finish(run, deadline)
+                if line is None or stopped.is_set():
+                    return
+                with lock, results.open("a", encoding="utf-8") as file:
+                    text = json.dumps(line, ensure_ascii=False)
+                    file.write(text + "\n")
+                    print(text, flush=True)
+                    finished += "failed" not in line
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        servers = [pool.submit(serve, number) for number in range(arguments.jobs)]
+        try:
+            for server in servers:
+                server.result()
+        except KeyboardInterrupt:  # the workers have been told, too
+            stopped.set()
+    print(json.dumps({"runs": len(runs), "not_done": len(runs) - finished}))
+
+
+def _forget_failures(results: Path) -> set[tuple[str, str, int]]:
+    """Take failed runs out of the results; what is done."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    kept = [line for line in lines if "failed" not in json.loads(line)]
+    if len(kept) < len(lines):
+        results.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    rows = map(json.loads, kept)
+    return {(row["task"], row["start"], row["seed"]) for row in rows}
+
+
+def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Ours, and the settings of `plug finetune` that were given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="a folder a task")
+    parser.add_argument("--folder", type=Path, required=True, help="runs and results.jsonl")
     parser.add_argument("--tasks", nargs="+", default=DEFAULT_TASKS, choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--stage1", type=Path)
-    parser.add_argument("--start", nargs="+", default=[], metavar="NAME=DIRECTORY")
+    parser.add_argument("--starts", nargs="+", default=["shipped", "random"])
+    parser.add_argument("--shipped", default="plug-mini-zh", help="name or directory")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=600.0)
-    parser.add_argument("--keep", action="store_true", help="keep the models, not reports alone")
-    arguments, options = parser.parse_known_args()  # the rest goes to `plug finetune`
-
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    results = arguments.folder / "results.jsonl"
-    done = {
-        tuple(json.loads(line)[key] for key in ("task", "start", "seed"))
-        for line in (results.read_text().splitlines() if results.is_file() else [])
-    }
-    deadline = time.monotonic() + 60 * arguments.minutes
-    runs = [
-        (task, start, seed, model)
-        for seed in arguments.seeds
-        for task in arguments.tasks
-        for start, model in _starts(arguments, task).items()
-        if (task, start, seed) not in done
-    ]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for line in pool.map(lambda run: _run(*run, arguments, options, deadline), runs):
-            if line is not None:
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                print(json.dumps(line, ensure_ascii=False), flush=True)
-    left = (
-        len(runs) - len(results.read_text().splitlines() if results.is_file() else []) + len(done)
-    )
-    print(json.dumps({"runs": len(runs), "not_done": left, "device": _device()}))
+    parser.add_argument("--device")
+    own = {"task", "train", "eval", "output", "model", "from_scratch", "seed"}
+    free = [field for field in dataclasses.fields(FinetuneSettings) if field.name not in own]
+    types = {"int": int, "float": float, "str": str}
+    for field in free:
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=types[str(field.type)], default=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    names = [field.name for field in free if field.name in arguments]
+    return arguments, {name: getattr(arguments, name) for name in names}
 
 
-def _starts(arguments: argparse.Namespace, task: str) -> dict[str, list[str]]:
-    """Options of `plug finetune` by the name of the starting point."""
-    starts = {"shipped": [], "random": ["--from-scratch"]}
-    if arguments.stage1:
-        model = arguments.stage1
-        if TASKS[task].kind == "generation":
-            model = _with_decoder(model, arguments.folder / "stage1-with-decoder")
-        starts["stage1"] = ["--model", str(model)]
-    for each in arguments.start:
-        name, _, directory = each.partition("=")
-        starts[name] = ["--model", directory]
-    return starts
+def _runs(arguments: argparse.Namespace, settings: dict[str, Any]) -> Iterator[Run]:
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            data = arguments.data / FOLDERS.get(task, task)
+            train, dev = (next(data.glob(f"{part}.*")) for part in ("train", "dev"))
+            for start in arguments.starts:
+                start, _, wanted = start.partition("@")
+                if wanted and task not in wanted.split(","):
+                    continue
+                name, model = _start(start, task, arguments)
+                yield Run(
+                    task,
+                    name,
+                    seed,
+                    FinetuneSettings(
+                        task=task,
+                        train=str(train),
+                        eval=str(dev),
+                        output=str(arguments.folder / f"{task}-{name}-{seed}"),
+                        model=model,
+                        from_scratch=name == "random",
+                        seed=seed,
+                        **settings,
+                    ),
+                )
 
 
-def _with_decoder(encoder: Path, target: Path) -> Path:
-    """The encoder of stage 1 under a decoder of random weights, in the shipped model's shape."""
+def _start(start: str, task: str, arguments: argparse.Namespace) -> tuple[str, str]:
+    """Name and model of a starting point."""
+    name, _, directory = start.partition("=")
+    if not directory:
+        if name not in ("shipped", "random"):
+            raise SystemExit(f"--starts {name}: shipped, random or NAME=DIRECTORY.")
+        return name, arguments.shipped
+    if TASKS[task].kind == "generation":
+        return name, str(_with_decoder(Path(directory), arguments.shipped))
+    return name, directory
+
+
+def _with_decoder(encoder: Path, shipped: str) -> Path:
+    """ENCODER-with-decoder: that encoder under random weights, in the shipped model's shape."""
+    import torch
+
+    from plug.checkpoints.store import find_model_directory, load, save
+    from plug.model.plug import Plug
+    from plug.tokenization import PlugTokenizer
+
+    weights = load(encoder)
+    if weights.decoder is not None:
+        return encoder
+    target = encoder.with_name(f"{encoder.name}-with-decoder")
     if not target.is_dir():
-        shape = load("plug-mini-zh").config
+        shape = dataclasses.replace(
+            weights.config, num_decoder_layers=load(shipped).config.num_decoder_layers
+        )
         torch.manual_seed(0)
         model = Plug(shape)
-        weights = load(encoder).state_dict()
-        missing = model.load_state_dict(weights, strict=False).missing_keys
+        missing = model.load_state_dict(weights.state_dict(), strict=False).missing_keys
         assert all(name.startswith("decoder.") for name in missing), missing
         save(model, target, tokenizer=PlugTokenizer.load(find_model_directory(encoder)))
     return target
 
 
-def _run(
-    task: str,
-    start: str,
-    seed: int,
-    model: list[str],
-    arguments: argparse.Namespace,
-    options: list[str],
-    deadline: float,
-) -> dict[str, object] | None:
-    """One run; None if there is no time for it, or it did not end in time."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return None
-    data = arguments.data / FOLDERS.get(task, task)
-    train, dev = (next(data.glob(f"{part}.*")) for part in ("train", "dev"))
-    output = arguments.folder / f"{task}-{start}-{seed}"
-    shutil.rmtree(output, ignore_errors=True)
-    words = ["finetune", task, "--train", str(train), "--eval", str(dev), "--output", str(output)]
-    words += [*model, "--seed", str(seed), *options]
-    began = time.monotonic()
-    try:
-        command = [sys.executable, "-m", "plug", *words]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=left)
-    except subprocess.TimeoutExpired:
+class _Worker:
+    """A process that does runs, one after another; a new one after a failure or a crash."""
+
+    def __init__(self, log: Path, device: str | None) -> None:
+        self._log = log
+        self._device = device
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+    def finish(self, run: Run, deadline: float) -> dict[str, Any] | None:
+        """The run's line; None if it did not end in time."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            arguments = theirs, self._log, self._device
+            self._process = context.Process(target=_work, args=arguments, daemon=True)
+            self._process.start()
+            theirs.close()  # so that a dead process is an end of file here
+        assert self._connection is not None
+        began = time.monotonic()
+        line: dict[str, Any] = {"task": run.task, "start": run.start, "seed": run.seed}
+        try:
+            self._connection.send(run.settings)
+            if not self._connection.poll(max(0.0, deadline - began)):
+                shutil.rmtree(run.settings.output, ignore_errors=True)
+                return None
+            line |= self._connection.recv()
+        except (EOFError, OSError) as error:
+            line["failed"] = f"the process ended ({error!r}); see {self._log}"
+        if "failed" in line:  # a CUDA error stays with its process
+            self.__exit__()
+        seconds = round(time.monotonic() - began, 1)
+        return line | {"seconds": seconds, "command": run.command()}
+
+
+def _work(connection: Connection, log: Path, device: str | None) -> None:
+    """A worker's process: settings come in, what came of them goes out."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from plug.finetuning.run import finetune
+
+    while True:
+        try:
+            settings = connection.recv()
+        except EOFError:
+            return
+        output = Path(settings.output)
         shutil.rmtree(output, ignore_errors=True)
-        return None
-    line: dict[str, object] = {"task": task, "start": start, "seed": seed}
-    if ran.returncode:
-        return line | {"failed": ran.stderr[-2000:], "command": shlex.join(["plug", *words])}
-    log = [json.loads(each) for each in (output / "log.jsonl").read_text().splitlines()]
-    metric = f"eval_{TASKS[task].metric}"
-    if not arguments.keep:
+        try:
+            result = finetune(settings, device=device, resumable=False)
+            entries = [json.loads(line) for line in (output / "log.jsonl").open(encoding="utf-8")]
+            metric = f"eval_{TASKS[settings.task].metric}"
+            connection.send(
+                {
+                    "metrics": result.metrics,
+                    "by_epoch": [entry[metric] for entry in entries if metric in entry],
+                    **{key: result.facts[key] for key in FACTS},
+                }
+            )
+        except Exception:
+            connection.send({"failed": traceback.format_exc()[-2000:]})
         for path in output.glob("model*.safetensors*"):
             path.unlink()
-    return line | {
-        "metrics": json.loads((output / "metrics.json").read_text()),
-        "by_epoch": [entry[metric] for entry in log if metric in entry],
-        "seconds": round(time.monotonic() - began, 1),
-        "command": shlex.join(["plug", *words]),
-    }
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

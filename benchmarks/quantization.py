@@ -4,8 +4,8 @@
 
 `layers`: relative error (norm of the difference over the norm) of the outputs of a layer of random
 normal weights and inputs. `nats_per_character`: of plug-mini-zh, as `plug evaluate lm` counts it,
-the plain mean over the files; `decoded` computes with the products of the decoding engine, which on
-a CPU round activations too (one document at a time). The last line is JSON.
+the plain mean over the files; `decoded` feeds the text to the decoding engine token by token, whose
+products round activations too (on CUDA those of the source, to FP8). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 import plug
 from plug.checkpoints.store import find_model_directory, load
-from plug.evaluation.language_model import evaluate_language_model
+from plug.device import find_device
+from plug.evaluation.language_model import cut, evaluate_language_model
 from plug.generation.engine import Engine
 from plug.pretraining.corpus import expand_paths, read_documents
 from plug.quantization.convert import quantize_directory
@@ -38,13 +39,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=None, help="documents of each file")
+    parser.add_argument("--model", help="plug-mini-zh where it is not installed with the package")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    with torch.inference_mode():
+    device = find_device(arguments.device)
+    with torch.inference_mode(), device:
         layers = {f"{out}x{inputs}": _layer_errors(out, inputs) for out, inputs in SHAPES}
     result = {
         "layers": layers,
-        "nats_per_character": _nats(arguments.text, arguments.limit),
+        "nats_per_character": _nats(arguments.model, arguments.text, arguments.limit, device),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "limit": arguments.limit,
         "date": time.strftime("%Y-%m-%d"),
         "plug": plug.__version__,
@@ -68,7 +73,10 @@ def _layer_errors(out: int, inputs: int) -> dict[str, float]:
         tensors = {**scheme.quantize(weight), "bias": torch.zeros(out)}
         layer.load_state_dict(tensors, assign=True)
         errors[f"int{bits}"] = error(F.linear(x, layer.dequantized(torch.float32)))
-        errors[f"int{bits}_decoded"] = error(layer.step_product()(x))
+        if x.is_cuda:
+            errors |= {f"int{bits}_{name}": error(y) for name, y in _on_cuda(layer, x).items()}
+        else:
+            errors[f"int{bits}_decoded"] = error(layer.step_product()(x))
     groups = weight.unflatten(1, (-1, 128))
     scale = groups.abs().amax(2, keepdim=True) / 7
     symmetric = ((groups / scale).round().clamp(-7, 7) * scale).flatten(1)
@@ -76,36 +84,71 @@ def _layer_errors(out: int, inputs: int) -> dict[str, float]:
     return errors
 
 
-def _nats(text: Path, limit: int | None) -> dict[str, float]:
-    tokenizer = PlugTokenizer.load(find_model_directory())
-    files = expand_paths([text])
+def _on_cuda(layer: QuantizedLinear, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the engine makes of a step's rows and of a source's."""
+    from plug.kernels.products import Weight
 
-    def score(model: plug.Plug, batch_size: int = 8) -> float:
-        scores = [
-            evaluate_language_model(
-                model, tokenizer, islice(read_documents(file), limit), batch_size=batch_size
-            )
-            for file in files
-        ]
+    layer.bias = layer.bias.bfloat16()
+    decoded = Weight(layer)(x.bfloat16())
+    many = x.bfloat16().repeat(32, 1)  # more rows than count as few
+    return {"decoded": decoded.float(), "source": Weight(layer, for_sources=True)(many)[:4].float()}
+
+
+def _nats(
+    name: str | None, text: Path, limit: int | None, device: torch.device
+) -> dict[str, float]:
+    directory = find_model_directory(name)
+    tokenizer = PlugTokenizer.load(directory)
+    documents = [list(islice(read_documents(file), limit)) for file in expand_paths([text])]
+
+    def score(model: plug.Plug) -> float:
+        scores = [evaluate_language_model(model, tokenizer, each) for each in documents]
         return round(fmean(each.nats_per_character for each in scores), 4)
 
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         for bits in (8, 4):
-            quantize_directory(find_model_directory(), Path(folder, str(bits)), bits=bits)
-        results = {"fp32": score(load()), "bf16": score(load(dtype=torch.bfloat16))}
+            quantize_directory(directory, Path(folder, str(bits)), bits=bits)
+        results = {
+            "fp32": score(load(directory, device=device, dtype=torch.float32)),
+            "bf16": score(load(directory, device=device, dtype=torch.bfloat16)),
+        }
+        if device.type == "cuda":
+            model = load(directory, device=device, dtype=half)
+            results["bf16_decoded"] = _decoded(model, tokenizer, documents)
         for bits in (8, 4):
-            model = load(Path(folder, str(bits)))
+            model = load(Path(folder, str(bits)), device=device, dtype=half)
             results[f"int{bits}"] = score(model)
-            results[f"int{bits}_decoded"] = score(_as_decoded(model), batch_size=1)
+            results[f"int{bits}_decoded"] = _decoded(model, tokenizer, documents)
     return results
 
 
-def _as_decoded(model: plug.Plug) -> plug.Plug:
-    """The model with the products of the decoding engine."""
-    made = Engine(model)
-    model.encoder, model.decoder = made._encoder, made._decoder
-    model.lm_logits = made._head  # type: ignore[method-assign]
-    return model
+@torch.inference_mode()
+def _decoded(
+    model: plug.Plug, tokenizer: PlugTokenizer, documents: list[list[str]], batch_size: int = 32
+) -> float:
+    """Nats a character of the engine, fed with what stands in the text; the mean over files."""
+    engine = Engine(model)
+    start, found = model.config.decoder_start_token_id, []
+    for texts in documents:
+        examples = [each for text in texts if (each := cut(text, tokenizer, 128, 128)).target]
+        nats = 0.0
+        for first in range(0, len(examples), batch_size):
+            batch = examples[first : first + batch_size]
+            longest = max(len(each.target) for each in batch)
+            sources = [[tokenizer.cls_token_id, *e.source, tokenizer.sep_token_id] for e in batch]
+            targets = torch.tensor(
+                [[*each.target, *[-100] * (longest - len(each.target))] for each in batch],
+                device=engine.device,
+            )
+            fed = F.pad(targets[:, :-1].clamp_min(0), (1, 0), value=start)
+            engine.start(sources, longest)
+            for position in range(longest):
+                where = torch.full((len(batch),), position, device=engine.device)
+                logits = engine.decode(fed[:, position], where, position + 1)
+                nats += F.cross_entropy(logits, targets[:, position], reduction="sum").item()
+        found.append(nats / sum(each.characters for each in examples))
+    return round(fmean(found), 4)
 
 
 if __name__ == "__main__":

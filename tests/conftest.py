@@ -7,11 +7,13 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from plug.checkpoints.store import save
+from plug.cli import main
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
@@ -127,3 +129,24 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
         }
 
     return read
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_plug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
+    """`run_plug("info", "--json")`: exit status, standard output and standard error."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["plug", *map(str, arguments)])
+        capsys.readouterr()
+        status = main()
+        return Ran(status, *capsys.readouterr())
+
+    return run

@@ -195,7 +195,12 @@ class PlugTokenizer:
 
     def encode_each(self, tokens: Sequence[str]) -> list[list[int]]:
         """Ids of each token by itself; [UNK] for what gives none, such as a blank."""
-        return [ids or [self.unk_token_id] for ids in self.encode_batch(tokens)]
+        known = list(dict.fromkeys(tokens))  # a text has few characters that differ
+        ids_of = {
+            token: ids or [self.unk_token_id]
+            for token, ids in zip(known, self.encode_batch(known), strict=True)
+        }
+        return [ids_of[token] for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; special tokens are left out, [UNK] excepted (shown as it is named)."""

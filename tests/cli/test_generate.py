@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,26 @@ def test_wrong_use_is_one_chinese_line_and_status_2(
     assert err.startswith("错误：")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_verbose_tells_how_long_reading_the_weights_took(model_directory: Path) -> None:
+    command = [sys.executable, "-m", "plug", "generate", "山上", "--model", str(model_directory)]
+
+    done = subprocess.run(
+        [*command, "--out-length", "2", "-v"], capture_output=True, text=True, check=True
+    )
+
+    assert re.fullmatch(r"权重 0\.00 GB，\d+\.\d\d 秒读到 cpu（\d+\.\d\d GB/s）.*\n", done.stderr)
+
+
+def test_a_batch_size_and_a_precision_may_be_given(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("山上\n今天\n天气", encoding="utf-8")
+    options = ["--file", str(tmp_path / "prompts.txt"), "--top-k", "1", "--out-length", "4"]
+
+    expected = run(*options)
+    assert run(*options, "--batch-size", "2") == expected
+    assert run(*options, "--dtype", "bfloat16")[0] == 0
+    assert run(*options, "--batch-size", "0")[0] == 2
 
 
 def test_binary_files_and_files_without_text_are_refused(run: Run, tmp_path: Path) -> None:

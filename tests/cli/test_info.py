@@ -38,6 +38,12 @@ def test_json_has_the_27b_s_figures(run_plug: Callable) -> None:
     assert round((costs["decoder_flops_per_token"] - attention) / 1e9, 1) == 11.6
     assert round(costs["decoder_weights_per_token"] / 1e9, 2) == 5.81
     assert costs["cache_bytes_per_token"] == 196_608
+    assert {name: round(size / 1e9) for name, size in costs["generation_bytes"].items()} == {
+        "fp32": 106,
+        "bf16": 53,
+        "int8": 27,
+        "int4": 15,
+    }
 
 
 def test_a_directory_is_counted_from_its_config(

@@ -41,5 +41,10 @@ def test_embed(run_plug: Callable, model_directory: Path, tmp_path: Path) -> Non
     ]
     run_plug("embed", "--file", tmp_path / "texts.txt", "--output", tmp_path / "v.npy", *options)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), printed, atol=1e-6)
-    ran = run_plug("embed", *options)
-    assert (ran.status, "二者选一" in ran.err) == (2, True)
+    for arguments, complaint in (
+        ((), "二者选一"),
+        (("花", "--output", tmp_path / "v.npy"), "还不存在的 .npy 文件"),
+        (("花", "--output", tmp_path / "none" / "v.npy"), "目录不存在"),
+    ):
+        ran = run_plug("embed", *arguments, *options)
+        assert (ran.status, complaint in ran.err) == (2, True)

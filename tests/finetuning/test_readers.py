@@ -197,6 +197,13 @@ def test_a_folder_is_a_datasets_name(write_lines: Callable[..., Path], tmp_path:
     assert read("classification", Path(f"{tmp_path}/set:train"))[0].text_a == "好"
 
 
+def test_a_split_is_never_guessed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"是目录。请给出其中的文件，或写 .*:train"):
+        read("classification", tmp_path)
+    with pytest.raises(UsageError, match=r"没有文件 nothing。要用 datasets .*nothing:train"):
+        read("classification", Path("nothing"))
+
+
 BROKEN = [
     ("tnews", "a.json", '{"sentence": "好", "label": "100"}\n{"sente', "第 2 行不是完整的 JSON"),
     ("tnews", "a.json", "[1]", "第 1 行应是一个 JSON 对象"),

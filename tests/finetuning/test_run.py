@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -103,6 +103,51 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     assert logs[0] == logs[1] != []
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    epoch: int, settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With one before it the run goes on from there; with none it begins anew."""
+    whole = settings("classification", data("classification"), epochs=3.0)
+    finetune(whole, device="cpu")
+    broken = settings("classification", data("classification"), epochs=3.0, output=f"{tmp_path}/2")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken, device="cpu", callbacks=[StopAfterEpoch(epoch)])
+    (tmp_path / "2" / "checkpoints" / f"checkpoint-{2 * epoch}" / "trainer_state.json").unlink()
+    finetune(broken, device="cpu", resume=True)
+    expected, actual = (load_file(f"{run.output}/model.safetensors") for run in (whole, broken))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_run_that_cannot_resume_ends_alike_and_keeps_the_best_weights_alone(
+    settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = {"epochs": 4.0, "learning_rate": 0.02}
+    whole = finetune(settings("classification", data("classification"), **options), device="cpu")
+    lean = settings("classification", data("classification"), output=f"{tmp_path}/2", **options)
+
+    class Look(TrainerCallback):
+        names: ClassVar[set[str]] = set()
+
+        def on_epoch_begin(self, args: Any, *_: Any, **__: Any) -> None:
+            self.names |= {path.name for path in Path(args.output_dir).rglob("*")}
+
+    result = finetune(lean, device="cpu", resumable=False, callbacks=[Look()])
+    assert result.metrics == whole.metrics
+    weights = [load_file(run.directory / "model.safetensors") for run in (whole, result)]
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+    assert "model.safetensors" in Look.names
+    assert "optimizer.pt" not in Look.names
+
+
+def test_a_loss_that_is_no_number_ends_the_run(settings: Make, data: Callable[..., Path]) -> None:
+    run = settings("classification", data("classification"), learning_rate=1e30, epochs=3.0)
+    with pytest.raises(
+        PlugError, match=r"loss 不再是有限的数。请降低 learning_rate（现在是 1e\+30）"
+    ):
+        finetune(run, device="cpu")
+
+
 def test_a_finished_run_is_not_overwritten(settings: Make, data: Callable[..., Path]) -> None:
     run = settings("classification", data("classification"))
     finetune(run, device="cpu")
@@ -131,11 +176,12 @@ def test_patience_ends_a_run_that_does_not_get_better(
     assert sum("eval_accuracy" in line for line in log) == 2
 
 
-def test_r_drop_and_scratch_run_and_change_the_outcome(
+def test_r_drop_fgm_and_scratch_run_and_change_the_outcome(
     settings: Make, data: Callable[..., Path], tmp_path: Path
 ) -> None:
     weights = []
-    for number, changes in enumerate([{}, {"r_drop": 1.0}, {"from_scratch": True}, {"seed": 2}]):
+    changed = [{}, {"r_drop": 1.0}, {"fgm": 1.0}, {"from_scratch": True}, {"seed": 2}]
+    for number, changes in enumerate(changed):
         run = settings(
             "classification", data("classification"), output=f"{tmp_path}/{number}", **changes
         )
@@ -234,12 +280,14 @@ def test_weights_that_are_missing_are_told(
     ("changes", "complaint"),
     [
         ({"task": "tnew"}, "没有任务 'tnew'"),
-        ({"batch_size": 0}, "batch_size=0 应大于 0"),
+        ({"batch_size": -1}, "batch_size=-1 应大于 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan 应大于 0"),
         ({"epochs": "3"}, "epochs='3' 的类型应为 float"),
         ({"layer_decay": 1.5}, "layer_decay=1.5 应在 0.01 与 1 之间"),
         ({"patience": -1}, "patience=-1 不能小于 0"),
         ({"task": "cmrc2018", "r_drop": 1.0}, "r_drop 只用于分类任务"),
+        ({"fgm": -1.0}, "fgm=-1.0 不能小于 0"),
+        ({"precision": "fp16"}, "precision='fp16' 应是 bf16 或 fp32"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], complaint: str) -> None:

@@ -11,6 +11,7 @@ from plug import PlugForConditionalGeneration, PlugTransformersConfig
 from plug.finetuning.trainer import (
     ChildTuning,
     learning_rate_scales,
+    moved_uphill,
     symmetric_divergence,
 )
 from plug.model.configuration import PlugConfig
@@ -47,3 +48,29 @@ def test_child_tuning_keeps_a_share_and_the_mean() -> None:
     ChildTuning(0.25).on_pre_optimizer_step(model=model)
     assert set(model.weight.grad.unique().tolist()) == {0.0, 4.0}
     assert float(model.weight.grad.mean()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_an_adversarial_step_goes_uphill_and_back() -> None:
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(7, 5)
+    before = table.weight.detach().clone()
+
+    def loss() -> torch.Tensor:
+        return table(torch.tensor([1, 3, 3])).pow(2).sum()  # its gradient is 2 x, 4 x, 0 elsewhere
+
+    loss().backward()
+    expected = torch.zeros_like(before)
+    expected[1], expected[3] = 2 * before[1], 4 * before[3]
+    expected *= 0.5 / expected.square().sum().sqrt()
+    with moved_uphill(table.weight, 0.5):
+        torch.testing.assert_close(table.weight.detach() - before, expected)
+        assert loss() > before[[1, 3, 3]].square().sum()
+    torch.testing.assert_close(table.weight.detach(), before, rtol=0, atol=0)
+
+
+def test_an_adversarial_step_without_a_gradient_goes_nowhere() -> None:
+    table = torch.nn.Embedding(3, 2)
+    before = table.weight.detach().clone()
+    table.weight.grad = torch.zeros_like(before)
+    with moved_uphill(table.weight, 1.0):
+        torch.testing.assert_close(table.weight.detach(), before, rtol=0, atol=0)

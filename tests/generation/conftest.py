@@ -86,9 +86,13 @@ class ScriptedEngine:
         self.window_first_step: list[int] = []
         self.fed: list[tuple[list[int], list[int]]] = []
 
-    def open(self, rows: int, source_length: int, capacity: int) -> None:
+    def open(self, rows: int, source_length: int, capacity: int) -> int:
         assert rows == len(self.scripts)
         self.source_length, self.capacity = source_length, capacity
+        return 1
+
+    def rounded(self, rows: int) -> int:
+        return rows
 
     def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
         assert max(rows) < len(self.scripts)

@@ -10,7 +10,7 @@ import torch
 from plug.generation.engine import Engine
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import OriginalRules, PlugRules, Rules
-from plug.generation.writer import Row, Writer
+from plug.generation.writer import Row, Writer, write
 from plug.model.plug import Plug
 
 PROMPTS = [[9, 8, 7], [200] * 40, [30, 31], [77], [5, 6]]
@@ -59,16 +59,56 @@ def ending_model(lively_model: Plug) -> Plug:
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("granularity", [1, 64])
-def test_a_host_that_reads_late_and_rounded_lengths_change_nothing(
-    ahead: int, granularity: int, ending_model: Plug
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_host_that_reads_late_and_rounded_lengths_and_rows_change_nothing(
+    ahead: int, granularity: int, rows: int, ending_model: Plug, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = []
     for row in make_rows(ending_model):
         alone += write_in_flight(Engine(ending_model), [row], ahead=0)
     engine = Engine(ending_model)
     engine._model.granularity = granularity
+    monkeypatch.setattr(engine, "rounded", lambda count: -(-count // rows) * rows)
 
     together = write_in_flight(engine, make_rows(ending_model), ahead)
 
     assert together == alone
     assert {reason for _, reason in together} == {"stop", "length"}
+
+
+@torch.inference_mode()
+def test_the_buffers_serve_again_while_they_have_room(ending_model: Plug) -> None:
+    def fresh() -> list[Row]:
+        return make_rows(ending_model)
+
+    def written(rows: list[Row]) -> list[list[int]]:
+        return [row.written for row in rows]
+
+    alone = fresh()
+    for row in alone:
+        write(Engine(ending_model), [row])
+    engine = Engine(ending_model)
+
+    first = write(engine, three := fresh()[:3])
+    second = write(engine, two := fresh()[1:3], first)
+    third = write(engine, more := fresh(), second)
+    engine.start([[2, 3]], capacity=4)  # somebody else
+    fourth = write(engine, again := fresh(), third)
+
+    assert second is first
+    assert third is not second
+    assert fourth is not third
+    assert written(three) == written(alone[:3])
+    assert written(two) == written(alone[1:3])
+    assert written(more) == written(again) == written(alone)
+
+
+@torch.inference_mode()
+def test_what_was_broken_off_is_not_gone_on_with(ending_model: Plug) -> None:
+    engine = Engine(ending_model)
+    first = write(engine, make_rows(ending_model)[:1])
+    assert first is not None
+    first.join(make_rows(ending_model)[0])
+    first.step()
+
+    assert write(engine, make_rows(ending_model)[:1], first) is not first

@@ -76,6 +76,18 @@ def test_two_processes_are_one(
     for part in ("checkpoint/training_state.pt", "model/model.safetensors", "loss.png"):
         assert (tmp_path / "two" / part).is_file()
 
+    # The checkpoint that two processes left, finished by one: the same run, as nothing is dropped.
+    (tmp_path / "two" / "model").rename(tmp_path / "theirs")
+    pretrain(stage, settings(output=str(tmp_path / "two"), **made), resume=True, device="cpu")
+    last, theirs_last = read_rows(tmp_path / "two" / "log.csv")[-1], theirs[-1]
+    assert {name: last[name] for name in ("step", "tokens")} == {
+        "step": 6,
+        "tokens": ours[-1]["tokens"],
+    }
+    assert last["mlm" if stage == 1 else "lm"] == pytest.approx(
+        theirs_last["mlm" if stage == 1 else "lm"], rel=1e-5
+    )
+
 
 @pytest.mark.slow
 def test_an_error_ends_all_processes(command: Command, tmp_path: Path) -> None:

@@ -257,6 +257,26 @@ def test_settings_that_change_the_run_are_refused_on_resume(settings: Settings) 
     pretrain(1, settings(steps=7, checkpoint_every=2, log_every=2), resume=True, device="cpu")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_another_number_of_processes_on_resume(
+    dropout: float,
+    settings: Settings,
+    interrupted: Callable[[int, RunConfig, int], None],
+) -> None:
+    """Refused where dropout would be drawn otherwise; without it the run is the same."""
+    config = settings(steps=7, checkpoint_every=3, dropout=dropout)
+    interrupted(1, config, 4)
+    path = Path(config.output) / "checkpoint" / "training_state.pt"
+    torch.save(torch.load(path) | {"world_size": 2}, path)
+    if dropout:
+        with pytest.raises(UsageError, match=r"用 2 个进程训练的，现在有 1 个.*nproc-per-node 2"):
+            pretrain(1, config, resume=True, device="cpu")
+        assert not (Path(config.output) / "model").exists()
+    else:
+        pretrain(1, config, resume=True, device="cpu")
+        assert (Path(config.output) / "model").is_dir()
+
+
 def test_resuming_without_a_checkpoint(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="没有可以接着训练的检查点"):
         pretrain(1, settings(), resume=True, device="cpu")

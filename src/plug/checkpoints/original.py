@@ -190,7 +190,7 @@ def export_original(
             "用原版代码运行，结果会与这里不同。"
         )
     total = sum(
-        entry.num_elements(num_shards) * (dtype or places[entry.ours[0]][1].dtype).itemsize
+        entry.num_elements(num_shards) * (dtype or places[entry.ours[0]].spec.dtype).itemsize
         for entry in table.values()
     )
     done = 0
@@ -201,7 +201,7 @@ def export_original(
             for name, entry in table.items():
                 region = entry.region(rank, num_shards)
                 state[name] = torch.cat(
-                    [_read_part(places[ours][0], ours, region, dtype) for ours in entry.ours]
+                    [_read_part(places[ours].file, ours, region, dtype) for ours in entry.ours]
                 )
                 done += state[name].nbytes
                 progress(done, total * num_shards)

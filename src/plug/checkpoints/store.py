@@ -7,10 +7,12 @@ files; `transformers` loads it too. The original's checkpoints are in `original.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from plug.checkpoints.transfer import Part, Transfer
 from plug.checkpoints.weights import (
+    DTYPES,
     MAX_SHARD_BYTES,
+    Place,
     TensorSpec,
     WeightWriter,
-    read_weights,
+    locate_weights,
+    map_tensors,
     write_json,
 )
 from plug.errors import PlugError, UsageError
+from plug.memory import Room, check_dtype, check_memory
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantize_modules, scheme_of
@@ -33,6 +40,8 @@ from plug.quantization.scheme import Scheme, read_scheme
 
 if TYPE_CHECKING:
     from plug.tokenization import PlugTokenizer
+
+logger = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "plug-mini-zh"
 CONFIG_FILE = "config.json"
@@ -81,44 +90,109 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    room: Room | None = None,
 ) -> Plug:
     """A model in eval mode, its weights read straight onto ``device``.
 
     Host memory holds no second copy: on the CPU, weights of the wanted dtype stay views of the
-    mapped file; on a GPU they pass through one tensor at a time.
+    mapped file; elsewhere they pass through a few buffers (`transfer.py`).
 
     Args:
         name_or_path: as in `find_model_directory`.
         device: "cpu", "cuda", "cuda:1", …
         dtype: of all weights but those of quantised layers; None is float32 on the CPU and each
             tensor's saved dtype elsewhere.
+        room: what must be free on ``device`` besides the weights; None is nothing.
 
     Raises:
-        UsageError: as in `find_model_directory`.
-        PlugError: weights are missing, damaged, or do not fit `config.json`.
+        UsageError: as in `find_model_directory`, or ``dtype`` is none of `weights.DTYPES`.
+        PlugError: weights are missing, damaged, do not fit `config.json` or the device's memory, or
+            have a dtype that the device lacks.
     """
     directory = find_model_directory(name_or_path)
+    device = torch.device(device)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise UsageError(f"dtype={dtype} 不支持。可用：{'、'.join(DTYPES)}。")
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model = _empty(directory)
+    places = locate_weights(directory, weight_shapes(model))
+    specs = _specs(directory, model, places, dtype)
+    began = time.perf_counter()
+    if device.type == "cpu":
+        weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
+    else:
+        weights = _read(places, specs, device, model, room)
+    model.load_state_dict(weights, assign=True)
+    size, seconds = sum(x.nbytes for x in weights.values()), time.perf_counter() - began
+    logger.info(
+        "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）%s。",
+        *(size / 1e9, seconds, device, size / seconds / 1e9),
+        "，精度不变的部分用到时才真正读入" if device.type == "cpu" else "",
+    )
+    return model.eval()
+
+
+def _empty(directory: Path) -> Plug:
+    """The model that the directory's `config.json` describes, without memory."""
     with torch.device("meta"), _NoInitialization():
         model = Plug(PlugConfig.from_file(directory / CONFIG_FILE))
         if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
             quantize_modules(model, scheme)
-    if dtype is None and torch.device(device).type == "cpu":
-        dtype = torch.float32
-    state = model.state_dict()
-    weights = {}
-    for name, tensor in read_weights(directory, weight_shapes(model), device):
-        if tensor.is_floating_point() != state[name].is_floating_point():
+    return model
+
+
+def _specs(
+    directory: Path, model: Plug, places: Mapping[str, Place], dtype: torch.dtype | None
+) -> dict[str, TensorSpec]:
+    """What each tensor becomes in memory.
+
+    Raises:
+        PlugError: integers where floats should be, or the reverse.
+    """
+    specs = {}
+    for name, wanted in model.state_dict().items():
+        saved = places[name].spec
+        if saved.dtype.is_floating_point != wanted.is_floating_point():
             raise PlugError(
-                f"{directory} 的 {name} 是 {tensor.dtype}，应为 {state[name].dtype}。"
+                f"{directory} 的 {name} 是 {saved.dtype}，应为 {wanted.dtype}。"
                 "请检查 config.json 的 quantization 与权重是否配套。"
             )
-        weights[name] = tensor if dtype is None or _is_quantized(name, tensor) else tensor.to(dtype)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+        keeps = dtype is None or _is_quantized(name, saved.dtype)
+        specs[name] = saved if keeps or dtype is None else saved._replace(dtype=dtype)
+    return specs
 
 
-def _is_quantized(name: str, tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or name.endswith((".scale", ".center"))
+def _read(
+    places: Mapping[str, Place],
+    specs: Mapping[str, TensorSpec],
+    device: torch.device,
+    model: Plug,
+    room: Room | None,
+) -> dict[str, Tensor]:
+    """Every tensor on a device that is not the CPU, where it is found to fit before."""
+    table = specs["embeddings.word_embeddings.weight"].dtype
+    scheme = scheme_of(model)
+    check_dtype(device, table)
+    check_memory(
+        device,
+        model.config,
+        sum(spec.num_bytes for spec in specs.values()),
+        bits=8 * table.itemsize if scheme is None else scheme.bits,
+        room=room,
+        bytes_per_value=table.itemsize,
+    )
+    weights = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        for name, spec in specs.items()
+    }
+    with Transfer(device) as transfer:
+        transfer.fill(Part(places[name], target) for name, target in weights.items())
+    return weights
+
+
+def _is_quantized(name: str, dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point or name.endswith((".scale", ".center"))
 
 
 def refuse_quantized(directory: Path) -> None:
@@ -195,7 +269,7 @@ def write_model(
     state = model.state_dict()
     specs = {
         name: TensorSpec(
-            tensor.dtype if dtype is None or _is_quantized(name, tensor) else dtype,
+            tensor.dtype if dtype is None or _is_quantized(name, tensor.dtype) else dtype,
             tuple(tensor.shape),
         )
         for name, tensor in state.items()

@@ -1,4 +1,4 @@
-"""safetensors files of a model directory: written slice by slice in place, read tensor by tensor.
+"""safetensors files of a model directory: written slice by slice in place, mapped to be read.
 
 A file is laid out first: its header is written and its blocks are reserved, so that a full disk is
 an error now and not a crash later. Values then go through a memory map, and their pages are let go
@@ -49,6 +49,14 @@ class TensorSpec(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Place(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    start: int  # its first byte in the file
+    spec: TensorSpec
 
 
 class WeightWriter:
@@ -157,42 +165,33 @@ class WeightWriter:
         self._views.clear()
 
 
-def read_weights(
-    directory: Path, expected: Mapping[str, tuple[int, ...]], device: str | torch.device = "cpu"
-) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a model directory, in its saved dtype, once the names and shapes are checked.
+def map_tensors(places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor, in its saved dtype; ``places`` are from `locate_weights`.
 
-    On the CPU a tensor is a private view of the mapped file (no copy); on a GPU it is read
-    straight there. One file is open at a time.
-
-    Raises:
-        PlugError: a file is missing or damaged, or names or shapes differ from ``expected``.
+    A private view of the mapped file: no copy, and what is written into it stays out of the file.
+    One file is open at a time.
     """
     names_by_file: dict[Path, list[str]] = {}
-    for name, (file, _) in locate_weights(directory, expected).items():
-        names_by_file.setdefault(file, []).append(name)
+    for name, place in places.items():
+        names_by_file.setdefault(place.file, []).append(name)
     for file, names in names_by_file.items():
-        with safe_open(file, framework="pt", device=str(device)) as opened:
+        with safe_open(file, framework="pt") as opened:
             for name in names:
                 yield name, opened.get_tensor(name)
 
 
-def locate_weights(
-    directory: Path, expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Path, TensorSpec]]:
+def locate_weights(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """Where each tensor of a model directory lies, and what it is; from the headers alone.
 
     Raises:
-        PlugError: as in `read_weights`.
+        PlugError: a file is missing or damaged, or names or shapes differ from ``expected``.
     """
-    found: dict[str, tuple[Path, TensorSpec]] = {}
+    found: dict[str, Place] = {}
     for file in weight_files(directory):
         try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    part = opened.get_slice(name)
-                    dtype = _DTYPES_BY_CODE[part.get_dtype()]
-                    found[name] = (file, TensorSpec(dtype, tuple(part.get_shape())))
+            with safe_open(file, framework="pt"):  # checks the header, and the file's size by it
+                pass
+            found |= _places(file)
         except (SafetensorError, OSError) as error:
             raise PlugError(
                 f"{file} 已损坏或不是 safetensors 文件（{error}）。请重新取得模型。"
@@ -201,9 +200,25 @@ def locate_weights(
             raise PlugError(
                 f"{file} 里有 {error.args[0]} 类型的张量，只支持 {'、'.join(DTYPES)}。"
             ) from None
-    shapes = {name: spec.shape for name, (_, spec) in found.items()}
+    shapes = {name: place.spec.shape for name, place in found.items()}
     check_names_and_shapes(directory, shapes, expected)
     return found
+
+
+def _places(file: Path) -> dict[str, Place]:
+    """From a header that was checked."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Place(
+            file,
+            8 + length + entry["data_offsets"][0],
+            TensorSpec(_DTYPES_BY_CODE[entry["dtype"]], tuple(entry["shape"])),
+        )
+        for name, entry in header.items()
+    }
 
 
 def weight_files(directory: Path) -> list[Path]:

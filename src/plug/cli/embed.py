@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 
 
 def embed(
@@ -26,6 +26,8 @@ def embed(
         raise UsageError('请给出文字（plug embed "…"）或 --file，二者选一。')
     if output is not None and (output.suffix != ".npy" or output.exists()):
         raise UsageError(f"{output} 应是一个还不存在的 .npy 文件。")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
     from plug.pretraining.corpus import read_lines
     from plug.understanding.embed import embed as run
@@ -37,7 +39,10 @@ def embed(
     if output is not None:
         import numpy as np
 
-        np.save(output, vectors)
+        try:
+            np.save(output, vectors)
+        except OSError as error:
+            raise PlugError(f"没能写入 {output}：{error.strerror or error}。") from error
         print(f"已写入 {output}：{vectors.shape[0]} 个 {vectors.shape[1]} 维向量。")
         return
     for vector in vectors:

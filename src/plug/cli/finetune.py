@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +22,7 @@ def finetune(
     output: Annotated[str, typer.Option(help="输出目录：模型、设置、报告。须不存在或为空。")],
     model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = _DEFAULTS.model,
     epochs: Annotated[float, typer.Option(help="训练几轮；0 为任务的默认值。")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="每步几个例子。")] = _DEFAULTS.batch_size,
+    batch_size: Annotated[int, typer.Option(help="每步几个例子；0 为任务的默认值。")] = 0,
     eval_batch_size: Annotated[
         int, typer.Option(help="评测时一次几个例子。")
     ] = _DEFAULTS.eval_batch_size,
@@ -40,11 +42,16 @@ def finetune(
     r_drop: Annotated[
         float, typer.Option(help="R-Drop 的权重（分类任务）；0 为不用。")
     ] = _DEFAULTS.r_drop,
+    fgm: Annotated[
+        float, typer.Option(help="对抗训练（FGM）在词向量上走多远，如 1；0 为不用。")
+    ] = _DEFAULTS.fgm,
     child_tuning: Annotated[
         float, typer.Option(help="每步保留多大比例的梯度；1 为全部。")
     ] = _DEFAULTS.child_tuning,
     source_length: Annotated[int, typer.Option(help="最多读多少词元；0 为任务的默认值。")] = 0,
-    target_length: Annotated[int, typer.Option(help="最多写多少词元；0 为任务的默认值。")] = 0,
+    target_length: Annotated[
+        int, typer.Option(help="最多写多少词元（常有几个字）；0 为任务的默认值。")
+    ] = 0,
     num_beams: Annotated[
         int, typer.Option(help="生成任务评测时的束宽；1 为贪心。")
     ] = _DEFAULTS.num_beams,
@@ -52,6 +59,9 @@ def finetune(
         int, typer.Option(help="连续几轮不见好就停；0 为不早停。")
     ] = _DEFAULTS.patience,
     seed: Annotated[int, typer.Option(help="随机种子。")] = _DEFAULTS.seed,
+    precision: Annotated[
+        str, typer.Option(help="GPU 上的精度：bf16，或 fp32（用 TF32，短文本更快）。")
+    ] = _DEFAULTS.precision,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="不用模型的权重，随机初始化（供比较）。")
     ] = _DEFAULTS.from_scratch,
@@ -76,15 +86,22 @@ def finetune(
         clip_grad_norm=clip_grad_norm,
         layer_decay=layer_decay,
         r_drop=r_drop,
+        fgm=fgm,
         child_tuning=child_tuning,
         source_length=source_length,
         target_length=target_length,
         num_beams=num_beams,
         patience=patience,
         seed=seed,
+        precision=precision,
         from_scratch=from_scratch,
     )
-    result = run(settings, device=device, resume=resume)
+    try:
+        result = run(settings, device=device, resume=resume)
+    except KeyboardInterrupt:
+        again = any(Path(output).glob("checkpoints/checkpoint-*"))
+        print("已中断。" + ("加上 --resume 从上一轮接着训练。" if again else ""), file=sys.stderr)
+        raise
     for name, value in result.metrics.items():
         print(f"{name:<16}{value:.4f}")
     print(f"已写入 {result.directory}：模型、report.md、report.html。")

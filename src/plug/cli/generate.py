@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plug.cli.convert import Precision
 from plug.errors import UsageError
 from plug.generation.settings import (
     MAX_BEAMS,
@@ -22,7 +24,6 @@ from plug.generation.settings import (
 if TYPE_CHECKING:
     from plug.generation.generate import GenerationResult
 
-_BATCH_SIZE = 8
 _DEFAULTS = GenerationSettings()
 
 
@@ -78,8 +79,18 @@ def generate(
         bool, typer.Option("--allow-special-tokens", help="把文字里的 [SEP] 等当作特殊符号。")
     ] = False,
     file: Annotated[str | None, typer.Option(help="逐行续写文件里的文字，- 为标准输入。")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="一起写的段数：越大总的越快，占的内存或显存越多。")
+    ] = 8,
     device: Annotated[str | None, typer.Option(help="cpu 或 cuda（默认有 cuda 就用）。")] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="权重的精度（默认 CPU 上 float32，显卡上照原样）。", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON，一段文字一行。")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="在标准错误上说明读权重用了多久。")
+    ] = False,
 ) -> None:
     """续写一段文字，边写边显示。"""
     settings = GenerationSettings(
@@ -96,17 +107,28 @@ def generate(
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     texts = _texts(text, file)
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    from plug.checkpoints.weights import DTYPES
     from plug.generation.generate import Generator
+    from plug.memory import Room
 
-    generator = Generator(model, device=device)
+    capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
+    rows = min(batch_size, len(texts)) * settings.num_beams
+    generator = Generator(
+        model,
+        device=device,
+        dtype=None if dtype is None else DTYPES[dtype],
+        room=Room(batch_size=rows, capacity=capacity),
+    )
     shown_as_written = file is None and not as_json
-    for first in range(0, len(texts), _BATCH_SIZE):
+    for first in range(0, len(texts), batch_size):
         results = generator(
-            texts[first : first + _BATCH_SIZE],
+            texts[first : first + batch_size],
             settings,
             seed=seed,
-            batch_size=_BATCH_SIZE,
+            batch_size=batch_size,
             allow_special_tokens=allow_special_tokens,
             on_text=_show if shown_as_written else None,
         )

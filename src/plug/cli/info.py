@@ -21,13 +21,14 @@ def info(
     position: Annotated[
         int | None, typer.Option(min=1, help="计算量按写到第几个词元算（默认 128）。")
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="内存按一起写多少段文字算。")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
 ) -> None:
     """查看模型各部分的参数量、各精度的字节数、每词元的计算量。"""
     config = _find_config(model)
     source_length = _length("--source-length", source_length, 512, config)
     position = _length("--position", position, 128, config)
-    costs = _costs(config, source_length, position)
+    costs = _costs(config, source_length, position, batch_size)
     if as_json:
         print(json.dumps({"model": model, **costs}, ensure_ascii=False, indent=2))
     else:
@@ -55,14 +56,30 @@ def _length(option: str, asked: int | None, default: int, config: PlugConfig) ->
     return asked
 
 
-def _costs(config: PlugConfig, source_length: int, position: int) -> dict[str, Any]:
+def _costs(
+    config: PlugConfig, source_length: int, position: int, batch_size: int
+) -> dict[str, Any]:
     from plug.model import accounting
 
+    sizes = accounting.total(config).bytes()
+    needs = {
+        name: accounting.generation_need(
+            config,
+            weights=size,
+            batch_size=batch_size,
+            source_length=source_length,
+            capacity=position,
+            bytes_per_value=4 if name == "fp32" else 2,
+        )
+        for name, size in sizes.items()
+    }
     by_part = {name: part.parameters for name, part in accounting.parts(config).items()}
     return {
         "config": config.to_dict(),
         "parameters": {**by_part, "total": sum(by_part.values())},
-        "bytes": accounting.total(config).bytes(),
+        "bytes": sizes,
+        "batch_size": batch_size,
+        "generation_bytes": {name: need.total for name, need in needs.items()},
         "source_length": source_length,
         "position": position,
         "encoder_flops_per_token": accounting.encoder_flops(config, source_length) // source_length,
@@ -84,6 +101,9 @@ def _print_tables(model: str, costs: dict[str, Any]) -> None:
         f"{model} 的参数": {words[name]: f"{n:,}" for name, n in costs["parameters"].items()},
         "权重大小（int8 按行缩放，int4 每 128 个一组）": {
             name: f"{count / 1e6:,.1f} MB" for name, count in costs["bytes"].items()
+        },
+        f"写作需要的显存（一起写 {costs['batch_size']} 段，各读 {source}、写 {position} 个词元）": {
+            name: f"{count / 1e6:,.1f} MB" for name, count in costs["generation_bytes"].items()
         },
         "计算量（每词元的浮点运算）": {
             f"编码（原文 {source} 个词元）": _giga(costs["encoder_flops_per_token"]),

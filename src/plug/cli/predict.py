@@ -35,6 +35,8 @@ def predict(
         raise UsageError('请给出文字（plug predict --model 目录 "…"）或 --file，二者选一。')
     if output is not None and output.exists():
         raise UsageError(f"{output} 已存在，不会覆盖。请换一个文件名。")
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
     from plug.cli.progress import counter
     from plug.finetuning.predict import Predictor, write_predictions

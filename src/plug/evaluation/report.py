@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from plug.errors import PlugError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+logger = logging.getLogger(__name__)
 
 Cell = str | int | float
 
@@ -59,7 +63,7 @@ def write_report(
         title: the heading.
         command: what made it, so that it can be made again.
         facts: settings and circumstances by name.
-        evaluation: the results.
+        evaluation: the results. Its plots are left out, with a warning, without matplotlib.
 
     Raises:
         PlugError: the directory cannot be written.
@@ -69,11 +73,14 @@ def write_report(
     tables = [metrics, *evaluation.tables, evaluation.samples, circumstances]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for plot in evaluation.plots:
+        plots = evaluation.plots if find_spec("matplotlib") else []
+        if len(plots) < len(evaluation.plots):
+            logger.warning('报告里没有图：请安装 pip install "plug-zh[train]"。')
+        for plot in plots:
             _save_plot(plot, directory / f"{plot.name}.png")
         files = {
-            "report.md": _markdown(title, command, tables, evaluation.plots),
-            "report.html": _html(title, command, tables, evaluation.plots),
+            "report.md": _markdown(title, command, tables, plots),
+            "report.html": _html(title, command, tables, plots),
             "metrics.json": json.dumps(evaluation.metrics, ensure_ascii=False, indent=2) + "\n",
         }
         for name, content in files.items():

@@ -145,8 +145,11 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
         return f"{label} {name}" if name else label
 
     def example(self, parts: Sequence[str]) -> ClassificationExample:
+        least, most, meaning = {
+            None: (1, 2, "一段文字，或两段"), False: (1, 1, "一段文字"), True: (2, 2, "两段文字")
+        }[self.pairs]  # fmt: skip
         return ClassificationExample(
-            text_a=exactly(parts, 1, 2, "一段文字，或两段")[0],
+            text_a=exactly(parts, least, most, meaning)[0],
             text_b=parts[1] if len(parts) > 1 else None,
         )
 

@@ -72,7 +72,7 @@ class Generation(Kind[GenerationExample, TokenIds]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[TokenIds]:
-        generator = Generator(as_plug(model), self.tokenizer)
+        generator = Generator(as_plug(model), self.tokenizer, graphs=False)
         settings = GenerationSettings(
             out_length=self.target_length, do_sample=False, num_beams=self.num_beams
         )

@@ -37,6 +37,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         source_length: tokens read at most, [CLS] and [SEP] counted.
         target_length: tokens written at most, or of an answer.
         num_beams: for generation; 1 is argmax.
+        pairs: of classification: whether an example is two texts; None where nothing is known.
     """
 
     model_class: ClassVar[str]
@@ -50,6 +51,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         source_length: int,
         target_length: int = 30,
         num_beams: int = 1,
+        pairs: bool | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.labels = list(labels)
@@ -58,6 +60,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         self.source_length = source_length
         self.target_length = target_length
         self.num_beams = num_beams
+        self.pairs = pairs
 
     @abstractmethod
     def check(self, examples: Sequence[ExampleT], *, training: bool) -> None:

@@ -47,6 +47,7 @@ class Predictor:
             source_length=settings["source_length"],
             target_length=settings["target_length"],
             num_beams=num_beams or settings["num_beams"],
+            pairs=run["pairs"],
         )
         self.model = self.kind.load_model(self.directory).to(find_device(device))
 
@@ -94,7 +95,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         )
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        _ = run["settings"]["task"], run["labels"], run["label_names"]
+        _ = run["settings"]["task"], run["labels"], run["label_names"], run["pairs"]
     except (ValueError, KeyError, TypeError):
         raise PlugError(f"{path} 已损坏。请重新微调，或从备份恢复。") from None
     return run

@@ -72,7 +72,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Rows of JSON lines (`.json`, `.jsonl`), `.csv`, `.tsv`, `.parquet`, or of a `datasets` name.
 
     All but parquet may be compressed (`.gz`, `.zst`). A path that does not exist and has none of
-    these endings is `NAME` or `NAME:SPLIT` of the `datasets` library.
+    these endings is `NAME:SPLIT` of the `datasets` library.
 
     Raises:
         UsageError: no such file, an unknown ending, or a library is missing.
@@ -136,7 +136,13 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(path: Path) -> Iterator[Row]:
-    name, _, split = str(path).partition(":")
+    name, _, split = str(path).rpartition(":")
+    if path.is_dir():
+        raise UsageError(f"{path} 是目录。请给出其中的文件，或写 {path}:划分，如 {path}:train。")
+    if not name or not split:
+        raise UsageError(
+            f"没有文件 {path}。要用 datasets 库的数据集，请写 名字:划分，如 {path}:train。"
+        )
     try:
         import datasets
     except ImportError:
@@ -144,7 +150,7 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
             f"没有文件 {path}。要按名字使用 datasets 的数据集，请先安装：pip install datasets"
         ) from None
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # a network's, a hub's or a file's: all end here
         raise UsageError(f"没有文件 {path}，也取不到这个名字的数据集：{error}") from None
     classes = {

@@ -102,7 +102,10 @@ class Reading(Kind[ReadingExample, Answer]):
         collate = Collator(self.tokenizer.pad_token_id)
         inputs = [window.inputs for _, window in windows]
         for indices, output in run_batches(model, inputs, collate, batch_size, on_progress):
-            starts, ends = output.start_logits.log_softmax(-1), output.end_logits.log_softmax(-1)
+            starts, ends = (
+                logits.log_softmax(-1).cpu()  # at once: a stretch at a time would wait each time
+                for logits in (output.start_logits, output.end_logits)
+            )
             for row, index in enumerate(indices):
                 number, (_, first, where) = windows[index]
                 part = slice(first, first + len(where))

@@ -8,6 +8,7 @@ The directory holds the model and its tokenizer, `finetuning.json` (settings, la
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.store import CONFIG_FILE, find_model_directory
 from plug.device import find_device
@@ -48,10 +49,14 @@ from plug.tokenization import PlugTokenizer
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """Where the model is, and its scores on the evaluation file."""
+    """Where the model is, its scores on the evaluation file, and what the report says of the run.
+
+    `facts`: the settings, numbers of examples and steps, the device, versions.
+    """
 
     directory: Path
     metrics: dict[str, float]
+    facts: dict[str, Any]
 
 
 def finetune(
@@ -59,6 +64,7 @@ def finetune(
     *,
     device: str | None = None,
     resume: bool = False,
+    resumable: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetuneResult:
     """Fine-tune a model; the weights of the best epoch are kept.
@@ -67,6 +73,8 @@ def finetune(
         settings: of the run.
         device: "cpu", "cuda", …; None is CUDA where there is one, and there in bfloat16.
         resume: go on with the run that was interrupted in the same output.
+        resumable: keep what ``resume`` needs after every epoch, three times the model's size; False
+            keeps the best weights alone, for many short runs.
         callbacks: of `transformers`, for the Trainer.
 
     Raises:
@@ -92,23 +100,35 @@ def finetune(
         source_length=settings.source_length,
         target_length=settings.target_length,
         num_beams=settings.num_beams,
+        pairs=_pairs(examples),
     )
     kind.check(examples, training=True)
     kind.check(held_out, training=False)
     chosen = find_device(device)
+    if chosen.index:  # the Trainer takes the first GPU that it sees
+        raise UsageError(
+            f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
+        )
     set_seed(settings.seed)
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
     _write_run(output, settings, kind)
 
+    def predict(model: Any) -> list[Any]:
+        return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+
+    best = _Best(task.metric)
+
     def score(model: Any) -> dict[str, float]:
-        predictions = kind.predict(model, held_out, batch_size=settings.eval_batch_size)
-        return kind.evaluate(held_out, predictions).metrics
+        predictions = predict(model)
+        metrics = kind.evaluate(held_out, predictions).metrics
+        best.offer(trainer.state.global_step, metrics, predictions)
+        return metrics
 
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
         model=model,
-        args=_training_arguments(settings, task, output, chosen),
+        args=_training_arguments(settings, task, output, chosen, resumable),
         train_dataset=kind.features(examples),
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -116,7 +136,7 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        checkpoint = get_last_checkpoint(output / "checkpoints") if resume else None
+        checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
         model.save_pretrained(output)
         tokenizer.save(output)
@@ -124,7 +144,8 @@ def finetune(
         raise PlugError(
             f"没能写入 {output}：{error.strerror or error}。请检查磁盘空间和权限。"
         ) from error
-    predictions = kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+    is_best = best.step == trainer.state.best_global_step  # it is not after a resumption
+    predictions = best.predictions if is_best else predict(model)
     evaluation = kind.evaluate(held_out, predictions)
     history = trainer.state.log_history
     evaluation.plots.extend(_curves(history, task.metric))
@@ -144,7 +165,28 @@ def finetune(
     (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return FinetuneResult(output, evaluation.metrics)
+    return FinetuneResult(output, evaluation.metrics, facts)
+
+
+class _Best:
+    """The predictions of the best evaluation so far, so that it need not be repeated at the end."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.value = -math.inf
+        self.step: int | None = None
+        self.predictions: list[Any] = []
+
+    def offer(self, step: int, metrics: dict[str, float], predictions: list[Any]) -> None:
+        if metrics[self.metric] > self.value:
+            self.value, self.step, self.predictions = metrics[self.metric], step, predictions
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest that is whole: the state is what the Trainer writes last. None: begin anew."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
@@ -174,6 +216,7 @@ def _write_run(output: Path, settings: FinetuneSettings, kind: Kind[Any, Any]) -
         "settings": settings.to_dict(),
         "labels": kind.labels,
         "label_names": kind.label_names,
+        "pairs": kind.pairs,
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -207,6 +250,16 @@ def _label_names(examples: list[Example]) -> dict[str, str]:
     }
 
 
+def _pairs(examples: list[Example]) -> bool | None:
+    """Whether all have two texts, or none has; None if it differs."""
+    has_two = {
+        example.text_b is not None
+        for example in examples
+        if isinstance(example, ClassificationExample)
+    }
+    return has_two.pop() if len(has_two) == 1 else None
+
+
 def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: list[str]) -> None:
     """A model that was fine-tuned before can go on with the same labels alone."""
     if (directory / RUN_FILE).is_file() and not settings.from_scratch:
@@ -220,10 +273,11 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
 
 
 def _training_arguments(
-    settings: FinetuneSettings, task: Task, output: Path, device: torch.device
+    settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
-    return TrainingArguments(
+    in_bf16 = settings.precision == "bf16"
+    arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -234,19 +288,24 @@ def _training_arguments(
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu,
+        bf16=on_gpu and in_bf16,
+        tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         eval_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="epoch" if resumable else "best",
+        save_only_model=not resumable,
         save_total_limit=1,  # and the best one
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{task.metric}",
         greater_is_better=True,
-        logging_steps=10,
+        logging_steps=0.01,  # of all steps: a hundred points
+        logging_nan_inf_filter=False,  # it waits for the GPU at every step; `log` checks the loss
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
+    return arguments
 
 
 class _Tell(TrainerCallback):

@@ -12,10 +12,12 @@ from plug.errors import UsageError
 from plug.finetuning.tasks import find_task
 from plug.generation.settings import MAX_PROMPT_TOKENS, WINDOW
 
+PRECISIONS = ("bf16", "fp32")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSettings:
-    """One run. Epochs and lengths of 0 are the task's own, and are filled in here.
+    """One run. Epochs, batch size and lengths of 0 are the task's own, and are filled in here.
 
     Attributes:
         task: a name in `TASKS`.
@@ -26,9 +28,12 @@ class FinetuneSettings:
         learning_rate: highest, after the warm-up; then linear decay to 0.
         layer_decay: each layer further from the output learns by this factor more slowly.
         r_drop: weight of R-Drop's divergence (classification); 0: off.
+        fgm: length of the adversarial step on the word embeddings (FGM); 0: off.
         child_tuning: share of gradients that each step keeps (Child-Tuning-F); 1: all.
         patience: evaluations without a better score before the run stops; 0: never.
         num_beams: of the evaluations of generation; 1 is argmax.
+        precision: of training on a GPU: "bf16" (autocast) or "fp32" (products in TF32, which is
+            faster for short texts: no casts). A CPU always has fp32.
         from_scratch: start from random weights of the model's shape, for comparison.
     """
 
@@ -38,7 +43,7 @@ class FinetuneSettings:
     output: str
     model: str = "plug-mini-zh"
     epochs: float = 0.0
-    batch_size: int = 32
+    batch_size: int = 0
     eval_batch_size: int = 64
     learning_rate: float = 5e-4
     warmup_fraction: float = 0.1
@@ -46,17 +51,19 @@ class FinetuneSettings:
     clip_grad_norm: float = 1.0
     layer_decay: float = 1.0
     r_drop: float = 0.0
+    fgm: float = 0.0
     child_tuning: float = 1.0
     source_length: int = 0
     target_length: int = 0
     num_beams: int = 1
     patience: int = 0
     seed: int = 1
+    precision: str = "bf16"
     from_scratch: bool = False
 
     def __post_init__(self) -> None:
         task = find_task(self.task)
-        for name in ("epochs", "source_length", "target_length"):
+        for name in ("epochs", "batch_size", "source_length", "target_length"):
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, getattr(task, name))
         for item in dataclasses.fields(self):
@@ -68,11 +75,13 @@ class FinetuneSettings:
         for name, low in (("warmup_fraction", 0.0), ("layer_decay", 0.01), ("child_tuning", 0.01)):
             if not low <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)} 应在 {low} 与 1 之间。")
-        for name in ("weight_decay", "r_drop", "patience", "seed"):
+        for name in ("weight_decay", "r_drop", "fgm", "patience", "seed"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}={getattr(self, name)} 不能小于 0。")
         if self.r_drop and task.kind != "classification":
             raise UsageError(f"r_drop 只用于分类任务，{self.task} 不是。请去掉它。")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision={self.precision!r} 应是 {' 或 '.join(PRECISIONS)}。")
 
     def check_lengths(self, max_position_embeddings: int) -> None:
         """Raise `UsageError` where the model has no positions for the lengths."""

@@ -33,7 +33,8 @@ class Task:
         kind: which of the four ways to fine-tune.
         reader: its file to examples.
         labels: those published; empty: those that occur in the training file.
-        epochs: default of a run, as are the lengths.
+        epochs: default of a run, as are the batch size and the lengths.
+        batch_size: examples a step.
         source_length: tokens read at most, [CLS] and [SEP] counted.
         target_length: tokens written at most (generation), or of an answer (reading).
         submission: the file name that CLUE asks for; empty where it does not.
@@ -44,6 +45,7 @@ class Task:
     reader: Callable[[Path], Iterator[Example]]
     labels: tuple[str, ...] = ()
     epochs: float = 3.0
+    batch_size: int = 32
     source_length: int = 128
     target_length: int = 30
     submission: str = ""
@@ -72,6 +74,7 @@ TASKS: dict[str, Task] = {
         kind="classification",
         reader=_pair,
         labels=("0", "1"),
+        batch_size=64,
         submission="afqmc_predict.json",
     ),
     "tnews": Task(
@@ -79,6 +82,7 @@ TASKS: dict[str, Task] = {
         kind="classification",
         reader=_sentence,
         labels=tuple(map(str, _TNEWS)),
+        batch_size=64,
         submission="tnews11_predict.json",
     ),
     "iflytek": Task(

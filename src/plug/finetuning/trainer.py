@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from plug.errors import PlugError
 from plug.finetuning.settings import FinetuneSettings
 
 
 class FinetuneTrainer(Trainer):
-    """Evaluates by ``score``; layer-wise learning rates and R-Drop as the settings say.
+    """Evaluates by ``score``; layer-wise learning rates, R-Drop and FGM as the settings say.
 
     Args:
         score: given the model, metrics by name.
@@ -67,6 +70,24 @@ class FinetuneTrainer(Trainer):
             )
         return self.optimizer
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; a loss that is no number ends the run."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise PlugError(
+                f"第 {self.state.global_step} 步的 loss 不再是有限的数。"
+                f"请降低 learning_rate（现在是 {self.settings.learning_rate}），换一个输出目录。"
+            )
+        super().log(logs, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Gradients of a batch; with `fgm` also those at embeddings moved against the loss."""
+        loss = super().training_step(model, inputs, *args)
+        if self.settings.fgm:
+            bare: Any = self.model
+            with moved_uphill(bare.embeddings.word_embeddings.weight, self.settings.fgm):
+                super().training_step(model, inputs, *args)
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -85,6 +106,22 @@ class FinetuneTrainer(Trainer):
         first, second = outputs.logits.chunk(2)
         loss = 2 * outputs.loss + self.settings.r_drop * symmetric_divergence(first, second)
         return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def moved_uphill(weight: nn.Parameter, length: float) -> Iterator[None]:
+    """In its block ``weight`` is moved by ``length`` along its gradient, where the loss rises.
+
+    Source: Miyato et al. 2017, arXiv:1605.07725, equation 5; on the table, not on each text's
+    vectors, as is usual in fine-tuning.
+    """
+    assert weight.grad is not None
+    gradient = weight.grad.detach()
+    tiny = torch.finfo(gradient.dtype).tiny  # no gradient, no step
+    before = weight.detach().clone()
+    weight.data += length * gradient / gradient.norm().clamp(min=tiny)
+    yield
+    weight.data.copy_(before)
 
 
 def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:

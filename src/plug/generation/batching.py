@@ -237,7 +237,7 @@ class Batcher:
                 for work in [each for each in self._waiting if each.cancelled]:
                     self._waiting.remove(work)
                     work.fail(PlugError("请求已取消。"))
-                while self._waiting and len(writer.rows) < writer.max_rows:
+                while self._waiting and not writer.is_full:
                     work = self._waiting.popleft()
                     working[work.row] = work
                     writer.join(work.row)

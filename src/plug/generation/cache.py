@@ -34,14 +34,14 @@ class DecoderCache:
         self._heads, self._head_dim = like.shape[0], like.shape[2]
         self.capacity = capacity
         # Zeros, not empty: what the mask hides must still be a number.
-        self._own, self._encoder = (
+        self.own, self.sources = (
             [
                 tuple(like.new_zeros(rows, self._heads, length, self._head_dim) for _ in range(2))
                 for _ in range(layers)
             ]
             for length in (capacity, source_length)
         )
-        self._sources = [0] * rows  # tokens of each
+        self._lengths = [0] * rows  # tokens of each
         self._encoder_slots = torch.arange(source_length, device=like.device)
         self.source_lengths = torch.zeros(rows, dtype=torch.int32, device=like.device)
         self._slots = torch.arange(capacity, device=like.device)
@@ -52,10 +52,10 @@ class DecoderCache:
     def put_source(self, row: int, key_values: Sequence[KeyValue]) -> None:
         """Keep what ``row`` reads: a pair a layer, each (heads, attended positions, head_dim)."""
         length = key_values[0][0].shape[1]
-        for kept, new in zip(self._encoder, key_values, strict=True):
+        for kept, new in zip(self.sources, key_values, strict=True):
             for buffer, states in zip(kept, new, strict=True):
                 buffer[row, :, :length] = states
-        self._sources[row] = length
+        self._lengths[row] = length
         self.source_lengths[row] = length
 
     def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
@@ -69,10 +69,10 @@ class DecoderCache:
         Returns:
             The pairs, each (rows, heads, src, head_dim); the mask is None where it hides nothing.
         """
-        lengths = self._sources[:rows]
+        lengths = self._lengths[:rows]
         longest = _round_up(max(lengths), granularity, len(self._encoder_slots))
         pairs = [
-            (key[:rows, :, :longest], value[:rows, :, :longest]) for key, value in self._encoder
+            (key[:rows, :, :longest], value[:rows, :, :longest]) for key, value in self.sources
         ]
         if granularity == 1 and min(lengths) == longest:
             return pairs, None
@@ -100,7 +100,7 @@ class DecoderCache:
 
     def update(self, key: Tensor, value: Tensor, layer_index: int) -> KeyValue:
         """Add (rows, heads, tokens, head_dim) each; all positions of the layer so far."""
-        keys, values = self._own[layer_index]
+        keys, values = self.own[layer_index]
         for buffer, new in ((keys, key), (values, value)):
             states = new.reshape(-1, self._head_dim)
             buffer.view(-1, self._head_dim).index_copy_(0, self._target, states)
@@ -116,24 +116,24 @@ class DecoderCache:
             sources: the source comes along; beams of one text leave theirs where it is.
         """
         index = torch.tensor(rows, device=self._slots.device)
-        for keys, values in self._own:
+        for keys, values in self.own:
             for buffer in (keys, values):
                 buffer[: len(rows), :, :length] = buffer[index, :, :length]
         if sources:
             self._take_sources(slice(len(rows)), index)
-            self._sources[: len(rows)] = [self._sources[row] for row in rows]
+            self._lengths[: len(rows)] = [self._lengths[row] for row in rows]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row ``target`` becomes what row ``source`` is."""
-        for keys, values in self._own:
+        for keys, values in self.own:
             for buffer in (keys, values):
                 buffer[target, :, :length] = buffer[source, :, :length]
         self._take_sources(target, source)
-        self._sources[target] = self._sources[source]
+        self._lengths[target] = self._lengths[source]
 
     def _take_sources(self, target: slice | int, source: Tensor | int) -> None:
-        longest = max(self._sources)
-        for keys, values in self._encoder:
+        longest = max(self._lengths)
+        for keys, values in self.sources:
             for buffer in (keys, values):
                 buffer[target, :, :longest] = buffer[source, :, :longest]
         self.source_lengths[target] = self.source_lengths[source]

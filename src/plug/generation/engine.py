@@ -8,6 +8,7 @@ on CUDA `replay` captures a step once and replays it as a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from plug.generation.plain import PlainModel
 from plug.generation.reuse import KeptSources
 from plug.model.plug import Plug
 
+if TYPE_CHECKING:
+    from plug.generation.fused import FusedModel
+
+
+# Above this many rows, a graph decodes a multiple of it.
+ROWS_GRANULARITY = 4
+# A graph of the plain model computes over lengths that are rounded up to a multiple of this.
+GRAPH_GRANULARITY = 64
+
 
 class Engine:
     """Decoding with a `Plug`; rows are numbered from 0, and a step decodes the first ones.
@@ -25,14 +35,16 @@ class Engine:
     The model's weights are read when the engine is made: later changes need another engine.
 
     Args:
-        model: with a decoder.
+        model: what decodes.
+        graphs: on CUDA, make a graph of each step that comes again; not worth it for many texts
+            of different length at once, where rows leave at nearly every step.
         reuse_bytes: kept at most of what the encoder made of earlier sources (`KeptSources`).
 
     Raises:
         UsageError: the model is an encoder alone.
     """
 
-    def __init__(self, model: Plug, reuse_bytes: int = 0) -> None:
+    def __init__(self, model: Plug, *, graphs: bool = True, reuse_bytes: int = 0) -> None:
         if model.decoder is None:
             raise UsageError(
                 "这个模型只有编码器（num_decoder_layers=0，预训练第一阶段的产物），不能写作。"
@@ -40,29 +52,43 @@ class Engine:
             )
         self.config = model.config
         self.device = model.embeddings.word_embeddings.weight.device
-        self._model = PlainModel(model)
+        self._uses_graphs = graphs and self.device.type == "cuda"
+        self._model = _model(model, GRAPH_GRANULARITY if self._uses_graphs else 1)
         self._kept_sources = KeptSources(reuse_bytes)
-        self._uses_graphs = self.device.type == "cuda"
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.openings = 0
         self._room = (0, 0, 0)
         self._cache: DecoderCache | None = None
         self._length = 0
 
     # --- the rows, one by one ---------------------------------------------------------------------
 
-    def open(self, rows: int, source_length: int, capacity: int) -> None:
+    def open(self, rows: int, source_length: int, capacity: int) -> int:
         """Make room; what was kept is dropped, and the graphs with it.
 
         Args:
             rows: texts at most.
             source_length: tokens of a source at most.
             capacity: tokens that will be fed at most to a row, [CLS] included.
+
+        Returns:
+            `openings`, by which who opened can see whether somebody else has since.
         """
         self._graphs.clear()
+        # The graphs share their memory; a pool goes with its last graph.
+        self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         room = (rows, source_length, capacity)
         if self._cache is None or any(new > old for new, old in zip(room, self._room, strict=True)):
             self._room = room
             self._cache = None
+        self.openings += 1
+        return self.openings
+
+    def rounded(self, rows: int) -> int:
+        """How many rows to decode for ``rows``: on CUDA few numbers, since each has its graphs."""
+        if not self._uses_graphs or rows <= ROWS_GRANULARITY:
+            return rows
+        return -(-rows // ROWS_GRANULARITY) * ROWS_GRANULARITY
 
     def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
         """Encode sources, token ids with [CLS] and [SEP], for these rows, which begin anew.
@@ -126,12 +152,13 @@ class Engine:
             return step()
         assert self._cache is not None, "call read first"
         granularity = self._model.granularity
-        source_length = self._cache.encoder_view(rows, granularity)[0][0][0].shape[2]
-        key = (key, rows, -(-length // granularity), source_length)
+        if granularity is not None:  # else lengths are read on the device
+            source_length = self._cache.encoder_view(rows, granularity)[0][0][0].shape[2]
+            key = (key, -(-length // granularity), source_length)
         if key not in self._graphs:
             result = step().clone()  # this step, and the warm-up of the capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool):
                 output = step()
             self._graphs[key] = graph, output
             return result
@@ -170,3 +197,12 @@ class Engine:
         """Keep these rows, sources included, in this order."""
         assert self._cache is not None, "call start first"
         self._cache.take(rows, self._length, sources=True)
+
+
+def _model(model: Plug, granularity: int) -> PlainModel | FusedModel:
+    words = model.embeddings.word_embeddings.weight
+    if words.is_cuda and words.dtype in (torch.float16, torch.bfloat16):
+        from plug.generation.fused import FusedModel  # Triton comes with PyTorch for CUDA alone
+
+        return FusedModel(model)
+    return PlainModel(model, granularity)

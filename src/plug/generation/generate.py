@@ -33,7 +33,8 @@ from plug.generation.window import (
     prompt_limit,
     window_length,
 )
-from plug.generation.writer import Row, write
+from plug.generation.writer import Row, Writer, write
+from plug.memory import Room, explain_out_of_memory
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 
@@ -44,6 +45,7 @@ DEFAULTS = GenerationSettings()
 # unless it is asked for: a source of 512 tokens takes 100 MB of the card with the 27B, and reading
 # it again 0.03 s.
 REUSE_BYTES = 128 * 2**20
+ONE_TEXT = Room()
 OnText = Callable[[int, str], None]
 
 
@@ -80,12 +82,16 @@ class Generator:
         model: a name or directory as `plug.load` takes it, or a `Plug`.
         tokenizer: needed with a `Plug`; otherwise the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one. A `Plug` stays where it is.
+        graphs: as in `Engine`.
+        dtype: of the weights, as `plug.load` takes it.
+        room: what the device's memory must have room for besides the weights, or loading fails.
         reuse_bytes: of what the encoder made of the latest prompts, kept at most so that the same
             prompt begins at once next time; 0 keeps none. None is 128 MiB on a CPU, else 0.
 
     Raises:
         UsageError: no such model or device, an encoder alone, a tokenizer that does not fit, or
             ``reuse_bytes`` out of range.
+        PlugError: as `plug.load`, and in calls where the device has no memory left.
     """
 
     def __init__(
@@ -93,6 +99,10 @@ class Generator:
         model: str | Path | Plug | None = None,
         tokenizer: PlugTokenizer | None = None,
         device: str | None = None,
+        *,
+        graphs: bool = True,
+        dtype: torch.dtype | None = None,
+        room: Room = ONE_TEXT,
         reuse_bytes: int | None = None,
     ) -> None:
         if reuse_bytes is not None:
@@ -103,13 +113,14 @@ class Generator:
         else:
             directory = find_model_directory(model)
             tokenizer = tokenizer or PlugTokenizer.load(directory)
-            model = load(directory, device=find_device(device))
+            model = load(directory, device=find_device(device), dtype=dtype, room=room)
         self.config = model.config
         self.tokenizer = tokenizer
         if reuse_bytes is None:
             on_cpu = model.embeddings.word_embeddings.weight.device.type == "cpu"
             reuse_bytes = REUSE_BYTES if on_cpu else 0
-        self.engine = Engine(model.eval(), reuse_bytes)
+        self.engine = Engine(model.eval(), graphs=graphs, reuse_bytes=reuse_bytes)
+        self._writer: Writer | None = None
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         theirs = (self.config.decoder_start_token_id, self.config.eos_token_id)
         if tokenizer.vocab_size > self.config.vocab_size or ours != theirs:
@@ -152,7 +163,8 @@ class Generator:
             streams = None
             if on_text is not None:
                 streams = RowStreams(self.tokenizer, on_text, len(prompts[part]), first)
-            results += self._batch(prompts[part], seeds[part], window, settings, streams)
+            with explain_out_of_memory(self.engine.device, len(prompts[part])):
+                results += self._batch(prompts[part], seeds[part], window, settings, streams)
         return results
 
     def _batch(
@@ -178,7 +190,7 @@ class Generator:
                 )
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
-            write(self.engine, rows)
+            self._writer = write(self.engine, rows, self._writer)
             written = [(row.written, row.finish_reason or "length") for row in rows]
         if streams:
             streams.flush()

@@ -25,8 +25,6 @@ ENCODING_GRANULARITY = 64
 # A step on a CPU that reads fewer weights than this runs in one thread: handing out work takes
 # longer than the work, and far longer where other programs want the processor too.
 ONE_THREAD_WEIGHTS = 100_000_000
-# Lengths of the caches that a CUDA graph is made for are multiples of this.
-GRAPH_GRANULARITY = 64
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -36,13 +34,11 @@ class PlainModel:
 
     Args:
         model: with a decoder.
-
-    Attributes:
         granularity: a step computes over lengths rounded up to a multiple of this, so that few
             graphs are needed.
     """
 
-    def __init__(self, model: Plug) -> None:
+    def __init__(self, model: Plug, granularity: int = 1) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._embeddings = model.embeddings
         device = model.embeddings.word_embeddings.weight.device
@@ -62,7 +58,7 @@ class PlainModel:
         self._uses_one_thread = device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
         # A CPU is as fast with one source at a time, and its 8-bit products want it so.
         self._reads_together = device.type != "cpu"
-        self.granularity = GRAPH_GRANULARITY if device.type == "cuda" else 1
+        self.granularity = granularity
 
     def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
         """What decoding needs of each source, token ids with [CLS] and [SEP].

@@ -92,6 +92,21 @@ def candidates(
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
+def topk_of_parts(values: Tensor, k: int, size: int = 1024) -> tuple[Tensor, Tensor]:
+    """``values.topk(k)`` of (rows, n), by way of the best of each part of ``size`` columns.
+
+    A GPU gives a row to one multiprocessor; parts are looked through side by side.
+    """
+    rows, columns = values.shape
+    if 4 * max(k, size // 2) > columns or k > size:
+        return values.topk(k)
+    parts = F.pad(values, (0, -columns % size), value=float("-inf")).view(rows, -1, size)
+    best, where = parts.topk(k)
+    ids = where + size * torch.arange(parts.shape[1], device=values.device)[:, None]
+    top, index = best.view(rows, -1).topk(k)
+    return top, ids.view(rows, -1).gather(1, index)
+
+
 def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
     """Token of each row at quantile ``uniforms`` (rows,), in [0, 1), of `candidates`; (rows,)."""
     cumulative = probabilities.cumsum(-1)
@@ -101,11 +116,16 @@ def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
     return ids.gather(-1, torch.minimum(index, last))[:, 0]
 
 
+# With more candidates, PyTorch's functions draw on CUDA too.
+MOST_IN_KERNELS = 1024
+
+
 class Plan(NamedTuple):
     """What the host knows of a step's choices: which parts are needed, and their shapes."""
 
     rows: int
     most: int  # candidates of a row that draws; 0: all rows are greedy
+    greedy: bool  # some row is
     written: int  # ids to look back on; 0: no row has penalties
     longest_ngram: int
     waits: bool  # some row must not end yet
@@ -129,6 +149,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.end = end
         self._draws = draws
+        self._in_kernels = device.type == "cuda"
         zeros = torch.zeros(rows, device=device)
         counts = zeros.long()
         self._state = {
@@ -211,21 +232,22 @@ class Sampler:
     def _width(self) -> int:
         return self._state["written"].shape[1]
 
-    def plan(self, written: Sequence[int], drafted: int = 0) -> Plan:
+    def plan(self, written: Sequence[int], rows: int | None = None, drafted: int = 0) -> Plan:
         """The next choice of the first rows, which have written at most so many tokens each.
 
         Args:
-            written: a number a row.
+            written: a number a row that somebody reads.
+            rows: those, and some that nobody reads; None is those alone.
             drafted: choices that follow in the same step.
         """
-        rows = len(written)
-        settings = [each for each in self._settings[:rows] if each is not None]
+        settings = [each for each in self._settings[: len(written)] if each is not None]
         drawing = [each.top_k or self.vocab_size for each in settings if not each.greedy]
         penalties = any(each.has_penalties for each in settings)
         most = max(1, *written) + drafted
         return Plan(
-            rows=rows,
+            rows=rows or len(written),
             most=min(max(drawing, default=0), self.vocab_size),
+            greedy=len(drawing) < len(settings),
             written=min(-(-most // 64) * 64, self._width) if penalties else 0,
             longest_ngram=max(each.no_repeat_ngram_size for each in settings),
             waits=any(map(int.__lt__, written, self._min_lengths)),
@@ -254,14 +276,19 @@ class Sampler:
                 state["ngram_size"],
                 plan.longest_ngram,
             )
-        likeliest = logits.argmax(-1)
         if not plan.most:
-            return likeliest
-        kept = candidates(logits, state["temperature"], state["top_k"], state["top_p"], plan.most)
+            return logits.argmax(-1)
+        limits = state["temperature"], state["top_k"], state["top_p"]
         uniforms = state["uniforms"].gather(1, state["draw"][:, None])[:, 0]
-        # Rows whose choice counts no more may have none left.
+        # Rows that nobody reads go on and on; those whose choice counts no more have none left.
         state["draw"].add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
-        return torch.where(state["greedy"], likeliest, draw(*kept, uniforms))
+        if self._in_kernels and plan.most <= MOST_IN_KERNELS:
+            from plug.kernels.sampling import draw_of_candidates  # needs Triton
+
+            drawn = draw_of_candidates(*topk_of_parts(logits, plan.most), *limits, uniforms)
+        else:
+            drawn = draw(*candidates(logits, *limits, plan.most), uniforms)
+        return torch.where(state["greedy"], logits.argmax(-1), drawn) if plan.greedy else drawn
 
     def record(self, token_ids: Tensor, kept: Tensor, plan: Plan) -> None:
         """Take note that the first rows wrote ``token_ids`` (rows,) where ``kept`` is."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,11 +102,11 @@ class Writer:
     ) -> None:
         config, device = engine.config, engine.device
         self.rows: list[Row] = []  # the i-th is the engine's row i
-        self.capacity = capacity
-        self.max_rows = rows
+        source_length = source_length or prompt_limit(config) + 2
+        self.room = rows, capacity, source_length
         self._engine = engine
         self._config = config
-        engine.open(rows, source_length or prompt_limit(config) + 2, capacity)
+        self._opening = engine.open(rows, source_length, capacity)
         self._sampler = Sampler(rows, config.vocab_size, config.eos_token_id, capacity, device)
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
@@ -114,10 +115,19 @@ class Writer:
         self._begun: deque[tuple[list[Row], _Fetched]] = deque()
         self._ahead = 1 if device.type == "cuda" else 0
 
+    def has_room(self, room: tuple[int, int, int]) -> bool:
+        """Whether it is idle, the engine is still its own, and rows of this ``room`` can join."""
+        is_idle = not self.rows and not self._begun and self._engine.openings == self._opening
+        return is_idle and all(map(operator.le, room, self.room))
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.rows) == self.room[0]
+
     def join(self, row: Row) -> None:
         """Begin ``row`` with the next step."""
-        assert len(self.rows) < self.max_rows, "no room"
-        assert row.longest_window <= self.capacity, "its window is longer than the caches"
+        assert not self.is_full, "no room"
+        assert row.longest_window <= self.room[1], "its window is longer than the caches"
         self._sampler.join(
             len(self.rows),
             row.settings,
@@ -151,14 +161,13 @@ class Writer:
             row.steps += 1
             row.steps_in_window += 1
         drafted, length = self._draft()
-        plan = self._sampler.plan([row.steps - 1 for row in self.rows], drafted)
+        # More rows than there are may be decoded, for the sake of few graphs: nobody reads those.
+        count = min(self._engine.rounded(len(self.rows)), self.room[0])
+        plan = self._sampler.plan([row.steps - 1 for row in self.rows], count, drafted)
         chosen = self._engine.replay(
-            (plan, drafted),
-            lambda: self._decode(plan, length, drafted),
-            length,
-            len(self.rows),
+            (plan, drafted), lambda: self._decode(plan, length, drafted), length, count
         )
-        self._begun.append((list(self.rows), _Fetched(chosen)))
+        self._begun.append((list(self.rows), _Fetched(chosen[: len(self.rows)])))
         # What comes next may need all that was written: the source of a window, a draft, or
         # nothing more.
         must_wait = any(
@@ -250,7 +259,7 @@ class Writer:
         shown = chosen.masked_fill(chosen >= config.num_emitted_tokens, config.unk_token_id)
         self._sampler.record(shown, kept, plan)
         tokens.copy_(torch.where(kept, shown, tokens))
-        positions += kept
+        positions.add_(kept).clamp_(max=self.room[1] - 1)  # rows that nobody reads go on and on
         return shown
 
     @staticmethod
@@ -286,14 +295,37 @@ class _Fetched:
         return self._ids.view(len(self._ids), -1).tolist()
 
 
-def write(engine: Engine, rows: Sequence[Row]) -> None:
-    """Write all ``rows``, together."""
-    if rows:
-        capacity = max(row.longest_window for row in rows)
-        limit = prompt_limit(engine.config) + 2
-        longest = max(len(row.prompt) + 2 + row.rules.steps for row in rows)
-        writer = Writer(engine, len(rows), capacity, min(limit, longest))
-        for row in rows:
-            writer.join(row)
-        while writer.rows:
-            writer.step()
+def write(engine: Engine, rows: Sequence[Row], last: Writer | None = None) -> Writer | None:
+    """Write all ``rows``, together.
+
+    Args:
+        engine: used by nobody else meanwhile.
+        rows: new ones.
+        last: what an earlier call returned: its buffers serve again where they have room, and on
+            CUDA the graphs that were made for them.
+
+    Returns:
+        For the next call.
+    """
+    if not rows:
+        return last
+    limit = prompt_limit(engine.config) + 2
+    room = (
+        len(rows),
+        max(row.longest_window for row in rows),
+        min(limit, max(len(row.prompt) + 2 + row.rules.steps for row in rows)),
+    )
+    writer = last
+    if writer is None or not writer.has_room(room):
+        if writer is not None:
+            room = (
+                max(room[0], writer.room[0]),
+                max(room[1], writer.room[1]),
+                max(room[2], writer.room[2]),
+            )
+        writer = Writer(engine, *room)
+    for row in rows:
+        writer.join(row)
+    while writer.rows:
+        writer.step()
+    return writer

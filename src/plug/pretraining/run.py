@@ -189,6 +189,7 @@ class _Run:
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             saved = {"stage": state["stage"], **state["config"]}
+            processes_before = state["world_size"]
         except Exception as error:  # torch raises whatever the bytes lead to
             reason = str(error).split("\n")[0]
             raise PlugError(
@@ -202,6 +203,14 @@ class _Run:
             raise UsageError(
                 f"检查点 {path} 是用别的设置训练的，不同之处：{'、'.join(differing)}。"
                 "请改回来，或换一个 output 重新训练。"
+            )
+        # Batches are the same whatever the number of processes; the draws of dropout are not.
+        if self.config.dropout and processes_before != self.processes.world_size:
+            raise UsageError(
+                f"检查点 {path} 是用 {processes_before} 个进程训练的，现在有"
+                f" {self.processes.world_size} 个，而 dropout={self.config.dropout}："
+                "接下去不会与不中断的训练相同。请用同样多的进程"
+                f"（torchrun --nproc-per-node {processes_before}），或换一个 output 重新训练。"
             )
         return state
 
@@ -396,6 +405,7 @@ class _Run:
             "stage": self.stage,
             "step": step,
             "tokens": self.tokens,
+            "world_size": self.processes.world_size,
             "config": dataclasses.asdict(self.config),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }

@@ -19,7 +19,7 @@ from plug.checkpoints.store import (
     weight_shapes,
     write_configs,
 )
-from plug.checkpoints.weights import TensorSpec, WeightWriter, locate_weights, read_weights
+from plug.checkpoints.weights import TensorSpec, WeightWriter, locate_weights, map_tensors
 from plug.errors import PlugError
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
@@ -71,8 +71,8 @@ def quantize_directory(
         with torch.device("meta"):
             shapes = weight_shapes(Plug(config))
         places = locate_weights(directory, shapes)
-        dtypes = {name: spec.dtype for name, (_, spec) in places.items()}
-        tensors = read_weights(directory, shapes)
+        dtypes = {name: place.spec.dtype for name, place in places.items()}
+        tensors = map_tensors(places)
     specs, names = _specs(config, scheme, dtypes)
     total = sum(spec.num_bytes for spec in specs.values())
     done = 0

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plug.quantization.scheme import unpack_nibbles
+
 Product = Callable[[Tensor], Tensor]
 
 # Half of the smallest step of float16: what rounding can cost the tiniest weights (below 2^-14).
@@ -67,13 +69,13 @@ def product_8bit(
 
 
 def product_4bit(weight: Tensor, scale: Tensor, center: Tensor, bias: Tensor) -> Product | None:
-    """The same for two 4-bit weights a byte, (out, in / 2), and groups of inputs.
+    """The same for 4-bit weights (out, in / 2), as `pack_nibbles` has them, and groups of inputs.
 
     On a CPU, PyTorch's kernel with activations in bfloat16 and sums in float32.
     """
     if not _has_fbgemm(weight):
         return None
-    unpacked = torch.stack([weight & 15, weight >> 4], dim=2).flatten(1).int()
+    unpacked = unpack_nibbles(weight).int()
     packed = torch._convert_weight_to_int4pack_for_cpu(unpacked, 1)
     group_size = unpacked.shape[1] // scale.shape[1]
     scales = torch.stack([scale, center], dim=2).transpose(0, 1).contiguous().bfloat16()

@@ -1,0 +1,284 @@
+"""The 27B on one GPU: tokens a second, memory and bandwidth in 16, 8 and 4 bits, beside a peer.
+
+    python benchmarks/decode_27b.py --output benchmarks/results/decode_27b.json
+
+Random weights of the 27B's shape, a 512-token prompt, 128 tokens drawn (top-k 20, temperature 0.9),
+end to end: the encoder, every step and the sampling. The peer is `transformers`' MBart (pre-norm,
+24 + 6 layers, the same widths and vocabulary), `generate()` with its dynamic cache and, with
+`--peer-static`, its static cache compiled. Prints one JSON line, last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plug import __version__
+from plug.generation.engine import Engine
+from plug.generation.settings import GenerationSettings
+from plug.generation.window import PlugRules
+from plug.generation.writer import Row, Writer, write
+from plug.model.configuration import PRESETS
+from plug.model.plug import Plug
+from plug.quantization.linear import QuantizedLinear, quantize_modules
+from plug.quantization.scheme import Scheme
+
+PROMPT, OUT = 510, 128  # with [CLS] and [SEP] 512
+SETTINGS = GenerationSettings(
+    out_length=OUT, min_length=OUT, temperature=0.9, top_k=20, repetition_penalty=1.0
+)
+NAMES = {16: "bf16", 8: "8bit", 4: "int4"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="27b", choices=list(PRESETS))
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4], choices=[16, 8, 4])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32], help="end to end")
+    parser.add_argument("--steps-of", type=int, nargs="*", default=[], help="more batches: a step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peer-static", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+
+    line: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "preset": arguments.preset,
+        "prompt_tokens": PROMPT + 2,
+        "tokens": OUT,
+        "ceilings": ceilings(device),
+        "results": {},
+    }
+    if not arguments.no_peer:
+        line["peer"] = measure_peer(arguments, device)
+        free()
+    for bits in arguments.bits:
+        line["results"][NAMES[bits]] = measure(bits, arguments, device)
+        print(json.dumps(line["results"]), flush=True)
+        free()
+    line |= {"date": date.today().isoformat(), "plug": __version__, "torch": torch.__version__}
+    text = json.dumps(line, ensure_ascii=False)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the card's memory does, TB/s: a large copy (read and written), a large read."""
+    if device.type != "cuda":
+        return {}
+    source = torch.empty(2**30, device=device).normal_()
+    target = torch.empty_like(source)
+    moved = source.numel() * 4 / 1e12
+    found = {
+        "copy_tb_per_s": 2 * moved / seconds(lambda: target.copy_(source), 10),
+        "read_tb_per_s": moved / seconds(lambda: source.sum(), 10),
+    }
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+@torch.inference_mode()
+def measure(bits: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One precision of ours."""
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    model = random_model(PRESETS[arguments.preset], bits, device)
+    engine = Engine(model)
+    found: dict[str, Any] = {"prepared_s": round(time.perf_counter() - began, 1)}
+    config = model.config
+    rules = PlugRules(config, OUT, OUT, OUT, range(5))
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(5, config.num_emitted_tokens, (64, PROMPT), generator=generator)
+    sources = [[2, *prompt, 3] for prompt in prompts.tolist()]
+    writer: Writer | None = None
+
+    def written(batch: int) -> None:
+        nonlocal writer
+        rows = [Row(prompt, rules, SETTINGS, 7) for prompt in prompts[:batch].tolist()]
+        writer = write(engine, rows, writer)
+        assert all(len(row.written) == OUT for row in rows)
+
+    for batch in arguments.batches:
+        written(batch)  # makes the graphs
+        times = [seconds(partial(written, batch), 1) for _ in range(arguments.rounds)]
+        found[f"batch{batch}_tokens_per_s"] = round(batch * OUT / statistics.median(times), 1)
+        found[f"batch{batch}_range"] = [round(batch * OUT / t, 1) for t in (max(times), min(times))]
+        if batch == 1:
+            found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        encoded = seconds(partial(engine._model.read, sources[:batch]), 5, rest=0.5)
+        found[f"batch{batch}_encoder_ms"] = round(1e3 * encoded, 2)
+    found["peak_gb_all"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    writer = None
+    read_by_weights = step_bytes(model, bits)
+    found["steps"] = {}
+    for batch in [*arguments.batches, *arguments.steps_of]:
+        took = step_seconds(engine, sources[:batch])
+        cache = 2 * 2 * config.num_decoder_layers * config.hidden_size * batch * (512 + OUT // 2)
+        read = read_by_weights + cache
+        found["steps"][str(batch)] = {
+            "ms": round(1e3 * took, 3),
+            "gb_read": round(read / 1e9, 2),
+            "tb_per_s": round(read / took / 1e12, 2),
+        }
+    return found
+
+
+def step_seconds(engine: Engine, sources: list[list[int]]) -> float:
+    """A step in the middle of the window, as a graph, without sampling."""
+    batch = len(sources)
+    engine.start(sources, OUT)
+    tokens = torch.full((batch,), 9, device=engine.device)
+    positions = torch.full_like(tokens, OUT // 2)
+
+    def step() -> torch.Tensor:
+        return engine.decode(tokens, positions, OUT // 2 + 1)
+
+    return seconds(lambda: engine.replay("step", step, OUT // 2 + 1, batch), 30)
+
+
+def step_bytes(model: Plug, bits: int) -> int:
+    """Weights that a step reads, in bytes: all of the decoder but what projects the source."""
+    assert model.decoder is not None
+    kept = {name for name, _ in model.decoder.named_modules() if "cross_attention.k_proj" in name}
+    kept |= {name for name, _ in model.decoder.named_modules() if "cross_attention.v_proj" in name}
+    tensors = [*model.decoder.named_parameters(), *model.decoder.named_buffers()]
+    read = sum(t.numel() * t.element_size() for n, t in tensors if n.rpartition(".")[0] not in kept)
+    words = model.embeddings.word_embeddings.weight
+    return read + words.numel() * (2 if bits == 16 else 1)
+
+
+def random_model(config: Any, bits: int, device: torch.device) -> Plug:
+    """A model with random weights of the usual size, made on the device."""
+    with torch.device("meta"):
+        model = Plug(config)
+        if bits < 16:
+            quantize_modules(model, Scheme.of(bits))
+    model.bfloat16().to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if "norm" in name:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif parameter.ndim == 1:
+            parameter.zero_()
+        else:
+            parameter.normal_(std=0.02)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            fill(module)
+    return model.eval()
+
+
+def fill(module: QuantizedLinear) -> None:
+    """Random integers of standard deviation 0.02 once they are weights."""
+    module.bias.zero_()
+    if module.scheme.bits == 8:
+        module.weight.random_(-127, 128)
+        module.scale = torch.full_like(module.scale, 0.02 / 73.6, dtype=torch.float32)
+    else:
+        module.weight.random_(0, 256)
+        module.scale.fill_(0.02 / 4.61)
+        module.center.fill_(0.02 / 9.22)
+
+
+def measure_peer(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """`transformers`, the same work."""
+    import transformers
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    ours = PRESETS[arguments.preset]
+    config = MBartConfig(
+        vocab_size=ours.vocab_size,
+        d_model=ours.hidden_size,
+        encoder_layers=ours.num_hidden_layers,
+        decoder_layers=ours.num_decoder_layers,
+        encoder_attention_heads=ours.num_attention_heads,
+        decoder_attention_heads=ours.num_attention_heads,
+        encoder_ffn_dim=ours.intermediate_size,
+        decoder_ffn_dim=ours.intermediate_size,
+        max_position_embeddings=ours.max_position_embeddings,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = MBartForConditionalGeneration(config)
+    model.bfloat16().to_empty(device=device).eval().requires_grad_(False)
+    model.tie_weights()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.ndim == 1 or name.endswith("final_logits_bias"):
+            tensor.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        elif tensor.is_floating_point():
+            tensor.normal_(std=0.02)
+    found: dict[str, Any] = {"transformers": transformers.__version__}
+    ids = torch.randint(5, config.vocab_size, (32, PROMPT + 2), device=device)
+
+    def written(batch: int, **options: Any) -> None:
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids[:batch],
+                attention_mask=torch.ones_like(ids[:batch]),
+                do_sample=True,
+                top_k=20,
+                temperature=0.9,
+                num_beams=1,
+                max_new_tokens=OUT,
+                min_new_tokens=OUT,
+                **options,
+            )
+        assert out.shape == (batch, OUT + 1)
+
+    cases = {f"batch{batch}": (batch, {}) for batch in arguments.batches}
+    if arguments.peer_static:
+        cases["batch1_static"] = (1, {"cache_implementation": "static"})
+    for name, (batch, options) in cases.items():
+        for _ in range(2):
+            written(batch, **options)
+        times = [seconds(partial(written, batch, **options), 1) for _ in range(arguments.rounds)]
+        found[f"{name}_tokens_per_s"] = round(batch * OUT / statistics.median(times), 1)
+    with torch.inference_mode():
+        encoded = seconds(partial(model.get_encoder(), ids[:1]), 5, rest=0.5)
+        found["encoder_ms"] = round(1e3 * encoded, 2)
+    found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return found
+
+
+def seconds(call: Callable[[], Any], times: int, rest: float = 0.0) -> float:
+    """Median seconds of ``call``, with the device idle before and after.
+
+    Args:
+        call: what to time.
+        times: how often; above 1, after one more that does not count.
+        rest: seconds before each: large products heat the card, which then slows down.
+    """
+    found = []
+    for _ in range(times + 1 if times > 1 else 1):
+        torch.cuda.synchronize()
+        time.sleep(rest)
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:] or found)
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

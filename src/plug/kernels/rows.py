@@ -1,0 +1,239 @@
+"""Triton kernels over rows: embeddings, norms, rows in FP8, weights out of 4 bits.
+
+All arithmetic is in float32; results are rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The residual sum and its LayerNorm.
+
+    Args:
+        x: (rows, size), contiguous.
+        delta: what to add first, the same shape; None is nothing.
+        norm: with weight and bias of x's dtype.
+
+    Returns:
+        x + delta (x itself without delta), and the norm of it.
+    """
+    rows, size = x.shape
+    total = x if delta is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    _add_norm[(rows,)](
+        x,
+        delta,
+        norm.weight,
+        norm.bias,
+        total,
+        out,
+        norm.eps,
+        size,
+        HAS_DELTA=delta is not None,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=_warps(size),
+    )
+    return total, out
+
+
+def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
+    """`Embeddings` of single tokens, of token type 0: ids and positions (rows,) to (rows, size)."""
+    words = embeddings.word_embeddings.weight
+    rows, size = len(token_ids), words.shape[1]
+    out = words.new_empty(rows, size)
+    _embed[(rows,)](
+        token_ids,
+        positions,
+        words,
+        embeddings.position_embeddings.weight,
+        embeddings.token_type_embeddings.weight,
+        embeddings.layer_norm.weight,
+        embeddings.layer_norm.bias,
+        out,
+        embeddings.layer_norm.eps,
+        size,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=_warps(size),
+    )
+    return out
+
+
+def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows (rows, size) as FP8 (e4m3), and a float32 scale each (rows, 1): x = fp8 * scale.
+
+    Args:
+        x: in any float dtype.
+        gelu: of the exact GELU of x.
+    """
+    rows, size = x.shape
+    out = torch.empty(rows, size, dtype=FP8, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    _quantize_rows[(rows,)](x, out, scale, size, GELU=gelu, BLOCK=block, num_warps=_warps(size))
+    return out, scale
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """The exact GELU in place: what was written just now is still in the cache."""
+    _gelu_in_place[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096)
+    return x
+
+
+def unpack_4bit(weight: Tensor, scale: Tensor, center: Tensor, row_scale: Tensor | None) -> Tensor:
+    """Weights of `plug.quantization.scheme`, 4 bits, as numbers (out, in).
+
+    Args:
+        weight: uint8 (out, in / 2).
+        scale: (out, in / 128).
+        center: the same.
+        row_scale: float32 (out,): the result is FP8 in units of it. None gives bfloat16.
+    """
+    rows, half = weight.shape
+    dtype = torch.bfloat16 if row_scale is None else FP8
+    out = torch.empty(rows, 2 * half, dtype=dtype, device=weight.device)
+    words = half // 4
+    block = min(1024, triton.next_power_of_2(words))
+    grid = (rows, triton.cdiv(words, block))
+    _unpack_4bit[grid](
+        weight.view(torch.int32),
+        scale,
+        center,
+        row_scale,
+        out,
+        words,
+        HAS_ROW_SCALE=row_scale is not None,
+        BLOCK=block,
+    )
+    return out
+
+
+def _warps(size: int) -> int:
+    return min(8, max(1, size // 512))
+
+
+@triton.jit
+def _normalized(value, inside, weight, bias, eps, size):
+    mean = tl.sum(value, 0) / size
+    centered = tl.where(inside, value - mean, 0.0)
+    deviation = tl.sqrt(tl.sum(centered * centered, 0) / size + eps)
+    return centered / deviation * weight.to(tl.float32) + bias.to(tl.float32)
+
+
+@triton.jit
+def _add_norm(
+    x, delta, weight, bias, total, out, eps, size, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    at = tl.program_id(0).to(tl.int64) * size + i
+    loaded = tl.load(x + at, mask=inside, other=0.0)
+    value = loaded.to(tl.float32)
+    if HAS_DELTA:
+        value += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(loaded.dtype).to(tl.float32)  # what the next layer will see
+        tl.store(total + at, value, mask=inside)
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    b = tl.load(bias + i, mask=inside, other=0.0)
+    tl.store(out + at, _normalized(value, inside, w, b, eps, size), mask=inside)
+
+
+@triton.jit
+def _embed(
+    token_ids,
+    positions,
+    words,
+    places,
+    types,
+    weight,
+    bias,
+    out,
+    eps,
+    size,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    word = tl.load(token_ids + row).to(tl.int64)
+    place = tl.load(positions + row).to(tl.int64)
+    value = tl.load(words + word * size + i, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(places + place * size + i, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(types + i, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    b = tl.load(bias + i, mask=inside, other=0.0)
+    tl.store(out + row * size + i, _normalized(value, inside, w, b, eps, size), mask=inside)
+
+
+@triton.jit
+def _gelu(value):
+    return 0.5 * value * (1.0 + tl.math.erf(value * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_in_place(x, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, _gelu(value), mask=inside)
+
+
+@triton.jit
+def _quantize_rows(x, out, scale, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    value = tl.load(x + row * size + i, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        value = _gelu(value)
+    unit = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
+    tl.store(scale + row, unit)
+    tl.store(out + row * size + i, (value / unit).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def _nibble(word, scale, center, AT: tl.constexpr):
+    return ((word >> AT) & 15).to(tl.float32) * scale + center
+
+
+@triton.jit
+def _unpack_4bit(
+    weight, scale, center, row_scale, out, words, HAS_ROW_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < words
+    q = tl.load(weight + row * words + i, mask=inside, other=0)
+    group = row * (words // 16) + i // 16  # 16 words, of 8 weights each
+    s = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(center + group, mask=inside, other=0.0).to(tl.float32) - 8.0 * s
+    if HAS_ROW_SCALE:
+        unit = tl.load(row_scale + row)
+        s /= unit
+        c /= unit
+    # Columns 0, 2, 4, 6, 1, 3, 5, 7 stand in bits 0, 4, 8, …; joining puts them in order.
+    even = tl.join(
+        tl.join(_nibble(q, s, c, 0), _nibble(q, s, c, 8)),
+        tl.join(_nibble(q, s, c, 4), _nibble(q, s, c, 12)),
+    )
+    odd = tl.join(
+        tl.join(_nibble(q, s, c, 16), _nibble(q, s, c, 24)),
+        tl.join(_nibble(q, s, c, 20), _nibble(q, s, c, 28)),
+    )
+    value = tl.reshape(tl.join(even, odd), [BLOCK * 8])
+    column = tl.program_id(1) * BLOCK * 8 + tl.arange(0, BLOCK * 8)
+    kept = column < words * 8
+    at = out + row * (words * 8) + column
+    if HAS_ROW_SCALE:
+        tl.store(at, value.to(tl.float8e4nv), mask=kept)
+    else:
+        tl.store(at, value.to(tl.bfloat16), mask=kept)
