@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST_MATCH = 3  # tokens: looked for first; then shorter ones
-FIRST_LENGTH = 4  # tokens of the first draft at most; after one that is right the next has twice
+LONGEST_MATCH = 2  # tokens: looked for first; then one
+# Tokens of the first draft, and of those after a failure. After one that was right throughout, the
+# next is twice as long.
+FIRST_LENGTH, SHORTEST_LENGTH = 4, 2
 LONGEST_REST = 16  # steps without a draft, after several that came to nothing
 
 
@@ -72,12 +74,12 @@ class Lookup:
         if right == self._drafted:
             self._length = min(2 * self._length, self.most)
         else:
-            self._length = min(power_of_two(right), self.most)
+            self._length = min(power_of_two(max(right, SHORTEST_LENGTH)), self.most)
         self._failures = 0 if right else self._failures + 1
         if self._failures > 1:
             self._rest = min(2 ** (self._failures - 2), LONGEST_REST)
 
 
 def power_of_two(number: int) -> int:
-    """The least that is not below ``number``, 1 for 0: so lengths of drafts are few."""
-    return 1 << max(0, number - 1).bit_length()
+    """The least that is not below ``number``, from 1 on: so lengths of drafts are few."""
+    return 1 << (number - 1).bit_length()
