@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 
 import torch
+from machine import processor
 
 import plug
 from plug.generation.settings import GenerationSettings
@@ -57,7 +57,7 @@ def main() -> None:
                 "tokens": TOKENS,
                 "threads": arguments.threads,
                 "rounds": arguments.rounds,
-                "processor": platform.processor() or platform.machine(),
+                "processor": processor(),
                 "date": time.strftime("%Y-%m-%d"),
                 "plug": plug.__version__,
                 "torch": torch.__version__,
