@@ -41,7 +41,7 @@ from plug.tokenization import PlugTokenizer, replace_original_punctuation
 logger = logging.getLogger(__name__)
 
 DEFAULTS = GenerationSettings()
-# Of sources read lately, on a CPU: 20 of 512 tokens with plug-mini-zh. On CUDA nothing is kept
+# Of sources read lately, on a CPU: 10 of 512 tokens with plug-mini-zh. On CUDA nothing is kept
 # unless it is asked for: a source of 512 tokens takes 100 MB of the card with the 27B, and reading
 # it again 0.03 s.
 REUSE_BYTES = 128 * 2**20
