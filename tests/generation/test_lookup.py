@@ -272,6 +272,30 @@ def test_what_a_step_has_written_itself_is_not_written_again(tiny_model: Plug) -
     assert foretold.right == 80  # ten steps of nine tokens
 
 
+@torch.inference_mode()
+def test_an_end_that_ends_nothing_uses_up_a_step_and_is_not_written(lively_model: Plug) -> None:
+    """In original mode, before 80% are written; here a draft stops at it."""
+
+    def start(lookup: int | None) -> Row:
+        options = GenerationSettings(
+            do_sample=False, mode="original", prompt_lookup_num_tokens=lookup
+        )
+        return Row([9, 8, 7], OriginalRules(lively_model.config, 9, 40), options, 0)
+
+    write(Engine(lively_model), [never_ending := start(None)])
+    end = never_ending.written[6]
+    lively_model.config = dataclasses.replace(lively_model.config, eos_token_id=end)
+    write(Engine(lively_model), [plain := start(None)])
+    row = start(8)
+    row.lookup = Foretold(row, plain.written)
+
+    write(Engine(lively_model), [row])
+
+    assert row.written == plain.written
+    assert 6 <= len(plain.written) < 40
+    assert plain.steps == row.steps == 40
+
+
 def count_steps(engine: Engine) -> dict[str, int]:
     counts = {"decode": 0, "decode_several": 0}
     for name in counts:
