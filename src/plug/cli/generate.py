@@ -15,6 +15,7 @@ from plug.cli.convert import Precision
 from plug.errors import UsageError
 from plug.generation.settings import (
     MAX_BEAMS,
+    MAX_LOOKUP_TOKENS,
     MAX_OUT_LENGTH,
     SAMPLING_PENALTY,
     WINDOW,
@@ -67,6 +68,13 @@ def generate(
             f"（默认 {WINDOW['plug']}，original 为 {WINDOW['original']}）。"
         ),
     ] = _DEFAULTS.window,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"从已有的文字里抄来猜后面至多这么多个词元，1 到 {MAX_LOOKUP_TOKENS}："
+            "写出的不变，照抄多时更快（默认不猜）。"
+        ),
+    ] = _DEFAULTS.prompt_lookup_num_tokens,
     seed: Annotated[int | None, typer.Option(help="随机种子：同样的种子写出同样的文字。")] = None,
     allow_special_tokens: Annotated[
         bool, typer.Option("--allow-special-tokens", help="把文字里的 [SEP] 等当作特殊符号。")
@@ -103,6 +111,7 @@ def generate(
         num_beams=num_beams,
         min_length=min_length,
         window=window,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     texts = _texts(text, file)
     if verbose:

@@ -129,35 +129,58 @@ class FusedModel:
                 mask = (ids != self._pad)[:, None, None, :]
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             contexts.append(context.transpose(1, 2).reshape(-1, self._heads * self._head_dim))
-        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        return _joined(contexts)
 
     # --- a step -----------------------------------------------------------------------------------
 
     def decode(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `PlainModel.decode`."""
+        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+
+    def decode_several(
         self,
         token_ids: Tensor,
         positions: Tensor,
         length: int,  # noqa: ARG002  # each row's own counts
         cache: DecoderCache,
     ) -> Tensor:
-        """As `PlainModel.decode`."""
-        hidden = embed(token_ids, positions, self._embeddings)
+        """As `PlainModel.decode_several`.
+
+        All tokens share each product. Attention takes the rows' first tokens, then their second
+        ones, …: each joins the caches before the next attends.
+        """
+        rows = len(token_ids)
+        columns = positions.t().contiguous()
+        hidden = embed(token_ids.t().reshape(-1), columns.view(-1), self._embeddings)
         delta = None
         for index, layer in enumerate(self._decoder_layers):
             hidden, normalized = add_norm(hidden, delta, layer.self_attention_norm)
             query_key_value = layer.query_key_value(normalized)
             keys, values = cache.own[index]
-            context = append_and_attend(query_key_value, keys, values, positions)
+            context = _joined(
+                append_and_attend(new, keys, values, where)
+                for new, where in zip(query_key_value.split(rows), columns, strict=True)
+            )
             hidden, normalized = add_norm(hidden, layer.out(context), layer.cross_attention_norm)
             query = layer.source_query(normalized)
             keys, values = cache.sources[index]
-            context = attend(query, keys, values, cache.source_lengths)
+            context = _joined(
+                attend(part, keys, values, cache.source_lengths) for part in query.split(rows)
+            )
             hidden, normalized = add_norm(
                 hidden, layer.source_out(context), layer.feed_forward_norm
             )
             delta = layer.fc2.after(layer.fc1, normalized)
         _, hidden = add_norm(hidden, delta, self._decoder_norm)
-        return self._logits(hidden, wide=True)
+        logits = self._logits(hidden, wide=True)
+        return logits.view(-1, rows, logits.shape[1]).transpose(0, 1)
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    contexts = list(parts)
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
 class _EncoderLayer:

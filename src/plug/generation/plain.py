@@ -98,6 +98,12 @@ class PlainModel:
         self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
     ) -> Tensor:
         """As `Engine.decode`, with the past in ``cache``."""
+        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+
+    def decode_several(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `Engine.decode_several`, with the past in ``cache``."""
         if not self._uses_one_thread:
             return self._decode(token_ids, positions, length, cache)
         threads = torch.get_num_threads()
@@ -112,9 +118,9 @@ class PlainModel:
     ) -> Tensor:
         mask = cache.place(positions, length, self.granularity)
         key_values, encoder_mask = cache.encoder_view(len(token_ids), self.granularity)
-        embedded = self._embeddings(token_ids[:, None], position_ids=positions[:, None])
+        embedded = self._embeddings(token_ids, position_ids=positions)
         hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, cache)
-        return self._head(hidden_states[:, 0]).float()
+        return self._head(hidden_states).float()
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
