@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 from ctranslate2.specs import common_spec, transformer_spec
+from machine import processor
 
 import plug
 from plug.checkpoints.store import find_model_directory
@@ -86,7 +86,7 @@ def main() -> None:
                 "tokens": TARGET,
                 "threads": arguments.threads,
                 "rounds": arguments.rounds,
-                "processor": _processor(),
+                "processor": processor(),
                 "date": time.strftime("%Y-%m-%d"),
                 "plug": plug.__version__,
                 "torch": torch.__version__,
@@ -101,13 +101,6 @@ def _agreement(ids: list[int], others: list[int]) -> int:
     """Tokens before the first difference."""
     pairs = zip(ids, others, strict=True)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), len(ids))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def _runs(folder: Path, source: list[int], threads: int) -> dict[str, Run]:

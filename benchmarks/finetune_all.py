@@ -20,7 +20,9 @@ seqeval elsewhere, and PYTHONPATH=DIR here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -114,13 +116,17 @@ def main() -> None:
 
 
 def _forget_failures(results: Path) -> set[tuple[str, str, int]]:
-    """Take failed runs out of the results; what is done."""
+    """Take failed runs, and a line that was cut off, out of the results; what is done."""
     lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    kept = [line for line in lines if "failed" not in json.loads(line)]
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if "failed" not in (row := json.loads(line)):
+                kept.append(row)
     if len(kept) < len(lines):
-        results.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    rows = map(json.loads, kept)
-    return {(row["task"], row["start"], row["seed"]) for row in rows}
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        results.write_text(text, encoding="utf-8")
+    return {(row["task"], row["start"], row["seed"]) for row in kept}
 
 
 def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -185,6 +191,7 @@ def _start(start: str, task: str, arguments: argparse.Namespace) -> tuple[str, s
     return name, directory
 
 
+@functools.cache
 def _with_decoder(encoder: Path, shipped: str) -> Path:
     """ENCODER-with-decoder: that encoder under random weights, in the shipped model's shape."""
     import torch

@@ -5,7 +5,9 @@
 `layers`: relative error (norm of the difference over the norm) of the outputs of a layer of random
 normal weights and inputs. `nats_per_character`: of plug-mini-zh, as `plug evaluate lm` counts it,
 the plain mean over the files; `decoded` feeds the text to the decoding engine token by token, whose
-products round activations too (on CUDA those of the source, to FP8). The last line is JSON.
+products round activations too. `fp8_sources` (on a CPU) computes what a Hopper GPU makes of
+sources: weights and activations rounded to FP8, here with PyTorch's casts and float32 sums. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -120,7 +122,42 @@ def _nats(
             model = load(Path(folder, str(bits)), device=device, dtype=half)
             results[f"int{bits}"] = score(model)
             results[f"int{bits}_decoded"] = _decoded(model, tokenizer, documents)
+            if device.type == "cpu":
+                results[f"int{bits}_fp8_sources"] = score(_with_fp8_sources(model))
     return results
+
+
+class _InFP8(torch.nn.Module):
+    """What `plug.kernels.products.Weight` computes of many rows."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        weight = layer.dequantized(torch.float32)
+        if layer.scheme.bits == 8:
+            scale = layer.scale[:, None]
+        else:
+            most = layer.center.float().abs() + 8 * layer.scale.float().abs()
+            scale = most.amax(1, keepdim=True) / 448
+        self.weight, self.bias = _rounded(weight, scale), layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(_rounded(x, x.abs().amax(-1, keepdim=True) / 448), self.weight, self.bias)
+
+
+def _rounded(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    return (x / unit).to(torch.float8_e4m3fn).float() * unit
+
+
+def _with_fp8_sources(model: plug.Plug) -> plug.Plug:
+    assert model.decoder is not None
+    for name, module in list(model.named_modules()):
+        of_source = name.startswith("encoder.") or name.endswith(
+            ("cross_attention.k_proj", "cross_attention.v_proj")
+        )
+        if isinstance(module, QuantizedLinear) and of_source:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, _InFP8(module))
+    return model
 
 
 @torch.inference_mode()

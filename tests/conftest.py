@@ -79,6 +79,24 @@ def make_model() -> Callable[[PlugConfig], Plug]:
 
 
 @pytest.fixture
+def lively(make_model: Callable[[PlugConfig], Plug]) -> Callable[[PlugConfig], Plug]:
+    """Random, but without the habit of random models to write one token for ever: positions weigh
+    more than words, and signs are mixed on the way to the tied word table.
+    """
+
+    def make(config: PlugConfig) -> Plug:
+        model = make_model(config)
+        with torch.no_grad():
+            model.embeddings.position_embeddings.weight *= 8
+            model.embeddings.layer_norm.weight.normal_()
+            assert model.decoder is not None
+            model.decoder.final_norm.weight.normal_()
+        return model
+
+    return make
+
+
+@pytest.fixture
 def tiny_model(config: PlugConfig, make_model: Callable[[PlugConfig], Plug]) -> Plug:
     """A model of the test size, as `make_model` builds it."""
     return make_model(config)

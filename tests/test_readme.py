@@ -71,7 +71,8 @@ def test_the_tree_names_every_module(name: str) -> None:
         elif path.startswith("src/"):
             listed.add(path)
     package = ROOT / "src" / "plug"
-    files = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    sources = [path for path in package.rglob("*") if path.suffix in (".py", ".cu")]
+    files = {str(path.relative_to(ROOT)) for path in sources}
     commands = {path for path in files if "/cli/" in path and not path.endswith("usage.py")}
     unnamed = {path for path in files if path.endswith(("__init__.py", "__main__.py"))}
     unnamed.discard("src/plug/__init__.py")

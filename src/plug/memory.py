@@ -68,6 +68,7 @@ def check_memory(
     bits: int = 16,
     room: Room | None = None,
     bytes_per_value: int = 2,
+    is_share: bool = False,
 ) -> None:
     """Raise a `PlugError` that says what would fit, unless the model does.
 
@@ -78,6 +79,7 @@ def check_memory(
         bits: of its layers' weights.
         room: what writing needs besides; None is nothing.
         bytes_per_value: of activations and caches.
+        is_share: other processes have the rest of the model.
     """
     free = free_memory(device)
     if free is None:
@@ -86,7 +88,10 @@ def check_memory(
     if need.total <= free:
         return
     parts = f"权重 {_gb(need.weights)}，缓存 {_gb(need.caches)}，运算 {_gb(need.workspace)}"
-    ways = _ways_to_fit(config, need, free, bits, room, bytes_per_value)
+    if is_share:
+        ways = ["更多的进程（torchrun --nproc-per-node）", "量化过的模型（plug quantize）"]
+    else:
+        ways = _ways_to_fit(config, need, free, bits, room, bytes_per_value)
     raise PlugError(
         f"{device} 的显存不够：约需 {_gb(need.total)} GB（{parts}），空闲 {_gb(free)} GB。"
         + ("可以：" + "；".join(ways) if ways else "请换显存更大的卡，或用 --device cpu")
@@ -143,8 +148,7 @@ def explain_out_of_memory(device: torch.device, batch_size: int) -> Iterator[Non
             else "请用更短的 --window，或量化过的模型（plug quantize），或 --device-map auto"
         )
         raise PlugError(
-            f"写作时 {device} 的显存用完了：共 {_gb(all_of_it)} GB，本程序占着 {_gb(used)} GB。"
-            f"{smaller}。"
+            f"{device} 的显存用完了：共 {_gb(all_of_it)} GB，本程序占着 {_gb(used)} GB。{smaller}。"
         ) from None
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from plug.checkpoints.store import save
 from plug.cli import main
+from plug.generation import lookup
 from plug.generation.generate import generate
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
@@ -41,6 +42,24 @@ def test_the_continuation_is_printed(run: Run, model_directory: Path) -> None:
 
     expected = generate("山上", model=model_directory, seed=3, out_length=20, temperature=2)
     assert (status, out) == (0, expected.text + "\n")
+
+
+def test_drafts_are_made_where_asked_for_and_change_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafted = []
+    find = lookup.find_draft
+    monkeypatch.setattr(
+        lookup, "find_draft", lambda *inputs: drafted.append(inputs) or find(*inputs)
+    )
+    arguments = ["山上山上", "--temperature", "0", "--out-length", "20"]
+
+    expected = run(*arguments)
+    assert not drafted
+    found = run(*arguments, "--prompt-lookup-num-tokens", "6")
+
+    assert found == expected
+    assert drafted
 
 
 def test_json_holds_the_text_the_ids_and_the_speed(run: Run) -> None:
@@ -88,6 +107,8 @@ def test_each_line_of_a_file_is_continued(run: Run, tmp_path: Path) -> None:
         (["山", "--num-beams", "0"], "num_beams"),
         (["山", "--seed", "-1"], "seed"),
         (["山", "--window", "97"], "96"),
+        (["山", "--prompt-lookup-num-tokens", "33"], "32"),
+        (["山", "--prompt-lookup-num-tokens", "8", "--num-beams", "2"], "束搜索"),
         (["山", "--device", "abacus"], "abacus"),
         (["山", "--model", "没有这个模型"], "没有这个模型"),
     ],

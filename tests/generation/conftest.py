@@ -21,16 +21,8 @@ from plug.tokenization import PlugTokenizer
 
 
 @pytest.fixture
-def lively_model(tiny_model: Plug) -> Plug:
-    """Random, but without the habit of random models to write one token for ever: positions weigh
-    more than words, and signs are mixed on the way to the tied word table.
-    """
-    with torch.no_grad():
-        tiny_model.embeddings.position_embeddings.weight *= 8
-        tiny_model.embeddings.layer_norm.weight.normal_()
-        assert tiny_model.decoder is not None
-        tiny_model.decoder.final_norm.weight.normal_()
-    return tiny_model
+def lively_model(config: PlugConfig, lively: Callable[[PlugConfig], Plug]) -> Plug:
+    return lively(config)
 
 
 @pytest.fixture

@@ -70,6 +70,22 @@ def test_logits_are_those_of_the_plain_model(lively_model: Plug) -> None:
 
 
 @torch.inference_mode()
+def test_several_positions_at_once_are_those_of_the_plain_model(lively_model: Plug) -> None:
+    sources = [[2, *prompt, 3] for prompt in PROMPTS]
+    plain, fused = Engine(copy.deepcopy(lively_model)), fused_engine(lively_model)
+    ids = torch.arange(60, 60 + 8 * len(PROMPTS), device=plain.device).view(-1, 8)
+    for engine in (plain, fused):
+        engine.start(sources, capacity=8)
+
+    # The second time, rows stand at different positions and one of them repeats its last token.
+    for positions in ([[0, 1, 2]] * 4, [[3, 4, 5], [3, 4, 4], [2, 3, 4], [1, 2, 3]]):
+        where = torch.tensor(positions, device=plain.device)
+        expected = plain.decode_several(ids.gather(1, where), where, 6)
+        got = fused.decode_several(ids.gather(1, where), where, 6)
+        torch.testing.assert_close(got, expected)
+
+
+@torch.inference_mode()
 def test_quantized_weights_are_read_as_the_plain_model_reads_them(lively_model: Plug) -> None:
     plain_model = quantized(lively_model, 8)  # tests/kernels/test_products.py has 4 bits
     plain, fused = Engine(plain_model), fused_engine(copy.deepcopy(plain_model))

@@ -32,8 +32,18 @@ from plug.checkpoints.weights import (
     map_tensors,
     write_json,
 )
+from plug.distributed import plan
+from plug.distributed.device_map import (
+    DeviceMap,
+    choose,
+    is_elsewhere,
+    keep_elsewhere,
+    layer_bytes,
+)
+from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.memory import Room, check_dtype, check_memory
+from plug.model.accounting import STREAMED_AT_ONCE
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantize_modules, scheme_of
@@ -92,6 +102,8 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     room: Room | None = None,
+    processes: Processes | None = None,
+    device_map: DeviceMap | None = None,
 ) -> Plug:
     """A model in eval mode, its weights read straight onto ``device``.
 
@@ -104,9 +116,15 @@ def load(
         dtype: of all weights but those of quantised layers; None is float32 on the CPU and each
             tensor's saved dtype elsewhere.
         room: what must be free on ``device`` besides the weights; None is nothing.
+        processes: of several, each reads and gets its share of the model (`plug.distributed.plan`),
+            to write with; it cannot be trained or saved.
+        device_map: where layers of the encoder are kept that ``device`` has no memory for, until
+            they are needed: "auto", or from names ("encoder.layers.23") to "cpu" (the file itself,
+            by way of the system's page cache) or another card. Not to be trained or saved either.
 
     Raises:
-        UsageError: as in `find_model_directory`, or ``dtype`` is none of `weights.DTYPES`.
+        UsageError: as in `find_model_directory`, ``dtype`` is none of `weights.DTYPES`, or the
+            model cannot be shared out among so many.
         PlugError: weights are missing, damaged, do not fit `config.json` or the device's memory, or
             have a dtype that the device lacks.
     """
@@ -120,16 +138,31 @@ def load(
     places = locate_weights(directory, weight_shapes(model))
     specs = _specs(directory, model, places, dtype)
     began = time.perf_counter()
-    if device.type == "cpu":
+    kept = choose(device_map, model, specs, device, room)
+    is_mapped = False
+    if processes is not None and processes.world_size > 1:
+        if device_map is not None:
+            raise UsageError("--device-map 和多个进程不能一起用。请只用其中一种。")
+        plan.check_divisible(model, processes.world_size)
+        regions = {name: plan.region(name, x.shape, processes) for name, x in specs.items()}
+        weights = _read(places, specs, regions, device, model, room)
+        plan.set_shares(model, weights, processes)
+    elif device.type == "cpu" and not kept:
+        is_mapped = True
         weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
+        model.load_state_dict(weights, assign=True)
     else:
-        weights = _read(places, specs, device, model, room)
-    model.load_state_dict(weights, assign=True)
+        here = {name: spec for name, spec in specs.items() if not is_elsewhere(name, kept)}
+        besides = STREAMED_AT_ONCE * layer_bytes(specs) if kept else 0
+        weights = _read(places, here, {}, device, model, room, besides)
+        model.load_state_dict(weights, assign=True, strict=not kept)
+        if kept:
+            keep_elsewhere(model, kept, places, specs, device)
     size, seconds = sum(x.nbytes for x in weights.values()), time.perf_counter() - began
     logger.info(
         "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）%s。",
         *(size / 1e9, seconds, device, size / seconds / 1e9),
-        "，精度不变的部分用到时才真正读入" if device.type == "cpu" else "",
+        "，精度不变的部分用到时才真正读入" if is_mapped else "",
     )
     return model.eval()
 
@@ -167,28 +200,34 @@ def _specs(
 def _read(
     places: Mapping[str, Place],
     specs: Mapping[str, TensorSpec],
+    regions: Mapping[str, tuple[slice, ...]],
     device: torch.device,
     model: Plug,
     room: Room | None,
+    besides: int = 0,
 ) -> dict[str, Tensor]:
-    """Every tensor on a device that is not the CPU, where it is found to fit before."""
+    """Every tensor, or its region if it has one, once they and ``besides`` are found to fit."""
+    shapes = {name: plan.shape_of(regions.get(name, ()), x.shape) for name, x in specs.items()}
+    own = {name: spec._replace(shape=shapes[name]) for name, spec in specs.items()}
     table = specs["embeddings.word_embeddings.weight"].dtype
     scheme = scheme_of(model)
     check_dtype(device, table)
     check_memory(
         device,
         model.config,
-        sum(spec.num_bytes for spec in specs.values()),
+        sum(spec.num_bytes for spec in own.values()) + besides,
         bits=8 * table.itemsize if scheme is None else scheme.bits,
         room=room,
         bytes_per_value=table.itemsize,
+        is_share=bool(regions),
     )
     weights = {
-        name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        for name, spec in specs.items()
+        name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in own.items()
     }
     with Transfer(device) as transfer:
-        transfer.fill(Part(places[name], target) for name, target in weights.items())
+        transfer.fill(
+            Part(places[name], target, regions.get(name, ())) for name, target in weights.items()
+        )
     return weights
 
 

@@ -41,7 +41,7 @@ class Part(NamedTuple):
     region: tuple[slice, ...] = ()
 
 
-_Begun = Future["torch.cuda.Event | None"]
+Begun = Future["torch.cuda.Event | None"]
 
 
 class _Piece(NamedTuple):
@@ -96,7 +96,7 @@ class Transfer:
         """
         self.finish(self.begin(parts))
 
-    def begin(self, parts: Iterable[Part]) -> list[_Begun]:
+    def begin(self, parts: Iterable[Part]) -> list[Begun]:
         """As `fill`, and return at once; targets must not be touched until `finish`."""
         pieces = [piece for part in parts for piece in _pieces(part, self._piece_bytes)]
         for file in {piece.file for piece in pieces} - self._files.keys():
@@ -107,7 +107,7 @@ class Transfer:
             ready.record(torch.cuda.current_stream(self._device))
         return [self._pool.submit(self._read, piece, ready) for piece in pieces]
 
-    def finish(self, begun: list[_Begun]) -> None:
+    def finish(self, begun: list[Begun]) -> None:
         """Wait for what `begin` returned.
 
         Raises:
@@ -122,6 +122,7 @@ class Transfer:
             for each in begun:
                 each.cancel()
 
+    @torch.inference_mode()  # which is each thread's own, and targets may come from it
     def _read(self, piece: _Piece, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
         size = piece.runs * piece.run_bytes
         buffers = self._own_buffers()

@@ -6,9 +6,12 @@ does not wait for torch; the work is imported when a command runs.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,6 +77,14 @@ def main() -> int:
         0 done; 1 it could not be done; 2 wrong use; 130 Ctrl-C. Nobody reading any more (a closed
         pipe) is 1 and quiet. A bug keeps its traceback.
     """
+    if _is_first_process():
+        return _run()
+    logging.disable(logging.WARNING)  # `torchrun` starts several, and one speaks for all
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return _run()
+
+
+def _run() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show it gets "?"
     # Threads that spin while they wait starve each other where another program has the cores: a
@@ -93,9 +104,33 @@ def main() -> int:
         # What is still buffered would raise again when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if not _is_one_of_several():
+            raise
+        from plug.distributed.processes import is_first_to_fail, is_loss_of_another
+
+        if is_loss_of_another(error):
+            return _say("另一个进程中断了，不能继续。请看它的错误，或查看内存和显卡后重试。", 1)
+        if is_first_to_fail():
+            raise
+        return 1
     return status if isinstance(status, int) else 0
 
 
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _is_first_process() -> bool:
+    return not _is_one_of_several() or os.environ.get("RANK", "0") == "0"
+
+
 def _say(message: str, status: int) -> int:
+    """Print an error; of several processes, the first to fail does."""
+    if _is_one_of_several():
+        from plug.distributed.processes import is_first_to_fail
+
+        if not is_first_to_fail():
+            return status
     print(f"错误：{message}", file=sys.stderr)
     return status

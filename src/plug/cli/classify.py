@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from plug.cli.options import SHIPPED, AsJson, Device, Model
+
 
 class Method(StrEnum):
     """What scores the labels."""
@@ -28,9 +30,9 @@ def classify(
         typer.Option(help="提示：{text} 处放文字，末尾接标签。[默认：{text}这段话说的是]"),
     ] = None,
     method: Annotated[Method, typer.Option(help="用解码器或 masked-LM 头评分。")] = Method.DECODER,
-    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+    model: Model = SHIPPED,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """不经微调的分类：比较各标签接在提示之后有多可能。"""
     from plug.errors import UsageError

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from plug.cli.options import SHIPPED, BatchSize, Device, Model
 from plug.errors import PlugError, UsageError
 
 
@@ -17,9 +18,9 @@ def embed(
     output: Annotated[
         Path | None, typer.Option(help="把向量写成 NumPy 的 .npy 文件，而不是打印 JSON。")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="一次算几段。")] = 32,
-    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    batch_size: BatchSize = 32,
+    model: Model = SHIPPED,
+    device: Device = None,
 ) -> None:
     """把文字变成长度为 1 的向量（一行一个 JSON 列表）；两个向量的内积是余弦相似度。"""
     if bool(text) == (file is not None):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plug.cli.convert import Precision
+from plug.cli.options import SHIPPED, AsJson, BatchSize, Device, Model, TunedBeams, TunedModel
 from plug.finetuning.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -30,16 +31,16 @@ def lm(
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="FILE", help="更多语料文件。")
     ] = None,
-    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
+    model: Model = SHIPPED,
     source_length: Annotated[int, typer.Option(min=1, help="每篇先读多少个词元。")] = 128,
     target_length: Annotated[int, typer.Option(min=1, help="接着给多少个词元评分。")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="一次算几篇。")] = 16,
+    batch_size: BatchSize = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="每个领域只取前几篇。")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    device: Device = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="计算精度；默认 CPU 上 float32，GPU 上与权重文件相同。")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """续写能力：每词元、每字的负对数似然（奈特）。文件名去掉 -00 一类编号即领域名。"""
     from itertools import chain, islice
@@ -78,17 +79,15 @@ def lm(
 
 def task(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="plug finetune 的输出目录。")],
+    model: TunedModel,
     data: Annotated[str, typer.Option(help="任务格式的数据文件，带答案。")],
     report: Annotated[
         Path | None, typer.Option(help="把报告（Markdown、HTML、图）写到这个目录。")
     ] = None,
-    num_beams: Annotated[
-        int | None, typer.Option(min=1, help="生成任务的束宽；1 为贪心；默认与微调时相同。")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="一次算几个例子。")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+    num_beams: TunedBeams = None,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     import shlex
 
@@ -132,9 +131,9 @@ def clue(
     submit: Annotated[
         Path | None, typer.Option(help="不评分，而是预测测试集，把提交文件写到这个目录。")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="一次算几个例子。")] = 64,
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """CLUE 各分类任务的准确率及其平均（Score）；--submit 写官方提交文件。"""
     from rich.console import Console

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from plug.cli.options import SHIPPED, AsJson, Device, Model
+
 
 def fill_mask(
     text: Annotated[str, typer.Argument(help="文字，要填的地方写 [MASK]。")],
     top_k: Annotated[int, typer.Option(min=1, help="每处给出几个。")] = 5,
-    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = "plug-mini-zh",
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
+    model: Model = SHIPPED,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """填空：每个 [MASK] 处最可能的字词。"""
     from plug.understanding.fill_mask import fill_mask as run

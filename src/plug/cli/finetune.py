@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from plug.cli.options import Device, Model
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import TASKS
 
@@ -20,7 +22,7 @@ def finetune(
     train: Annotated[str, typer.Option(help="训练数据文件（可 .gz），或 datasets 的 名字:划分。")],
     eval_: Annotated[str, typer.Option("--eval", help="评测数据，用来选出最好的一轮。")],
     output: Annotated[str, typer.Option(help="输出目录：模型、设置、报告。须不存在或为空。")],
-    model: Annotated[str, typer.Option(help="plug-mini-zh 或模型目录。")] = _DEFAULTS.model,
+    model: Model = _DEFAULTS.model,
     epochs: Annotated[float, typer.Option(help="训练几轮；0 为任务的默认值。")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="每步几个例子；0 为任务的默认值。")] = 0,
     eval_batch_size: Annotated[
@@ -60,13 +62,13 @@ def finetune(
     ] = _DEFAULTS.patience,
     seed: Annotated[int, typer.Option(help="随机种子。")] = _DEFAULTS.seed,
     precision: Annotated[
-        str, typer.Option(help="GPU 上的精度：bf16，或 fp32（用 TF32，短文本更快）。")
+        str, typer.Option(help="GPU 上的精度：bf16，或 fp32（乘法用 TF32）。")
     ] = _DEFAULTS.precision,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="不用模型的权重，随机初始化（供比较）。")
     ] = _DEFAULTS.from_scratch,
     resume: Annotated[bool, typer.Option("--resume", help="接着输出目录里中断的训练。")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    device: Device = None,
 ) -> None:
     """微调：为一个任务训练模型，留下评测得分最高的一轮。"""
     from plug.finetuning.run import finetune as run
@@ -102,6 +104,8 @@ def finetune(
         again = any(Path(output).glob("checkpoints/checkpoint-*"))
         print("已中断。" + ("加上 --resume 从上一轮接着训练。" if again else ""), file=sys.stderr)
         raise
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one tells
+        return
     for name, value in result.metrics.items():
         print(f"{name:<16}{value:.4f}")
     print(f"已写入 {result.directory}：模型、report.md、report.html。")

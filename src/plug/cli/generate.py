@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from plug.cli.convert import Precision
 from plug.errors import UsageError
 from plug.generation.settings import (
     MAX_BEAMS,
+    MAX_LOOKUP_TOKENS,
     MAX_OUT_LENGTH,
     SAMPLING_PENALTY,
     WINDOW,
@@ -66,6 +68,13 @@ def generate(
             f"（默认 {WINDOW['plug']}，original 为 {WINDOW['original']}）。"
         ),
     ] = _DEFAULTS.window,
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"从已有的文字里抄来猜后面至多这么多个词元，1 到 {MAX_LOOKUP_TOKENS}："
+            "写出的不变，照抄多时更快（默认不猜）。"
+        ),
+    ] = _DEFAULTS.prompt_lookup_num_tokens,
     seed: Annotated[int | None, typer.Option(help="随机种子：同样的种子写出同样的文字。")] = None,
     allow_special_tokens: Annotated[
         bool, typer.Option("--allow-special-tokens", help="把文字里的 [SEP] 等当作特殊符号。")
@@ -75,6 +84,12 @@ def generate(
         int, typer.Option(min=1, help="一起写的段数：越大总的越快，占的内存或显存越多。")
     ] = 8,
     device: Annotated[str | None, typer.Option(help="cpu 或 cuda（默认有 cuda 就用）。")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto：显存放不下的编码器的层留在内存或别的卡上，用时再读。", show_default=False
+        ),
+    ] = None,
     dtype: Annotated[
         Precision | None,
         typer.Option(help="权重的精度（默认 CPU 上 float32，显卡上照原样）。", show_default=False),
@@ -96,38 +111,42 @@ def generate(
         num_beams=num_beams,
         min_length=min_length,
         window=window,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     texts = _texts(text, file)
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from plug.checkpoints.weights import DTYPES
+    from plug.distributed.processes import start_processes
     from plug.generation.generate import Generator
     from plug.memory import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     rows = min(batch_size, len(texts)) * settings.num_beams
-    generator = Generator(
-        model,
-        device=device,
-        dtype=None if dtype is None else DTYPES[dtype],
-        room=Room(batch_size=rows, capacity=capacity),
-    )
     shown_as_written = file is None and not as_json
-    for first in range(0, len(texts), batch_size):
-        results = generator(
-            texts[first : first + batch_size],
-            settings,
-            seed=seed,
-            batch_size=batch_size,
-            allow_special_tokens=allow_special_tokens,
-            on_text=_show if shown_as_written else None,
+    with start_processes(device) as processes:
+        generator = Generator(
+            model,
+            dtype=None if dtype is None else DTYPES[dtype],
+            room=Room(batch_size=rows, capacity=capacity),
+            processes=processes,
+            device_map=device_map,
         )
-        for prompt, result in zip(texts[first:], results, strict=False):
-            if as_json:
-                print(json.dumps(_record(prompt, result), ensure_ascii=False), flush=True)
-            else:
-                print("" if shown_as_written else f"{result.text}\n", flush=True)
+        for first in range(0, len(texts), batch_size):
+            results = generator(
+                texts[first : first + batch_size],
+                settings,
+                seed=seed,
+                batch_size=batch_size,
+                allow_special_tokens=allow_special_tokens,
+                on_text=_show if shown_as_written else None,
+            )
+            for prompt, result in zip(texts[first:], results, strict=False):
+                if as_json:
+                    print(json.dumps(_record(prompt, result), ensure_ascii=False), flush=True)
+                else:
+                    print("" if shown_as_written else f"{result.text}\n", flush=True)
 
 
 def _texts(text: str | None, file: str | None) -> list[str]:
@@ -136,6 +155,8 @@ def _texts(text: str | None, file: str | None) -> list[str]:
     if text is not None:
         return [text]
     assert file is not None
+    if file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("多个进程不能都读标准输入。请把文字写进文件，用 --file 文件。")
     try:
         read = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         lines = read.decode("utf-8-sig").split("\n")

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from plug.cli.options import BatchSize, Device, TunedBeams, TunedModel
 from plug.errors import UsageError
 
 
 def predict(
-    model: Annotated[str, typer.Option(help="plug finetune 的输出目录。")],
+    model: TunedModel,
     text: Annotated[
         list[str] | None,
         typer.Argument(help="文字；句对给两段，阅读理解给问题和原文，问题生成给答案和原文。"),
@@ -24,11 +25,9 @@ def predict(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="结果写到这个文件，一行一个 JSON。")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="一次算几个例子。")] = 32,
-    num_beams: Annotated[
-        int | None, typer.Option(min=1, help="生成任务的束宽；默认与微调时相同。")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")] = None,
+    batch_size: BatchSize = 32,
+    num_beams: TunedBeams = None,
+    device: Device = None,
 ) -> None:
     """用微调过的模型：分类、标注、回答、生成。"""
     if bool(text) == (file is not None):

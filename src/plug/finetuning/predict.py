@@ -82,7 +82,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
         source_length=settings["source_length"],
         target_length=settings["target_length"],
         num_beams=num_beams or settings["num_beams"],
-        pairs=run["pairs"],
+        pairs=run.get("pairs"),
     )
 
 
@@ -100,7 +100,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         )
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        _ = run["settings"]["task"], run["labels"], run["label_names"], run["pairs"]
+        _ = run["settings"]["task"], run["labels"], run["label_names"]
     except (ValueError, KeyError, TypeError):
         raise PlugError(f"{path} 已损坏。请重新微调，或从备份恢复。") from None
     return run

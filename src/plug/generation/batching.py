@@ -123,7 +123,8 @@ class Batcher:
             With ``rows`` it decides the memory of the caches.
 
     Raises:
-        UsageError: a value is out of range.
+        UsageError: a value is out of range, or the model is shared out among processes, which
+            would have to see the same requests between the same steps.
     """
 
     def __init__(
@@ -137,6 +138,8 @@ class Batcher:
         for name, value in (("rows", rows), ("max_waiting", max_waiting), ("capacity", capacity)):
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise UsageError(f"{name}={value!r} 应是不小于 1 的整数。")
+        if generator.is_shared_out:
+            raise UsageError("多个进程的模型不能用于随到随写（Batcher）。请用一个进程。")
         longest = generator.config.max_position_embeddings
         self._capacity = min(capacity or window_length(generator.config, DEFAULTS), longest)
         self._generator = generator

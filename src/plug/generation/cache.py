@@ -79,27 +79,27 @@ class DecoderCache:
         return pairs, self._encoder_slots[:longest] < self.source_lengths[:rows, None]
 
     def place(self, positions: Tensor, length: int, granularity: int = 1) -> Tensor:
-        """Say where the next token of each row goes.
+        """Say where the next tokens of each row go.
 
         A position written before is overwritten, which is what repeating a step needs.
 
         Args:
-            positions: (rows,), from 0, below ``capacity``.
+            positions: (rows, tokens), from 0, below ``capacity``.
             length: not less than the largest of them, plus 1.
             granularity: as in `encoder_view`.
 
         Returns:
-            (rows, 1, 1, positions so far): the self-attention mask to add, 0 or -inf.
+            (rows, 1, tokens, positions so far): the self-attention mask to add, 0 or -inf.
         """
         self._rows = len(positions)
         self._length = _round_up(length, granularity, self.capacity)
-        slots = self._first_slots[: self._rows] + positions[:, None]
-        self._target = slots.view(-1)  # of each row and head, in a buffer seen as a list
-        seen = self._slots[: self._length] <= positions[:, None]
-        return torch.where(seen, self._opened, self._shut)[:, None, None, :]
+        slots = self._first_slots[: self._rows, :, None] + positions[:, None]
+        self._target = slots.view(-1)  # of each row, head and token, in a buffer seen as a list
+        seen = self._slots[: self._length] <= positions[:, None, :, None]
+        return torch.where(seen, self._opened, self._shut)
 
     def update(self, key: Tensor, value: Tensor, layer_index: int) -> KeyValue:
-        """Add one position, each (rows, heads, 1, head_dim); all positions of the layer so far."""
+        """Add (rows, heads, tokens, head_dim) each; all positions of the layer so far."""
         keys, values = self.own[layer_index]
         for buffer, new in ((keys, key), (values, value)):
             states = new.reshape(-1, self._head_dim)

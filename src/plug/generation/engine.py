@@ -16,6 +16,7 @@ from torch import Tensor
 from plug.errors import UsageError
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import PlainModel
+from plug.generation.reuse import KeptSources
 from plug.model.plug import Plug
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ class Engine:
         model: what decodes.
         graphs: on CUDA, make a graph of each step that comes again; not worth it for many texts
             of different length at once, where rows leave at nearly every step.
+        reuse_bytes: kept at most of what the encoder made of earlier sources (`KeptSources`).
 
     Raises:
         UsageError: the model is an encoder alone.
     """
 
-    def __init__(self, model: Plug, *, graphs: bool = True) -> None:
+    def __init__(self, model: Plug, *, graphs: bool = True, reuse_bytes: int = 0) -> None:
         if model.decoder is None:
             raise UsageError(
                 "这个模型只有编码器（num_decoder_layers=0，预训练第一阶段的产物），不能写作。"
@@ -52,6 +54,7 @@ class Engine:
         self.device = model.embeddings.word_embeddings.weight.device
         self._uses_graphs = graphs and self.device.type == "cuda"
         self._model = _model(model, GRAPH_GRANULARITY if self._uses_graphs else 1)
+        self._kept_sources = KeptSources(reuse_bytes)
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.openings = 0
         self._room = (0, 0, 0)
@@ -92,7 +95,8 @@ class Engine:
 
         Padding ids inside a source are not attended to, as in the reference.
         """
-        for row, key_values in zip(rows, self._model.encode(sources), strict=True):
+        encoded = self._kept_sources.encode(sources, self._model.encode)
+        for row, key_values in zip(rows, encoded, strict=True):
             if self._cache is None:
                 room, source_length, capacity = self._room
                 self._cache = DecoderCache(
@@ -116,6 +120,19 @@ class Engine:
         """
         assert self._cache is not None, "call read first"
         return self._model.decode(token_ids, positions, length, self._cache)
+
+    def decode_several(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        """As `decode`, several tokens of each row at once; logits (rows, tokens, vocab).
+
+        Args:
+            token_ids: (rows, tokens) on the device.
+            positions: (rows, tokens); a token attends to those of its row at no later positions,
+                also to what an earlier step left there. A row with fewer tokens than others
+                repeats its last one, at the same position.
+            length: as in `decode`.
+        """
+        assert self._cache is not None, "call read first"
+        return self._model.decode_several(token_ids, positions, length, self._cache)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row ``target`` becomes what ``source`` is, with ``length`` positions of its past."""
@@ -141,7 +158,8 @@ class Engine:
         if key not in self._graphs:
             result = step().clone()  # this step, and the warm-up of the capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads, such as one that watches over NCCL, may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = step()
             self._graphs[key] = graph, output
             return result

@@ -9,7 +9,7 @@ tokens, without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 from typing import cast
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.distributed.device_map import StreamedLayers
+from plug.distributed.plan import Reduced, added_up, gathered, own_rows
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import attended
 from plug.kernels.attention import append_and_attend, attend
@@ -45,17 +47,23 @@ class FusedModel:
         config = model.config
         self._device = model.embeddings.word_embeddings.weight.device
         self._pad = config.pad_token_id
-        self._heads, self._head_dim = config.num_attention_heads, config.head_dim
+        self._head_dim = config.head_dim
+        keys = cast(DecoderLayer, model.decoder.layers[0]).self_attention.k_proj.bias
+        self._heads = len(keys) // self._head_dim  # of this process
         self._embeddings = model.embeddings
-        self._encoder_layers = [
-            _EncoderLayer(cast(EncoderLayer, layer)) for layer in model.encoder.layers
-        ]
+        layers = model.encoder.layers
+        self._encoder_layers: Iterable[_EncoderLayer] = (
+            layers.each(_EncoderLayer)
+            if isinstance(layers, StreamedLayers)
+            else [_EncoderLayer(layer) for layer in layers]
+        )
         self._encoder_norms = [model.encoder.final_norm] * model.encoder.final_norm_passes
         self._decoder_layers = [
             _DecoderLayer(cast(DecoderLayer, layer)) for layer in model.decoder.layers
         ]
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
+        self._logits = gathered(model, self._head)
         steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
         for weight, following in pairwise([*steps, self._head, steps[0]]):
             weight.comes_before(following)
@@ -121,42 +129,66 @@ class FusedModel:
                 mask = (ids != self._pad)[:, None, None, :]
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             contexts.append(context.transpose(1, 2).reshape(-1, self._heads * self._head_dim))
-        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        return _joined(contexts)
 
     # --- a step -----------------------------------------------------------------------------------
 
     def decode(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `PlainModel.decode`."""
+        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+
+    def decode_several(
         self,
         token_ids: Tensor,
         positions: Tensor,
         length: int,  # noqa: ARG002  # each row's own counts
         cache: DecoderCache,
     ) -> Tensor:
-        """As `PlainModel.decode`."""
-        hidden = embed(token_ids, positions, self._embeddings)
+        """As `PlainModel.decode_several`.
+
+        All tokens share each product. Attention takes the rows' first tokens, then their second
+        ones, …: each joins the caches before the next attends.
+        """
+        rows = len(token_ids)
+        columns = positions.t().contiguous()
+        hidden = embed(token_ids.t().reshape(-1), columns.view(-1), self._embeddings)
         delta = None
         for index, layer in enumerate(self._decoder_layers):
             hidden, normalized = add_norm(hidden, delta, layer.self_attention_norm)
             query_key_value = layer.query_key_value(normalized)
             keys, values = cache.own[index]
-            context = append_and_attend(query_key_value, keys, values, positions)
+            context = _joined(
+                append_and_attend(new, keys, values, where)
+                for new, where in zip(query_key_value.split(rows), columns, strict=True)
+            )
             hidden, normalized = add_norm(hidden, layer.out(context), layer.cross_attention_norm)
             query = layer.source_query(normalized)
             keys, values = cache.sources[index]
-            context = attend(query, keys, values, cache.source_lengths)
+            context = _joined(
+                attend(part, keys, values, cache.source_lengths) for part in query.split(rows)
+            )
             hidden, normalized = add_norm(
                 hidden, layer.source_out(context), layer.feed_forward_norm
             )
             delta = layer.fc2.after(layer.fc1, normalized)
         _, hidden = add_norm(hidden, delta, self._decoder_norm)
-        return self._head(hidden, wide=True)
+        logits = self._logits(hidden, wide=True)
+        return logits.view(-1, rows, logits.shape[1]).transpose(0, 1)
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    contexts = list(parts)
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
 class _EncoderLayer:
-    def __init__(self, layer: EncoderLayer) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        layer = cast(EncoderLayer, module)
         self.attention_norm = layer.attention_norm
         self.query_key_value = _query_key_value(layer.attention, for_sources=True)
-        self.out = Weight(layer.attention.out_proj, for_sources=True)
+        self.out = _summed(layer.attention.out_proj, for_sources=True)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward, for_sources=True)
 
@@ -165,12 +197,12 @@ class _DecoderLayer:
     def __init__(self, layer: DecoderLayer) -> None:
         self.self_attention_norm = layer.self_attention_norm
         self.query_key_value = _query_key_value(layer.self_attention)
-        self.out = Weight(layer.self_attention.out_proj)
+        self.out = _summed(layer.self_attention.out_proj)
         self.cross_attention_norm = layer.cross_attention_norm
         cross = layer.cross_attention
         self.source_query = Weight(cross.q_proj)
         self.source_key_value = Weight(cross.k_proj, cross.v_proj, for_sources=True)
-        self.source_out = Weight(cross.out_proj)
+        self.source_out = _summed(cross.out_proj)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
         self.in_a_step = [self.query_key_value, self.out, self.source_query, self.source_out]
@@ -183,12 +215,32 @@ def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Weig
 
 
 def _feed_forward(part: FeedForward, *, for_sources: bool = False) -> tuple[Weight, Weight]:
-    return Weight(part.fc1, for_sources=for_sources), Weight(part.fc2, for_sources=for_sources)
+    return Weight(part.fc1, for_sources=for_sources), _summed(part.fc2, for_sources=for_sources)
+
+
+class _SummedWeight(Weight):
+    """A layer parted by inputs, of which other processes have the rest."""
+
+    def _few_rows(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+        return added_up(super()._few_rows(x, gelu=gelu, wide=wide))
+
+    def _many_rows(self, x: Tensor) -> Tensor:
+        result = super()._many_rows(x)
+        return result if self._in_fp8 else added_up(result)
+
+    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return added_up(super()._multiply_fp8(rows, row_scale, dtype))
+
+
+def _summed(layer: nn.Module, *, for_sources: bool = False) -> Weight:
+    if isinstance(layer, Reduced):
+        return _SummedWeight(cast(nn.Linear, layer.own), for_sources=for_sources)
+    return Weight(cast(nn.Linear, layer), for_sources=for_sources)
 
 
 def _head(model: Plug) -> Weight:
     """The product with the word table; in a quantised model with its copy in 8 bits."""
-    table = model.embeddings.word_embeddings.weight.detach()
+    table = own_rows(model, model.embeddings.word_embeddings.weight.detach())
     out_features, in_features = table.shape
     no_bias = table.new_zeros(out_features)
     layer: nn.Linear | QuantizedLinear

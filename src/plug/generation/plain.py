@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from plug.distributed.plan import gathered, own_rows
 from plug.generation.cache import DecoderCache
 from plug.model import accounting
 from plug.model.layers import FeedForward, KeyValue, LayerNorm
@@ -97,6 +98,12 @@ class PlainModel:
         self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
     ) -> Tensor:
         """As `Engine.decode`, with the past in ``cache``."""
+        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+
+    def decode_several(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `Engine.decode_several`, with the past in ``cache``."""
         if not self._uses_one_thread:
             return self._decode(token_ids, positions, length, cache)
         threads = torch.get_num_threads()
@@ -111,9 +118,9 @@ class PlainModel:
     ) -> Tensor:
         mask = cache.place(positions, length, self.granularity)
         key_values, encoder_mask = cache.encoder_view(len(token_ids), self.granularity)
-        embedded = self._embeddings(token_ids[:, None], position_ids=positions[:, None])
+        embedded = self._embeddings(token_ids, position_ids=positions)
         hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, cache)
-        return self._head(hidden_states[:, 0]).float()
+        return self._head(hidden_states).float()
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
@@ -125,7 +132,11 @@ def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
 
 def _head(model: Plug) -> Product:
     """The product with the word table; in a quantised model on a CPU with its copy in 8 bits."""
-    table = model.embeddings.word_embeddings.weight.detach()
+    return gathered(model, _own_head(model))
+
+
+def _own_head(model: Plug) -> Product:
+    table = own_rows(model, model.embeddings.word_embeddings.weight.detach())
     scheme = scheme_of(model)
     if scheme is not None and table.dtype == torch.float32:
         in_8_bits = Scheme.of(8).quantize(table)

@@ -232,28 +232,36 @@ class Sampler:
     def _width(self) -> int:
         return self._state["written"].shape[1]
 
-    def plan(self, written: Sequence[int], rows: int | None = None) -> Plan:
+    def plan(self, written: Sequence[int], rows: int | None = None, drafted: int = 0) -> Plan:
         """The next choice of the first rows, which have written at most so many tokens each.
 
         Args:
             written: a number a row that somebody reads.
             rows: those, and some that nobody reads; None is those alone.
+            drafted: choices that follow in the same step.
         """
         settings = [each for each in self._settings[: len(written)] if each is not None]
         drawing = [each.top_k or self.vocab_size for each in settings if not each.greedy]
         penalties = any(each.has_penalties for each in settings)
+        most = max(1, *written) + drafted
         return Plan(
             rows=rows or len(written),
             most=min(max(drawing, default=0), self.vocab_size),
             greedy=len(drawing) < len(settings),
-            written=min(-(-max(1, *written) // 64) * 64, self._width) if penalties else 0,
+            written=min(-(-most // 64) * 64, self._width) if penalties else 0,
             longest_ngram=max(each.no_repeat_ngram_size for each in settings),
             waits=any(map(int.__lt__, written, self._min_lengths)),
             room=self._width,
         )
 
-    def choose(self, logits: Tensor, plan: Plan) -> Tensor:
-        """Next token (rows,) of the first rows from their logits (rows, vocab)."""
+    def choose(self, logits: Tensor, plan: Plan, counts: Tensor | None = None) -> Tensor:
+        """Next token (rows,) of the first rows from their logits (rows, vocab).
+
+        Args:
+            logits: of the rows.
+            plan: of the step.
+            counts: bool (rows,), the rows whose choice counts; the others' draws come again.
+        """
         state = {name: each[: plan.rows] for name, each in self._state.items()}
         logits = logits + state["forbidden"]
         if plan.waits:
@@ -272,7 +280,8 @@ class Sampler:
             return logits.argmax(-1)
         limits = state["temperature"], state["top_k"], state["top_p"]
         uniforms = state["uniforms"].gather(1, state["draw"][:, None])[:, 0]
-        state["draw"].add_(1).clamp_(max=self._draws - 1)  # rows that nobody reads go on and on
+        # Rows that nobody reads go on and on; those whose choice counts no more have none left.
+        state["draw"].add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
         if self._in_kernels and plan.most <= MOST_IN_KERNELS:
             from plug.kernels.sampling import draw_of_candidates  # needs Triton
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from plug.generation.engine import Engine
+from plug.generation.lookup import Lookup, power_of_two
 from plug.generation.sampling import Plan, Sampler
-from plug.generation.settings import GenerationSettings
+from plug.generation.settings import MAX_LOOKUP_TOKENS, GenerationSettings
 from plug.generation.window import FinishReason, Rules, prompt_limit
 
 
@@ -43,6 +44,11 @@ class Row:
     steps: int = 0  # begun so far
     steps_in_window: int = 0
     is_due: bool = True  # the encoder has to read before the next step
+    lookup: Lookup | None = None  # where its drafts come from
+
+    def __post_init__(self) -> None:
+        if self.settings.prompt_lookup_num_tokens is not None:
+            self.lookup = Lookup(self.prompt, self.settings.prompt_lookup_num_tokens)
 
     @property
     def longest_window(self) -> int:
@@ -56,6 +62,13 @@ class Row:
     def has_no_steps_left(self) -> bool:
         return self.steps == self.rules.steps
 
+    def draft(self) -> list[int]:
+        """What may follow the token of the step just begun; no more than there are steps left."""
+        if self.lookup is None:
+            return []
+        left = min(self.rules.steps - self.steps, self.rules.window - self.steps_in_window)
+        return self.lookup.draft(left)
+
     def take(self, token_id: int) -> None:
         """The outcome of the step that comes next in turn."""
         kept = self.rules.accept(token_id, self)
@@ -64,6 +77,8 @@ class Row:
         elif isinstance(kept, int):
             self.written.append(kept)
             self.in_window.append(kept)
+            if self.lookup is not None:
+                self.lookup.append(kept)
             if self.on_token is not None:
                 self.on_token(kept)
 
@@ -72,7 +87,8 @@ class Writer:
     """Steps all its rows by one token at a time. What a row writes does not depend on the others.
 
     On CUDA the host runs a step ahead of what it has read, so that it never waits for a token; a
-    text that ends has one step too many, whose outcome is dropped.
+    text that ends has one step too many, whose outcome is dropped. (Drafts need the text so far:
+    where rows ask for them, it waits.)
 
     Args:
         engine: encodes and decodes; used by this writer alone.
@@ -94,6 +110,8 @@ class Writer:
         self._sampler = Sampler(rows, config.vocab_size, config.eos_token_id, capacity, device)
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
+        # Of each row how many tokens its draft has, and these.
+        self._drafts = self._tokens.new_zeros(rows, 1 + MAX_LOOKUP_TOKENS)
         self._begun: deque[tuple[list[Row], _Fetched]] = deque()
         self._ahead = 1 if device.type == "cuda" else 0
 
@@ -134,19 +152,28 @@ class Writer:
                     self._engine.move(len(self.rows), index, last.steps_in_window)
 
     def step(self) -> list[Row]:
-        """One more token for every row; the rows that are finished now, which leave."""
+        """One more token for every row, and what was right of its draft; the rows now finished.
+
+        Those leave.
+        """
         self._read()
         for row in self.rows:
             row.steps += 1
             row.steps_in_window += 1
-        length = max(row.steps_in_window for row in self.rows)
+        drafted, length = self._draft()
         # More rows than there are may be decoded, for the sake of few graphs: nobody reads those.
         count = min(self._engine.rounded(len(self.rows)), self.room[0])
-        plan = self._sampler.plan([row.steps - 1 for row in self.rows], count)
-        chosen = self._engine.replay(plan, lambda: self._decode(plan, length), length, count)
+        plan = self._sampler.plan([row.steps - 1 for row in self.rows], count, drafted)
+        chosen = self._engine.replay(
+            (plan, drafted), lambda: self._decode(plan, length, drafted), length, count
+        )
         self._begun.append((list(self.rows), _Fetched(chosen[: len(self.rows)])))
-        # What comes next may need all that was written: the source of a window, or nothing more.
-        must_wait = any(row.window_is_full or row.has_no_steps_left for row in self.rows)
+        # What comes next may need all that was written: the source of a window, a draft, or
+        # nothing more.
+        must_wait = any(
+            row.window_is_full or row.has_no_steps_left or row.lookup is not None
+            for row in self.rows
+        )
         while len(self._begun) > (0 if must_wait else self._ahead):
             self._take(*self._begun.popleft())
         for row in self.rows:
@@ -173,25 +200,80 @@ class Writer:
             row.is_due, row.steps_in_window = False, 0
             self._sampler.refill(index, row.longest_window)
 
-    def _decode(self, plan: Plan, length: int) -> Tensor:
-        """The step itself, on the device alone; the chosen ids (rows,)."""
+    def _draft(self) -> tuple[int, int]:
+        """Fill the drafts of all rows; the tokens of the longest, rounded up, and `length`."""
+        drafts = [row.draft() for row in self.rows]
+        length = max(
+            row.steps_in_window + len(draft) for row, draft in zip(self.rows, drafts, strict=True)
+        )
+        longest = max(map(len, drafts))
+        if not longest:
+            return 0, length
+        filled = torch.zeros(self._drafts.shape, dtype=torch.long)
+        for index, draft in enumerate(drafts):
+            filled[index, : 1 + len(draft)] = torch.tensor([len(draft), *draft])
+        self._drafts.copy_(filled)
+        most = max(row.lookup.most for row in self.rows if row.lookup is not None)
+        return min(power_of_two(longest), most), length
+
+    def _decode(self, plan: Plan, length: int, drafted: int) -> Tensor:
+        """The step itself, on the device alone.
+
+        Returns:
+            The chosen ids, (rows,), or with drafts (rows, 1 + drafted), perhaps fewer on a CPU:
+            after the first choice that was not the draft's, -1.
+        """
+        tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
+        if not drafted:
+            chosen = self._sampler.choose(self._engine.decode(tokens, positions, length), plan)
+            self._keep(chosen, chosen != self._config.eos_token_id, plan)
+            return chosen
+        counts, drafts = self._drafts[: plan.rows].split([1, MAX_LOOKUP_TOKENS], 1)
+        # A row with a shorter draft feeds its last token again.
+        ahead = torch.arange(1 + drafted, device=tokens.device).clamp(max=counts)
+        fed = torch.cat([tokens[:, None], drafts], 1).gather(1, ahead)
+        logits = self._engine.decode_several(fed, positions[:, None] + ahead, length)
+        # One choice after another, as in as many steps, while the last one was the draft's.
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+        found = []
+        for index in range(1 + drafted):
+            chosen = self._sampler.choose(logits[:, index], plan, counted)
+            found.append(torch.where(counted, chosen, -1))
+            kept = counted & (chosen != self._config.eos_token_id)
+            shown = self._keep(chosen, kept, plan)
+            if index < drafted:
+                is_right = (shown == drafts[:, index]) & (index < counts[:, 0])
+                counted = kept & is_right
+                if counted.device.type == "cpu" and not counted.any():  # a GPU is not waited for
+                    break
+        return torch.stack(found, 1)
+
+    def _keep(self, chosen: Tensor, kept: Tensor, plan: Plan) -> Tensor:
+        """What `Rules.accept` makes of ``chosen`` (rows,), for the next step; the ids shown.
+
+        An id of a padding row is [UNK], and [SEP], where it ends nothing, is not written and the
+        step comes again.
+        """
         config = self._config
         tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
-        chosen = self._sampler.choose(self._engine.decode(tokens, positions, length), plan)
-        # What `Rules.accept` makes of it, for the next step: an id of a padding row is [UNK], and
-        # [SEP], where it ends nothing, is not written and the step comes again.
-        kept = chosen != config.eos_token_id
         shown = chosen.masked_fill(chosen >= config.num_emitted_tokens, config.unk_token_id)
         self._sampler.record(shown, kept, plan)
         tokens.copy_(torch.where(kept, shown, tokens))
         positions.add_(kept).clamp_(max=self.room[1] - 1)  # rows that nobody reads go on and on
-        return chosen
+        return shown
 
     @staticmethod
     def _take(rows: list[Row], fetched: _Fetched) -> None:
-        for row, token_id in zip(rows, fetched.read(), strict=True):
-            if row.finish_reason is None:
-                row.take(token_id)
+        for row, chosen in zip(rows, fetched.read(), strict=True):
+            outcomes = [token_id for token_id in chosen if token_id >= 0]
+            right = len(outcomes) - 1  # each is a step that needed none of its own
+            row.steps += right
+            row.steps_in_window += right
+            for token_id in outcomes:
+                if row.finish_reason is None:
+                    row.take(token_id)
+            if row.lookup is not None:
+                row.lookup.judge(right)
 
 
 class _Fetched:
@@ -207,10 +289,10 @@ class _Fetched:
         else:
             self._ids = ids
 
-    def read(self) -> list[int]:
+    def read(self) -> list[list[int]]:
         if self._on_cuda:
             self._arrived.synchronize()
-        return self._ids.tolist()
+        return self._ids.view(len(self._ids), -1).tolist()
 
 
 def write(engine: Engine, rows: Sequence[Row], last: Writer | None = None) -> Writer | None:

@@ -14,6 +14,7 @@ from plug.model.configuration import PlugConfig
 INT4_GROUP = 128  # weights along a row that share one scale and one zero point
 NUM_SENTENCE_CLASSES = 3
 TOKENS_AT_ONCE = 16384  # of sources, encoded together at most
+STREAMED_AT_ONCE = 3  # layers that come when needed: the last one, the one at work, the next
 OVERHEAD_BYTES = 512 * 2**20  # libraries' own memory, CUDA graphs, what no allocator can use
 
 
@@ -187,10 +188,12 @@ def generation_need(
 
 
 def resident_share(config: PlugConfig) -> float:
-    """Part of the parameters that is none of the encoder's layers: what every step reads, mostly.
+    """Part of the parameters that a device map keeps on the device at least.
 
-    Two layers of the encoder are added: the one at work and the one that is read next.
+    All but the encoder's layers, and `STREAMED_AT_ONCE` of those.
     """
     by_part = {name: part.parameters for name, part in parts(config).items()}
-    layers = _layer(config, attentions=1).parameters * max(0, config.num_hidden_layers - 2)
+    layers = _layer(config, attentions=1).parameters * max(
+        0, config.num_hidden_layers - STREAMED_AT_ONCE
+    )
     return 1 - layers / sum(by_part.values())

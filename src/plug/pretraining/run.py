@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from plug.checkpoints.store import (
     write_model,
 )
 from plug.checkpoints.weights import save_pickle
-from plug.device import find_device
+from plug.distributed.processes import Processes, start_processes
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
@@ -57,43 +55,6 @@ STATE_FILE = "training_state.pt"
 FREE_ON_RESUME = frozenset({"output", "workers", "checkpoint_every", "log_every"})
 
 LossFunction = Callable[[Plug, Batch], dict[str, Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Processes:
-    """Who works on this run: this process's number, how many there are, and its device."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-
-@contextmanager
-def start_processes(device: str | None = None) -> Iterator[Processes]:
-    """Join the group that `torchrun` started, or be the only process.
-
-    After an error the group is left as it is: taking it down would wait for the other processes,
-    which `torchrun` ends.
-    """
-    local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    if device == "cuda" or (device is None and torch.cuda.is_available()):
-        device = f"cuda:{local_rank}"
-    chosen = find_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world_size == 1:
-        yield Processes(0, 1, chosen)
-        return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    yield Processes(dist.get_rank(), world_size, chosen)
-    dist.destroy_process_group()
 
 
 def pretrain(

@@ -1,0 +1,83 @@
+"""The processes that `torchrun` starts: joining them, agreeing, and failing as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from plug.device import find_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Who works together: this process's number, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def start_processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the group that `torchrun` started, or be the only process.
+
+    After an error the group is left as it is: taking it down would wait for the other processes,
+    which `torchrun` ends.
+    """
+    local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        device = f"cuda:{local_rank}"
+    chosen = find_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    yield Processes(dist.get_rank(), world_size, chosen)
+    dist.destroy_process_group()
+
+
+def agree(value: T) -> T:
+    """What the first process has."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def is_first_to_fail() -> bool:
+    """Whether none of the processes has failed before this one: then it tells of it."""
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"plug/failed/{attempt}", 1) == 1
+    except (KeyError, RuntimeError):  # nobody there to ask
+        return True
+
+
+def is_loss_of_another(error: Exception) -> bool:
+    """Whether it says that another process is gone, or does not answer."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)

@@ -1,0 +1,63 @@
+"""`PlugConfig` as `transformers` wants it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from plug.errors import UsageError
+from plug.model.configuration import PlugConfig
+
+# Arguments of `PreTrainedConfig` that are neither our keys nor written into a plain config.json.
+_CONFIG_ARGUMENTS = frozenset(
+    ["attn_implementation", "experts_implementation", "name_or_path", "quantization_config"]
+)
+
+
+class PlugTransformersConfig(PreTrainedConfig):
+    """`PlugConfig` as `transformers` wants it: the same keys, checked by the same code.
+
+    Raises:
+        UsageError: an unknown key, or a value that makes no sense.
+    """
+
+    model_type = "plug"
+    keys_to_ignore_at_inference = ("past_key_values", "cache", "losses")
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the fields of `PlugConfig`
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        checked = {
+            key: value
+            for key, value in kwargs.items()
+            if key not in _CONFIG_ARGUMENTS and not key.startswith("_")
+        }
+        if "quantization" in kwargs:
+            raise UsageError(
+                "这个模型目录是量化过的，transformers 的类读不了它。"
+                "请用 plug.load 或 plug generate，或用未量化的模型。"
+            )
+        super().__post_init__(**kwargs | PlugConfig.from_dict(checked).to_dict())
+
+    def to_plug_config(self) -> PlugConfig:
+        """The shape alone; attributes changed since construction are checked here."""
+        return PlugConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(PlugConfig)}
+        )
+
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> PreTrainedConfig:
+        """This config; for the decoder alone, with its number of layers (it sizes the caches)."""
+        if not decoder or encoder:
+            return self
+        config = copy.copy(self)
+        config.num_hidden_layers = self.num_decoder_layers
+        return config

@@ -1,0 +1,69 @@
+"""What one of several processes does; `conftest.py` runs this file in each of them.
+
+It is given ``environment``, what `torchrun` would set, ``job``, a function's name and its keyword
+arguments, and ``output``, a file for the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) -> dict[str, Any]:
+    """What is written with each of the settings, and the bytes this process holds of the model."""
+    if fused:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    import plug
+    from plug.distributed.processes import start_processes
+
+    with start_processes("cpu") as processes:
+        share = plug.load(model, processes=processes)
+        held = sum(x.untyped_storage().nbytes() for x in [*share.parameters(), *share.buffers()])
+        generator = plug.Generator(model, processes=processes)
+        if fused:
+            from plug.generation.fused import FusedModel
+
+            generator.engine._model = FusedModel(share)
+        written = {
+            name: [list(each.token_ids) for each in plug.generate(model=generator, **options)]
+            for name, options in settings.items()
+        }
+        return {"written": written, "held": held}
+
+
+def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, Any]:
+    """Run `plug`: exit status, standard output and standard error."""
+    from plug.cli import main
+    from plug.errors import PlugError
+    from plug.generation.engine import Engine
+
+    if failing_rank == int(os.environ["RANK"]):
+
+        def fail(*_: object) -> None:
+            raise PlugError("显存用完了。")
+
+        Engine.decode = fail  # type: ignore[assignment]
+    sys.argv = ["plug", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main()
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+if __name__ == "worker":
+    given: dict[str, Any] = globals()
+    os.environ.update(given["environment"])
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    function, options = given["job"]
+    answer = {"write": write, "command": command}[function](**options)
+    Path(given["output"]).write_text(json.dumps(answer), encoding="utf-8")
