@@ -1,13 +1,10 @@
-"""The real ModelScope runs the model card's two programs, and what users try beside them."""
+"""The real ModelScope runs the model card's first program, and what users try beside it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -15,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("modelscope", reason='needs ModelScope: pip install ".[modelscope]"')
 pytest.importorskip("datasets", reason='ModelScope needs it: pip install ".[modelscope]"')
@@ -36,17 +32,12 @@ with warnings.catch_warnings():
 
     import plug.integrations.modelscope as integration
 import plug
-from plug.checkpoints.hub import write_finetuned_configuration
-from plug.checkpoints.original import export_original, import_original
-from plug.checkpoints.store import find_model_directory, save
+from plug.checkpoints.original import import_original
+from plug.checkpoints.store import find_model_directory
 from plug.errors import PlugError, UsageError
 from plug.integrations.modelscope.__main__ import main
-from plug.model.configuration import PRESETS, PlugConfig
-from plug.model.plug import Plug
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as above
-
-CHARACTERS = "段誉轻挥折扇，摇了头说道你师父是的可不我今天气很好们去公园看花山上有座庙什么？"
 
 CARD_1 = """\
 from modelscope.pipelines import pipeline
@@ -63,95 +54,7 @@ if __name__ == '__main__':
     print(result)
 """
 
-CARD_2 = """\
-import os
-import tempfile
-
-from modelscope.metainfo import Trainers
-from modelscope.trainers import build_trainer
-
-def main():
-    # 准备数据集
-    from datasets import load_dataset
-    dataset_dict = load_dataset(DATASET)
-
-    def concat_answer_context(dataset):
-        dataset['src_txt'] = dataset['answers']['text'][0] + '[SEP]' + dataset[
-            'context']
-        return dataset
-
-    train_dataset = dataset_dict['train'].map(concat_answer_context)
-    eval_dataset = dataset_dict['validation'].map(concat_answer_context)
-
-    train_dataset = train_dataset \\
-        .rename_columns({'question': 'tgt_txt'}).remove_columns('context') \\
-        .remove_columns('id').remove_columns('answers')
-    eval_dataset = eval_dataset \\
-        .rename_columns({'question': 'tgt_txt'}).remove_columns('context') \\
-        .remove_columns('id').remove_columns('answers')
-
-    # 准备work目录，用以存放log和finetune后的checkpoint文件
-    tmp_dir = "plug_work_dir/rank" + os.environ['RANK']
-    if not os.path.exists(tmp_dir):
-        os.makedirs(tmp_dir)
-    model_id = MODEL
-
-    # 使用plug_trainer进行训练
-    kwargs = dict(
-        model=model_id,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        work_dir=tmp_dir)
-
-    trainer = build_trainer(
-        name=Trainers.nlp_plug_trainer, default_args=kwargs)
-    trainer.train()
-
-if __name__ == '__main__':
-    main()
-"""
 PROMPT = '段誉轻挥折扇，摇了摇头，说道：“你师父是你的师父，你师父可不是我的师父。"'
-ROWS = [{"src_txt": f"花[SEP]我们去公园看花{c}", "tgt_txt": f"看花{c}好。"} for c in "山上有座"]
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is fetched, and relative paths are the test's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
-@pytest.fixture
-def original(make_model: Callable[[PlugConfig], Plug], tmp_path: Path) -> Path:
-    """A tiny original directory with a vocabulary, and ModelScope's file, as it was released."""
-    pieces = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]",
-              "[MASK]", *dict.fromkeys(CHARACTERS)]  # fmt: skip
-    config = dataclasses.replace(
-        PRESETS["test"],
-        vocab_size=160,
-        num_emitted_tokens=len(pieces),
-        pad_token_id=0, unk_token_id=100, decoder_start_token_id=101, eos_token_id=102,
-        mask_token_id=103, encoder_final_norm_passes=2,
-    )  # fmt: skip
-    save(make_model(config), tmp_path / "ours", tokenizer=None)
-    directory = tmp_path / "hub" / "nlp_plug_text-generation_27B"
-    export_original(tmp_path / "ours", directory, 2)
-    (directory / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    return directory
-
-
-@pytest.fixture
-def run_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs one of the card's programs, given values for the names in capitals: what it prints."""
-
-    def run(program: str, **values: object) -> str:
-        for name, value in values.items():
-            program = program.replace(name, repr(value))
-        (tmp_path / "card.py").write_text(program, encoding="utf-8")
-        assert main(["card.py"]) == 0
-        return capsys.readouterr().out
-
-    return run
 
 
 # The first program
@@ -361,265 +264,6 @@ def test_a_task_that_the_model_was_not_made_for(model_directory: Path) -> None:
         pipeline(Tasks.text_classification, model=str(model_directory))
 
 
-# The second program
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> str:
-    """A folder that `load_dataset` reads, in the form of DuReader-robust."""
-    rows = [
-        {
-            "id": str(index),
-            "context": f"我们去公园看花{character}",
-            "question": f"看什么{character}？",
-            "answers": {"text": ["花"], "answer_start": [6]},
-        }
-        for index, character in enumerate("山上有座庙今天")
-    ]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for split in ("train", "validation"):
-        (tmp_path / "dureader").mkdir(exist_ok=True)
-        (tmp_path / "dureader" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    return str(tmp_path / "dureader")
-
-
-def test_the_cards_second_program(
-    run_card: Callable[..., str],
-    original: Path,
-    dataset: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    run_card(CARD_2, MODEL=str(original), DATASET=dataset)
-
-    output = tmp_path / "plug_work_dir" / "rank0" / "output"
-    settings = json.loads((output / "finetuning.json").read_text())["settings"]
-    theirs = {"num_beams": 5, "learning_rate": 1e-5, "epochs": 5, "batch_size": 32}
-    assert settings.items() >= theirs.items()
-    pipe = pipeline(Tasks.text_generation, model=str(output))
-    predictor = plug.Predictor(output)
-    source = "花[SEP]我们去公园看花山"
-    written = predictor.predict_text(source)["prediction"]
-    answer = pipe(source, out_length=settings["target_length"])["text"]
-    assert answer.replace("“", "[UNK]") == written.replace(" ", "")
-
-
-@pytest.mark.slow
-def test_the_cards_second_program_in_two_processes(
-    original: Path, dataset: str, tmp_path: Path
-) -> None:
-    """Each process has a work_dir of its own on the card; all is in the first one's."""
-    program = CARD_2.replace("MODEL", repr(str(original))).replace("DATASET", repr(dataset))
-    (tmp_path / "card.py").write_text(program, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m",
-               "plug.integrations.modelscope", "card.py"]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("训练完成") == 1
-    work_dir = tmp_path / "plug_work_dir"
-    assert (work_dir / "rank0" / "output" / "model.safetensors").is_file()
-    assert list((work_dir / "rank1").iterdir()) == []
-
-
-@pytest.fixture
-def trainer(model_directory: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`trainer(…)`: of the tiny model on four rows, for one epoch, unless changed."""
-
-    def make(**changes: Any) -> Any:
-        arguments = {
-            "model": str(model_directory),
-            "train_dataset": ROWS,
-            "eval_dataset": ROWS,
-            "work_dir": str(tmp_path / "work"),
-            "max_epochs": 1,
-        }
-        return build_trainer(name=Trainers.nlp_plug_trainer, default_args={**arguments, **changes})
-
-    return make
-
-
-def test_cfg_modify_fn_changes_the_run(
-    trainer: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def modify(cfg: Any) -> Any:
-        cfg.train.optimizer.lr = 0.02
-        cfg.train.optimizer.type = "SGD"
-        cfg.train.dataloader.batch_size_per_gpu = 2
-        cfg.preprocessor.sequence_length = 20
-        cfg.preprocessor.target_max_length = 5
-        cfg.evaluation.dataloader.batch_size_per_gpu = 3
-        return cfg
-
-    metrics = trainer(cfg_modify_fn=modify).train()
-    settings = json.loads((tmp_path / "work/output/finetuning.json").read_text())["settings"]
-    wanted = {"learning_rate": 0.02, "batch_size": 2, "source_length": 20, "epochs": 1,
-              "eval_batch_size": 3, "seed": 42}  # fmt: skip
-    assert settings.items() >= wanted.items()
-    assert "bleu4" in metrics
-    assert "对 train.optimizer.type 的改动没有用到" in caplog.text
-    assert "有 4 条的目标长过 target_max_length=5" in caplog.text
-    learnt = (tmp_path / "work/data/train_dataset.jsonl").read_text().splitlines()
-    assert json.loads(learnt[0])["tgt_txt"] == "看花山"
-    scored = (tmp_path / "work/data/eval_dataset.jsonl").read_text().splitlines()
-    assert json.loads(scored[0]) == ROWS[0]
-
-
-def test_evaluate_scores_the_base_before_and_the_result_after(
-    trainer: Callable[..., Any], model_directory: Path
-) -> None:
-    def faster(cfg: Any) -> Any:
-        cfg.train.optimizer.lr = 0.02
-        cfg.train.dataloader.batch_size_per_gpu = 1
-        return cfg
-
-    trained = trainer(cfg_modify_fn=faster, max_epochs=4)
-    before = trained.evaluate()
-    after = trained.train()
-    assert trained.evaluate() == pytest.approx(after)
-    assert trained.evaluate(str(model_directory)) == pytest.approx(before)
-    assert before != pytest.approx(after)
-
-
-def test_an_msdataset_and_other_column_names(trainer: Callable[..., Any], tmp_path: Path) -> None:
-    renamed = [{"问": row["src_txt"], "答": row["tgt_txt"]} for row in ROWS]
-    rows = MsDataset.to_ms_dataset(Dataset.from_list(renamed))
-
-    def columns(cfg: Any) -> Any:
-        cfg.preprocessor.first_sequence, cfg.preprocessor.second_sequence = "问", "答"
-        return cfg
-
-    trainer(train_dataset=rows, eval_dataset=rows, cfg_modify_fn=columns).train()
-    lines = (tmp_path / "work/data/train_dataset.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == ROWS
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train_dataset": None}, "没有给 train_dataset"),
-        ({"train_dataset": []}, "train_dataset 是空的"),
-        (
-            {"eval_dataset": [{"text": "花"}]},
-            r"eval_dataset 第 1 条的“src_txt”.*有的列是 \['text'\]",
-        ),
-        ({"train_dataset": {"train": ROWS}}, "请给其中的一份"),
-        ({"banana": 1}, "没有参数 banana"),
-        ({"launcher": "slurm"}, "launcher='slurm'"),
-        ({"cfg_modify_fn": lambda _cfg: None}, "return cfg"),
-        ({"cfg_file": "nowhere.json"}, "找不到 cfg_file"),
-        ({"max_epochs": -1}, "epochs=-1 应大于 0"),
-    ],
-)
-def test_training_that_makes_no_sense(
-    trainer: Callable[..., Any], tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        trainer(**changes).train()
-    assert not (tmp_path / "work" / "output").exists()
-
-
-def test_a_work_dir_with_a_model_is_kept(trainer: Callable[..., Any], tmp_path: Path) -> None:
-    trainer().train()
-    before = (tmp_path / "work/output/model.safetensors").read_bytes()
-    with pytest.raises(UsageError, match="已有训练好的模型，不会覆盖"):
-        trainer().train()
-    assert (tmp_path / "work/output/model.safetensors").read_bytes() == before
-
-
-def test_a_quantised_model_is_not_trained(
-    trainer: Callable[..., Any], model_directory: Path, run_plug: Any, tmp_path: Path
-) -> None:
-    run_plug("quantize", "--model", model_directory, "--to", tmp_path / "q", "--bits", 8)
-    with pytest.raises(UsageError, match="量化"):
-        trainer(model=str(tmp_path / "q")).train()
-
-
-# Understanding
-
-
-@pytest.fixture
-def finetuned(model_directory: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A directory as `plug finetune` leaves it for a kind, with a random head."""
-    from plug.finetuning.kind import make_kind
-    from plug.tokenization import PlugTokenizer
-
-    def make(kind: str, labels: list[str], pairs: bool | None = None) -> Path:
-        torch.manual_seed(1)
-        tokenizer = PlugTokenizer.load(model_directory)
-        directory = tmp_path / kind
-        made = make_kind(kind, tokenizer, labels, source_length=32, pairs=pairs)
-        made.load_model(model_directory).save_pretrained(directory)
-        tokenizer.save(directory)
-        settings = {"task": kind, "source_length": 32, "target_length": 8, "num_beams": 1}
-        run = {"settings": settings, "labels": labels, "label_names": {}, "pairs": pairs}
-        (directory / "finetuning.json").write_text(json.dumps(run))
-        write_finetuned_configuration(directory, kind, 1)
-        return directory
-
-    return make
-
-
-def test_text_classification(finetuned: Callable[..., Path]) -> None:
-    directory = finetuned("classification", ["花", "山", "庙"])
-    pipe = pipeline(Tasks.text_classification, model=str(directory))
-    texts = ["今天天气很好", "山上有座庙", "花"]
-    answers = pipe(texts, batch_size=2)
-    predictor = plug.Predictor(directory)
-    for text, answer in zip(texts, answers, strict=True):
-        found = predictor.predict_text(text)
-        assert answer["labels"][0] == found["label"]
-        assert answer["scores"][0] == pytest.approx(found["probability"], abs=1e-4)
-        assert sum(answer["scores"]) == pytest.approx(1)
-        assert answer["scores"] == sorted(answer["scores"], reverse=True)
-        assert sorted(answer["labels"]) == sorted(["花", "山", "庙"])
-    assert pipe("花", topk=1) == {key: value[:1] for key, value in answers[2].items()}
-    with pytest.raises(UsageError, match="topk=0"):
-        pipe("花", topk=0)
-
-
-def test_a_pair_in_modelscopes_forms(finetuned: Callable[..., Path]) -> None:
-    directory = finetuned("classification", ["0", "1"], pairs=True)
-    pipe = pipeline(Tasks.sentence_similarity, model=str(directory))
-    answer = pipe(("花", "山"))
-    assert pipe({"text": "花", "text2": "山"}) == answer
-    assert pipe([("花", "山"), ("山", "花")])[0]["labels"] == answer["labels"]
-    with pytest.raises(UsageError, match="两段文字"):
-        pipe("花")
-    with pytest.raises(UsageError, match="输入应是文字、两段文字的元组"):
-        pipe(("花", 3))
-
-
-def test_token_classification(finetuned: Callable[..., Path]) -> None:
-    directory = finetuned("labelling", ["O", "B-X", "I-X", "B-Y", "I-Y"])
-    pipe = pipeline(Tasks.token_classification, model=str(directory))
-    text = "今天天气很好，我们去公园看花。山上有座庙"
-    predictor = plug.Predictor(directory)
-    entities = predictor.predict_text(text)["entities"]
-    assert entities, "a model that finds nothing shows nothing"
-    assert pipe(text) == {
-        "output": [
-            {"type": each["type"], "start": each["start"], "end": each["end"],
-             "span": text[each["start"] : each["end"]]}
-            for each in entities
-        ]
-    }  # fmt: skip
-    assert pipeline(Tasks.named_entity_recognition, model=str(directory))([text]) == [pipe(text)]
-
-
-def test_fill_mask(model_directory: Path) -> None:
-    pipe = pipeline(Tasks.fill_mask, model=str(model_directory))
-    text = "今天[MASK]气很[MASK]。"
-    first, second = (
-        choices[0].text for choices in plug.fill_mask(text, model=str(model_directory))
-    )
-    assert pipe(text) == {"text": f"今天{first}气很{second}。"}
-    with pytest.raises(UsageError, match=r"没有 \[MASK\]"):
-        pipe("今天")
-    with pytest.raises(UsageError, match="没有参数 top_k。可用：无"):
-        pipe(text, top_k=2)
-
-
 # The directory, and the switch
 
 
@@ -654,8 +298,9 @@ def test_other_internals_are_told_with_the_version_tested(index: dict[Any, Any])
 
 
 def test_a_program_that_fails_is_told_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "card.py").write_text(CARD_1.replace("MODEL", "'/nowhere'"), encoding="utf-8")
     assert main(["card.py"]) == 2
     assert capsys.readouterr().err == (
@@ -666,9 +311,10 @@ def test_a_program_that_fails_is_told_in_one_line(
 
 
 def test_a_launchers_argument_is_no_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """DeepSpeed's launcher puts it first."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "card.py").write_text("import sys; print(sys.argv)", encoding="utf-8")
     assert main(["--local_rank=1", "card.py", "a"]) == 0
     assert capsys.readouterr().out == "['card.py', '--local_rank=1', 'a']\n"
