@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("modelscope", reason='needs ModelScope: pip install ".[modelscope]"')
 pytest.importorskip("datasets", reason='ModelScope needs it: pip install ".[modelscope]"')
@@ -167,6 +168,17 @@ def test_a_quantised_directory_writes(model_directory: Path, run_plug: Any, tmp_
     pipe = pipeline(Tasks.text_generation, model=str(tmp_path / "q"))
     expected = plug.generate("今天", model=str(tmp_path / "q"), out_length=9, seed=1)
     assert pipe("今天", out_length=9, seed=1) == {"text": expected.text}
+
+
+def test_weights_in_another_precision(model_directory: Path) -> None:
+    pipe = pipeline(Tasks.text_generation, model=str(model_directory), dtype="bfloat16")
+    options = {"out_length": 40, "temperature": 3.0, "top_k": 0, "seed": 1}
+    half = plug.Generator(str(model_directory), dtype=torch.bfloat16)
+    expected = plug.generate("今天", model=half, **options).text
+    assert expected != plug.generate("今天", model=str(model_directory), **options).text
+    assert pipe("今天", **options) == {"text": expected}
+    with pytest.raises(UsageError, match=r"dtype='int3' 只能是 float32、"):
+        pipeline(Tasks.text_generation, model=str(model_directory), dtype="int3")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     from modelscope.trainers import build_trainer
     from modelscope.utils.constant import Tasks
 
-    import plug.integrations.modelscope  # noqa: F401 (switches it on)
+    import plug.integrations.modelscope
 import plug
 from plug.errors import UsageError
 

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from modelscope.pipelines import pipeline
     from modelscope.utils.constant import Tasks
 
-    import plug.integrations.modelscope  # noqa: F401 (switches it on)
+    import plug.integrations.modelscope
 import plug
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.errors import UsageError

@@ -12,6 +12,7 @@ from typing import Any
 
 from modelscope.pipelines.builder import PIPELINES
 
+from plug.checkpoints.weights import DTYPES
 from plug.errors import UsageError
 from plug.generation.generate import GenerationResult, Generator, OnText
 from plug.generation.settings import GenerationSettings
@@ -25,7 +26,10 @@ OTHERS = frozenset({"seed", "batch_size", "allow_special_tokens", "stream"})
 
 @PIPELINES.register_module("text-generation", module_name="plug-generation", force=True)
 class PlugGeneration(PlugPipeline):
-    """Continues texts. Arguments and errors as in `PlugPipeline`.
+    """Continues texts. Arguments and errors as in `PlugPipeline`, and two more.
+
+    ``device_map="auto"`` is for a card too small for the model, ``dtype`` ("bfloat16", …) the one
+    of its weights; both as in `plug.load`.
 
     Options of a call come first, then those of `configuration.json` (under "model"), then the
     defaults of `GenerationSettings`. An original's weights write by the original's rules.
@@ -33,12 +37,27 @@ class PlugGeneration(PlugPipeline):
 
     known = SETTINGS | OTHERS
 
-    def __init__(self, model: Any, device: str = "gpu", **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: str = "gpu",
+        *,
+        device_map: Any = None,
+        dtype: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(model, device, **options)
+        if dtype is not None and dtype not in DTYPES:
+            raise UsageError(f"dtype={dtype!r} 只能是 {'、'.join(DTYPES)}。")
         self._encode: Callable[[str], str | list[int]] = lambda text: text
         if (self.directory / RUN_FILE).is_file():
             self._encode = _finetuned_source(self.directory)
-        self.generator = Generator(self.directory, device=device_of(device))
+        self.generator = Generator(
+            self.directory,
+            device=device_of(device),
+            dtype=None if dtype is None else DTYPES[dtype],
+            device_map=device_map,
+        )
         told = self.cfg.get("model") or {}
         self.defaults: dict[str, Any] = {"out_length": OUT_LENGTH}
         if self.directory != self.model_dir:

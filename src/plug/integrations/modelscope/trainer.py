@@ -130,10 +130,9 @@ class PlugTrainer(BaseTrainer):
         self._check_output(resume)
         rows = {name: self._rows(name) for name in self.datasets}
         settings = self._settings()
-        if self.processes.is_main_process:
-            for name, pairs in rows.items():
-                self._write(self._file(name), pairs, cut=name == "train_dataset")
-        self.processes.wait_for_everyone()
+        rows["train_dataset"] = self._cut(rows["train_dataset"])
+        for name, pairs in rows.items():
+            self._write(self._file(name), pairs)
         result = finetune(settings, device=self.device, resume=resume)
         if self.processes.is_main_process:
             logger.warning("训练完成，模型在 %s。", self.output)
@@ -151,7 +150,7 @@ class PlugTrainer(BaseTrainer):
         directory = self.output if (self.output / CONFIG_FILE).is_file() else self.directory
         if checkpoint_path is not None:
             directory = find_directories(checkpoint_path)[1]
-        self._write(path := self._file("eval_dataset"), self._rows("eval_dataset"), cut=False)
+        self._write(path := self._file("eval_dataset"), self._rows("eval_dataset"))
         settings = self._settings()
         kind = make_kind(
             "generation",
@@ -244,16 +243,16 @@ class PlugTrainer(BaseTrainer):
             raise UsageError(f"{name} 是空的。")
         return rows
 
-    def _write(self, path: Path, rows: list[dict[str, str]], *, cut: bool) -> None:
-        """Rows as JSON lines; targets to learn from are ``cut`` to the configured length."""
-        if cut:
-            rows = self._cut(rows)
+    def _write(self, path: Path, rows: list[dict[str, str]]) -> None:
+        """Rows as JSON lines, for all processes; one writes, the others wait for it."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(lines), encoding="utf-8")
+            if self.processes.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
+        self.processes.wait_for_everyone()
 
     def _cut(self, rows: list[dict[str, str]]) -> list[dict[str, str]]:
         """Targets longer than the original reads lose their end, as they do there."""
@@ -266,7 +265,7 @@ class PlugTrainer(BaseTrainer):
             if len(ids) > longest - 2:  # [CLS] and [SEP] are counted
                 row["tgt_txt"] = row["tgt_txt"][: offsets[longest - 3][1]]
                 count += 1
-        if count:
+        if count and self.processes.is_main_process:
             logger.warning(
                 "train_dataset 有 %d 条的目标长过 target_max_length=%d 个词元，截去了末尾。",
                 count, longest,
