@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -24,10 +25,12 @@ with warnings.catch_warnings():
     from modelscope.pipelines import pipeline
     from modelscope.trainers import build_trainer
     from modelscope.utils.constant import Tasks
+    from transformers import TrainerCallback
 
     import plug.integrations.modelscope
 import plug
 from plug.errors import UsageError
+from plug.finetuning.run import finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as above
 
@@ -178,9 +181,9 @@ def test_cfg_modify_fn_changes_the_run(
     assert "bleu4" in metrics
     assert "对 train.optimizer.type 的改动没有用到" in caplog.text
     assert "有 4 条的目标长过 target_max_length=5" in caplog.text
-    learnt = (tmp_path / "work/data/train_dataset.jsonl").read_text().splitlines()
+    learnt = (tmp_path / "work/plug_data/train_dataset.jsonl").read_text().splitlines()
     assert json.loads(learnt[0])["tgt_txt"] == "看花山"
-    scored = (tmp_path / "work/data/eval_dataset.jsonl").read_text().splitlines()
+    scored = (tmp_path / "work/plug_data/eval_dataset.jsonl").read_text().splitlines()
     assert json.loads(scored[0]) == ROWS[0]
 
 
@@ -209,7 +212,7 @@ def test_an_msdataset_and_other_column_names(trainer: Callable[..., Any], tmp_pa
         return cfg
 
     trainer(train_dataset=rows, eval_dataset=rows, cfg_modify_fn=columns).train()
-    lines = (tmp_path / "work/data/train_dataset.jsonl").read_text().splitlines()
+    lines = (tmp_path / "work/plug_data/train_dataset.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == ROWS
 
 
@@ -244,6 +247,28 @@ def test_a_work_dir_with_a_model_is_kept(trainer: Callable[..., Any], tmp_path: 
     with pytest.raises(UsageError, match="已有训练好的模型，不会覆盖"):
         trainer().train()
     assert (tmp_path / "work/output/model.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_with_the_same_data(
+    trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StopAtSave(TrainerCallback):
+        def on_save(self, *_args: Any, **_kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    whole = trainer(work_dir=str(tmp_path / "whole"), max_epochs=2).train()
+    with pytest.raises(UsageError, match="没有可以接着进行的训练"):
+        trainer(max_epochs=2).train(resume=True)
+    with monkeypatch.context() as patch:
+        run = functools.partial(finetune, callbacks=[StopAtSave()])
+        patch.setattr("plug.integrations.modelscope.trainer.finetune", run)
+        with pytest.raises(KeyboardInterrupt):
+            trainer(max_epochs=2).train()
+    with pytest.raises(UsageError, match=r"没有完成的训练.*resume=True"):
+        trainer(max_epochs=2).train()
+    with pytest.raises(UsageError, match="数据与中断的训练不同"):
+        trainer(max_epochs=2, train_dataset=ROWS[:3]).train(resume=True)
+    assert trainer(max_epochs=2).train(resume=True) == pytest.approx(whole)
 
 
 def test_a_quantised_model_is_not_trained(

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 NUM_BEAMS = 5  # of the original's evaluation; its other settings are `GenerationSettings`' own
 OUTPUT = "output"  # ModelScope's name for the folder of the model in a work_dir
+DATA = "plug_data"  # beside it: the datasets as they are read
 READ = {  # what is read of the configuration, and the option of `FinetuneSettings` that it is
     "train.max_epochs": "epochs",
     "train.dataloader.batch_size_per_gpu": "batch_size",
@@ -132,7 +133,7 @@ class PlugTrainer(BaseTrainer):
         settings = self._settings()
         rows["train_dataset"] = self._cut(rows["train_dataset"])
         for name, pairs in rows.items():
-            self._write(self._file(name), pairs)
+            self._write(self._file(name), pairs, kept=resume)
         result = finetune(settings, device=self.device, resume=resume)
         if self.processes.is_main_process:
             logger.warning("训练完成，模型在 %s。", self.output)
@@ -199,14 +200,17 @@ class PlugTrainer(BaseTrainer):
         )
 
     def _file(self, dataset: str) -> Path:
-        return Path(self.work_dir) / "data" / f"{dataset}.jsonl"
+        return Path(self.work_dir) / DATA / f"{dataset}.jsonl"
 
     def _check_output(self, resume: bool) -> None:
-        if resume or not self.processes.is_main_process:
+        if not self.processes.is_main_process:
             return
         if (self.output / CONFIG_FILE).is_file():
             raise UsageError(f"{self.output} 里已有训练好的模型，不会覆盖。请换一个 work_dir。")
-        if self.output.is_dir() and any(self.output.iterdir()):
+        unfinished = self.output.is_dir() and any(self.output.iterdir())
+        if resume and not unfinished:
+            raise UsageError(f"{self.work_dir} 里没有可以接着进行的训练。请去掉 resume=True。")
+        if unfinished and not resume:
             raise UsageError(
                 f"{self.output} 里有一次没有完成的训练。"
                 "请用 trainer.train(resume=True) 接着进行，或换一个 work_dir。"
@@ -243,13 +247,20 @@ class PlugTrainer(BaseTrainer):
             raise UsageError(f"{name} 是空的。")
         return rows
 
-    def _write(self, path: Path, rows: list[dict[str, str]]) -> None:
-        """Rows as JSON lines, for all processes; one writes, the others wait for it."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    def _write(self, path: Path, rows: list[dict[str, str]], *, kept: bool = False) -> None:
+        """Rows as JSON lines, for all processes; one writes, the others wait for it.
+
+        With ``kept`` they must be there already.
+        """
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
+            if kept and path.read_text(encoding="utf-8") != text:
+                raise UsageError(
+                    f"数据与中断的训练不同（那时的在 {path}）。请用原来的，或换 work_dir。"
+                )
             if self.processes.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(lines), encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
         self.processes.wait_for_everyone()
