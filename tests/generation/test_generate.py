@@ -313,3 +313,18 @@ def test_a_model_object_needs_a_tokenizer_that_fits(
 def test_a_device_that_is_not_there_is_refused(device: str, model_directory: Path) -> None:
     with pytest.raises(UsageError, match=device):
         generate("山上", model=model_directory, device=device)
+
+
+def test_a_call_that_was_interrupted_leaves_nothing_behind(generator: Generator) -> None:
+    options = {"model": generator, "out_length": 12, "seed": 3}
+    expected = generate(TEXTS, **options)
+
+    def stop(_row: int, _piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(TEXTS, on_text=stop, **options)
+    told: list[int] = []
+    after = generate(TEXTS[:2], on_text=lambda row, _: told.append(row), **options)
+    assert [key(each) for each in after] == [key(each) for each in expected[:2]]
+    assert set(told) == {0, 1}

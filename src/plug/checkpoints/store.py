@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from plug.checkpoints.hub import write_pretrained_configuration
 from plug.checkpoints.transfer import Part, Transfer
 from plug.checkpoints.weights import (
     DTYPES,
@@ -327,7 +328,7 @@ def write_configs(
     specs: dict[str, TensorSpec],
     scheme: Scheme | None = None,
 ) -> None:
-    """`config.json` and, when there is a decoder, `generation_config.json`."""
+    """`config.json`, ModelScope's `configuration.json`; with a decoder `generation_config.json`."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in specs.values():
         if spec.dtype.is_floating_point:
@@ -342,8 +343,11 @@ def write_configs(
     if scheme is not None:
         bookkeeping["quantization"] = scheme.to_dict()
     write_json(directory / CONFIG_FILE, bookkeeping | config.to_dict())
+    defaults = generation_defaults(config)
     if config.num_decoder_layers:
-        write_json(directory / "generation_config.json", generation_defaults(config))
+        write_json(directory / "generation_config.json", defaults)
+    sampling = {name: defaults[name] for name in ("temperature", "top_k")}
+    write_pretrained_configuration(directory, config, sampling)
 
 
 def generation_defaults(config: PlugConfig) -> dict[str, Any]:

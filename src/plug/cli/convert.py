@@ -1,4 +1,4 @@
-"""`plug convert`: the original's checkpoints to our directories, and back."""
+"""`plug convert`: the original's checkpoints to our directories, and back; and to ModelScope's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from plug.errors import UsageError
 
 
 class Precision(StrEnum):
@@ -19,7 +21,7 @@ class Precision(StrEnum):
 
 
 def convert(
-    source: Annotated[Path, typer.Option("--from", help="要读的目录。")],
+    source: Annotated[str, typer.Option("--from", help="要读的目录。")],
     target: Annotated[Path, typer.Option("--to", help="要写的目录，须不存在或为空。")],
     dtype: Annotated[
         Precision | None,
@@ -29,30 +31,33 @@ def convert(
         int | None,
         typer.Option(min=1, metavar="N", help="反过来：写成原版的 N 个分片。", show_default=False),
     ] = None,
+    to_modelscope: Annotated[
+        bool,
+        typer.Option(
+            "--to-modelscope", help="写成可以上传到 ModelScope 的目录（原版或本项目的模型）。"
+        ),
+    ] = False,
 ) -> None:
     """把原版 PLUG 的权重（model/mp_rank_NN_model_states.pt）转成本项目的目录，或反过来。"""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    if to_original is not None and to_modelscope:
+        raise UsageError("--to-original 和 --to-modelscope 只能给一个。")
 
     from plug.checkpoints.original import export_original, import_original
     from plug.checkpoints.weights import DTYPES
+    from plug.cli.progress import byte_counter
+    from plug.integrations.modelscope_hub import write_hub_directory
 
     start = time.perf_counter()
     wanted = None if dtype is None else DTYPES[dtype.value]
-    columns = (TextColumn("转换"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        if to_original is None:
-            notes = import_original(source, target, dtype=wanted, progress=advance)
+    with byte_counter("转换") as progress:
+        if to_modelscope:
+            notes = write_hub_directory(source, target, dtype=wanted, progress=progress)
+        elif to_original is None:
+            notes = import_original(Path(source), target, dtype=wanted, progress=progress)
         else:
-            notes = export_original(source, target, to_original, dtype=wanted, progress=advance)
+            notes = export_original(
+                Path(source), target, to_original, dtype=wanted, progress=progress
+            )
     for note in notes:
         print(f"注意：{note}")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +104,8 @@ def finetune(
         again = any(Path(output).glob("checkpoints/checkpoint-*"))
         print("已中断。" + ("加上 --resume 从上一轮接着训练。" if again else ""), file=sys.stderr)
         raise
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one tells
+        return
     for name, value in result.metrics.items():
         print(f"{name:<16}{value:.4f}")
     print(f"已写入 {result.directory}：模型、report.md、report.html。")

@@ -22,23 +22,12 @@ def quantize(
     if bits not in (4, 8):
         raise UsageError(f"--bits {bits} 只能是 8 或 4。")
 
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from plug.cli.progress import byte_counter
     from plug.quantization.convert import quantize_directory
 
     start = time.perf_counter()
-    columns = (TextColumn("量化"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("")
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        notes = quantize_directory(model, target, bits=bits, progress=advance)
+    with byte_counter("量化") as progress:
+        notes = quantize_directory(model, target, bits=bits, progress=progress)
     for note in notes:
         print(f"注意：{note}")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

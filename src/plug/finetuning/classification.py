@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from plug.errors import UsageError
 from plug.evaluation.metrics import confusion_matrix, wilson_interval
 from plug.evaluation.report import Evaluation, Table, matrix_plot
@@ -70,16 +73,30 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[LabelPrediction]:
-        found: dict[int, LabelPrediction] = {}
+        probabilities = self.probabilities(
+            model, examples, batch_size=batch_size, on_progress=on_progress
+        )
+        best = probabilities.max(-1)
+        return [
+            LabelPrediction(self.labels[index], value)
+            for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def probabilities(
+        self,
+        model: Any,
+        examples: Sequence[ClassificationExample],
+        *,
+        batch_size: int,
+        on_progress: OnProgress | None = None,
+    ) -> Tensor:
+        """(examples, labels), on the CPU, in the order of the examples and of `labels`."""
+        found = torch.empty(len(examples), len(self.labels))
         collate = Collator(self.tokenizer.pad_token_id)
         inputs = self._inputs(examples)
         for indices, output in run_batches(model, inputs, collate, batch_size, on_progress):
-            best = output.logits.float().softmax(-1).max(-1)
-            for index, label, value in zip(
-                indices, best.indices.tolist(), best.values.tolist(), strict=True
-            ):
-                found[index] = LabelPrediction(self.labels[label], value)
-        return [found[index] for index in range(len(examples))]
+            found[indices] = output.logits.float().softmax(-1).cpu()
+        return found
 
     def evaluate(
         self, examples: Sequence[ClassificationExample], predictions: Sequence[LabelPrediction]

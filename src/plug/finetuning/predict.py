@@ -35,20 +35,9 @@ class Predictor:
         self, directory: str | Path, device: str | None = None, num_beams: int | None = None
     ) -> None:
         self.directory = find_model_directory(directory)
-        run = read_run(self.directory)
-        settings = run["settings"]
-        self.task_name = settings["task"]
+        self.task_name = read_run(self.directory)["settings"]["task"]
         self.task = find_task(self.task_name)
-        self.kind: Kind[Any, Any] = make_kind(
-            self.task.kind,
-            PlugTokenizer.load(self.directory),
-            run["labels"],
-            run["label_names"],
-            source_length=settings["source_length"],
-            target_length=settings["target_length"],
-            num_beams=num_beams or settings["num_beams"],
-            pairs=run.get("pairs"),
-        )
+        self.kind = kind_of(self.directory, num_beams)
         self.model = self.kind.load_model(self.directory).to(find_device(device))
 
     def __call__(
@@ -79,6 +68,22 @@ class Predictor:
         if not lines:
             raise UsageError(f"{path} 里没有文字。请一行写一段。")
         return [self.kind.example(line.split("\t")) for line in lines]
+
+
+def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
+    """What a fine-tuned model reads and writes, without the model; arguments as in `Predictor`."""
+    run = read_run(directory)
+    settings = run["settings"]
+    return make_kind(
+        find_task(settings["task"]).kind,
+        PlugTokenizer.load(directory),
+        run["labels"],
+        run["label_names"],
+        source_length=settings["source_length"],
+        target_length=settings["target_length"],
+        num_beams=num_beams or settings["num_beams"],
+        pairs=run.get("pairs"),
+    )
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -33,6 +34,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_torch_tf32_available
 
+from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.store import CONFIG_FILE, find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
@@ -69,6 +71,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a model; the weights of the best epoch are kept.
 
+    Under `torchrun` (or another launcher that sets RANK and WORLD_SIZE) each process has a copy of
+    the model and its share of every batch, so that a step is batch size times processes.
+
     Args:
         settings: of the run.
         device: "cpu", "cuda", …; None is CUDA where there is one, and there in bfloat16.
@@ -83,7 +88,9 @@ def finetune(
     """
     began = time.perf_counter()
     task, output = find_task(settings.task), Path(settings.output)
-    _check_output(output, settings, resume)
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, one writes
+    if is_main:
+        _check_output(output, settings, resume)
     directory = find_model_directory(settings.model)
     config = PlugConfig.from_file(directory / CONFIG_FILE)
     settings.check_lengths(config.max_position_embeddings)
@@ -138,8 +145,11 @@ def finetune(
     try:
         checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
         trainer.train(resume_from_checkpoint=checkpoint)
-        model.save_pretrained(output)
-        tokenizer.save(output)
+        trainer.accelerator.wait_for_everyone()  # all have read the best weights
+        if is_main:
+            model.save_pretrained(output)
+            tokenizer.save(output)
+            write_finetuned_configuration(output, task.kind, settings.num_beams)
     except OSError as error:
         raise PlugError(
             f"没能写入 {output}：{error.strerror or error}。请检查磁盘空间和权限。"
@@ -160,11 +170,13 @@ def finetune(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    write_report(output, f"{task.title}：微调", settings.command(), facts, evaluation)
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
-    (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    if is_main:
+        write_report(output, f"{task.title}：微调", settings.command(), facts, evaluation)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
+        (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()  # the output is whole for each of them
     return FinetuneResult(output, evaluation.metrics, facts)
 
 
@@ -292,6 +304,7 @@ def _training_arguments(
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every parameter has its part in the loss
         eval_strategy="epoch",
         save_strategy="epoch" if resumable else "best",
         save_only_model=not resumable,
@@ -322,6 +335,8 @@ class _Tell(TrainerCallback):
         control: Any,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
+        if not state.is_world_process_zero:
+            return
         value = kwargs["metrics"][f"eval_{self.metric}"]
         self.console.print(
             f"第 {state.epoch:g} 轮（{state.global_step}/{state.max_steps} 步）："

@@ -211,7 +211,8 @@ class Generator:
                 )
                 for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
-            self._writer = write(self.engine, rows, self._writer)
+            last, self._writer = self._writer, None  # one that is interrupted is not used again
+            self._writer = write(self.engine, rows, last)
             written = [(row.written, row.finish_reason or "length") for row in rows]
         if streams:
             streams.flush()
