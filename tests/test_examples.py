@@ -33,6 +33,7 @@ PAGES = ["README.md", "docs/finetuning.md"]
 ELSEWHERE = {  # what is not typed here, and where it is tried
     "pip install": ".ci/run",
     "torchrun": "tests/pretraining/test_processes.py",
+    "python -m plug.integrations.modelscope": "tests/integrations/test_modelscope.py",
 }
 TITLES = ["山上有花，我们去看花。", "今天天气很好，去公园。"]
 CHARACTERS = [*"今天气很好，我们去公园看花。山上有座庙春来了"]
