@@ -29,6 +29,7 @@ with warnings.catch_warnings():
 
     import plug.integrations.modelscope
 import plug
+from plug.checkpoints.store import find_model_directory
 from plug.errors import UsageError
 from plug.finetuning.run import finetune
 
@@ -123,6 +124,19 @@ def test_the_cards_second_program(
     written = predictor.predict_text(source)["prediction"]
     answer = pipe(source, out_length=settings["target_length"])["text"]
     assert answer.replace("“", "[UNK]") == written.replace(" ", "")
+
+
+@pytest.mark.slow
+def test_the_cards_second_program_on_the_shipped_model(
+    run_card: Callable[..., str], dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    run_card(CARD_2, MODEL=str(find_model_directory()), DATASET=dataset)
+
+    output = tmp_path / "plug_work_dir" / "rank0" / "output"
+    assert pipeline(Tasks.text_generation, model=str(output))("花[SEP]我们去公园", out_length=8)[
+        "text"
+    ]
 
 
 @pytest.mark.slow
