@@ -137,7 +137,9 @@ def _transformers(source: list[int]) -> Run:
         find_model_directory(), dtype=torch.float32
     ).eval()
     input_ids = torch.tensor([source])
-    options = {"do_sample": False, "max_new_tokens": TARGET, "min_new_tokens": TARGET}
+    # The model's own settings have a penalty, for drawing.
+    options = {"do_sample": False, "repetition_penalty": 1.0}
+    options |= {"max_new_tokens": TARGET, "min_new_tokens": TARGET}
 
     def run() -> list[int]:
         written = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
