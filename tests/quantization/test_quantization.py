@@ -170,7 +170,8 @@ def test_a_quantized_model_is_smaller_and_writes(
     quantize_directory(wide_directory, tmp_path / "small", bits=bits)
 
     config = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert config["quantization"] == ({"bits": 8} if bits == 8 else {"bits": 4, "group_size": 128})
+    in_4_bits = {"bits": 4, "group_size": 128, "packing": "02461357"}
+    assert config["quantization"] == ({"bits": 8} if bits == 8 else in_4_bits)
     assert config["dtype"] == "float32"
     result = generate("山上", model=tmp_path / "small", out_length=9, seed=1, device="cpu")
     assert len(result.token_ids) == 9
@@ -265,6 +266,17 @@ def test_a_quantization_that_is_not_known_is_refused(entry: object, wide_directo
 
     with pytest.raises(UsageError, match=r"量化|不认识"):
         load(wide_directory)
+
+
+def test_another_order_within_bytes_is_refused(wide_directory: Path, tmp_path: Path) -> None:
+    quantize_directory(wide_directory, tmp_path / "small", bits=4)
+    file = tmp_path / "small" / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization"]["packing"]  # as directories were made before
+    file.write_text(json.dumps(config))
+
+    with pytest.raises(UsageError, match="重新量化"):
+        load(tmp_path / "small")
 
 
 def test_layers_that_cannot_be_parted_into_groups_are_refused(

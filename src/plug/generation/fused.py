@@ -24,14 +24,12 @@ from plug.generation.plain import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.products import Weight
 from plug.kernels.rows import add_norm, embed
+from plug.model.accounting import TOKENS_AT_ONCE
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
 from plug.quantization.scheme import Scheme
-
-# Tokens of sources read at once at most: bounds the memory of a feed-forward layer's inside.
-TOKENS_AT_ONCE = 16384
 
 
 class FusedModel:

@@ -1,7 +1,7 @@
 """`Weight`: a weight on a CUDA device, multiplied with any number of rows by what is fastest there.
 
 Few rows are a matter of reading the weight: `few_rows.cu`. Many are a matter of arithmetic: cuBLAS
-in half precision, or FP8 where the weight is quantised and the card has it. `docs/quantization.md`
+in half precision, or FP8 where the weight is quantised and the card has it. `docs/performance.md`
 has the measurements.
 """
 
@@ -23,8 +23,6 @@ _FEW_ROWS_OF_HALF = 8
 # Rows of one launch, and those up to which several launches are better than an unpacked weight.
 _ROWS_AT_ONCE = 32
 _FEW_ROWS_OF_INTEGERS = 64
-
-
 # Bytes of the next product's weight to fetch ahead, a multiple of 64 * 16. A step of the 27B took
 # 2.5% less with 8 bits and 0.8% less with 16; with 4 bits it took longer, at any size.
 _FETCHED_AHEAD = {16: 2**23, 8: 2**23, 4: 0}
@@ -33,7 +31,6 @@ _SHAPES = {
     (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 1},
     (8, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 2, "BLOCKS": 4},
     (4, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 4},
-    (16, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
     (8, True): {"PIECES": 2, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 1},
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }

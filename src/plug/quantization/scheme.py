@@ -22,6 +22,8 @@ GROUP_SIZE = 128
 # Which of eight neighbours stands in which 4 bits of a 32-bit word, from the lowest on: two next to
 # each other are 16 bits apart, as a GPU's pair of 16-bit numbers wants them.
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+# What `config.json` says of that order: another one would be read as other weights.
+PACKING = "".join(map(str, NIBBLES))
 _ELEMENTS_AT_ONCE = 2**22
 # 4 bits: the range of a group is tried at these sizes, and the least squared error wins.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -53,8 +55,10 @@ class Scheme:
     def of(cls, bits: int) -> Scheme:
         return cls(bits, GROUP_SIZE if bits == 4 else None)
 
-    def to_dict(self) -> dict[str, int]:
-        return {"bits": self.bits} | ({"group_size": self.group_size} if self.group_size else {})
+    def to_dict(self) -> dict[str, int | str]:
+        if self.group_size is None:
+            return {"bits": self.bits}
+        return {"bits": self.bits, "group_size": self.group_size, "packing": PACKING}
 
     def tensors(self, out: int, inputs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what stands for a weight (out, in), by its name beside the bias.
@@ -145,6 +149,13 @@ def read_scheme(config_file: Path) -> Scheme | None:
     entry: Any = json.loads(config_file.read_text(encoding="utf-8")).get("quantization")
     if entry is None:
         return None
-    if not isinstance(entry, dict) or not {"bits"} <= entry.keys() <= {"bits", "group_size"}:
+    known = {"bits", "group_size", "packing"}
+    if not isinstance(entry, dict) or not {"bits"} <= entry.keys() <= known:
         raise UsageError(f"{config_file} 里的 quantization={entry!r} 不认识。请升级 plug-zh。")
-    return Scheme(entry["bits"], entry.get("group_size"))
+    scheme = Scheme(entry["bits"], entry.get("group_size"))
+    if scheme.bits == 4 and entry.get("packing") != PACKING:
+        raise UsageError(
+            f"{config_file.parent} 的 4 位权重按另一种次序排列（packing={entry.get('packing')!r}，"
+            f"应为 {PACKING!r}），读出来会是错的。请用 plug quantize 重新量化。"
+        )
+    return scheme
