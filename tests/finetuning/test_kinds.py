@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("transformers")
 from plug import PlugForConditionalGeneration, PlugForTokenClassification
 from plug.finetuning.generation import Generation
 from plug.finetuning.kind import frame
-from plug.finetuning.labelling import Labelling
+from plug.finetuning.labelling import Labelling, best_paths
 from plug.finetuning.readers import GenerationExample, LabellingExample, ReadingExample
 from plug.finetuning.reading import Reading, best_span
 from plug.tokenization import PlugTokenizer
@@ -43,11 +44,37 @@ def test_the_longer_part_is_cut_first(
     assert framed["token_type_ids"].count(1) == (len(expected[1]) + 1 if second else 0)
 
 
+@pytest.mark.parametrize(
+    "labels", [["O", "B-X", "I-X", "B-Y", "I-Y"], ["I-X", "O", "B-Y", "I-Y"], ["O"]]
+)
+def test_best_paths_are_the_best_of_all_that_spell_entities(labels: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        torch.randn(length, len(labels), generator=generator).log_softmax(-1)
+        for length in (5, 1, 0, 4, 3)
+    ]
+
+    def spells(path: tuple[int, ...]) -> bool:
+        names = ["O", *(labels[tag] for tag in path)]
+        return all(
+            now[0] != "I" or f"B-{now[2:]}" not in labels or before[2:] == now[2:]
+            for before, now in pairwise(names)
+        )
+
+    for scores, found in zip(texts, best_paths(texts, labels), strict=True):
+        paths = product(range(len(labels)), repeat=len(scores))
+        best = max(
+            filter(spells, paths),
+            key=lambda path: sum(scores[i, tag].item() for i, tag in enumerate(path)),
+        )
+        assert found[: len(scores)] == list(best)
+
+
 def test_long_sentences_are_labelled_in_windows(
     base_model: Path, tiny_tokenizer: PlugTokenizer
 ) -> None:
     """Each window is the sentence of a document of its own; 霾 is three bytes, one tag."""
-    kind = Labelling(tiny_tokenizer, ["O", "B-X", "I-X"], source_length=18)
+    kind = Labelling(tiny_tokenizer, ["O", "B-X", "B-Y"], source_length=18)
     model = kind.load_model(base_model)
     tokens = tuple("今天霾气很好，我们去公园看花。山上有座庙今天霾气很好，我们去")
     (whole,) = kind.predict(model, [LabellingExample(tokens=tokens)], batch_size=4)

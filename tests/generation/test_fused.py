@@ -70,6 +70,18 @@ def test_logits_are_those_of_the_plain_model(lively_model: Plug) -> None:
 
 
 @torch.inference_mode()
+def test_tokens_may_stand_apart_in_memory(lively_model: Plug) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = torch.tensor([[60, 5], [61, 6]], device=device)
+    first = torch.zeros(2, dtype=torch.long, device=device)
+    engine = fused_engine(lively_model)
+    engine.start([[2, 9, 8, 3]] * 2, capacity=1)
+
+    expected = engine.decode(torch.tensor([60, 61], device=device), first, 1)
+    assert torch.equal(engine.decode(table[:, 0], first, 1), expected)
+
+
+@torch.inference_mode()
 def test_several_positions_at_once_are_those_of_the_plain_model(lively_model: Plug) -> None:
     sources = [[2, *prompt, 3] for prompt in PROMPTS]
     plain, fused = Engine(copy.deepcopy(lively_model)), fused_engine(lively_model)

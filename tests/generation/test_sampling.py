@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plug.generation.sampling import Sampler, candidates, draw, penalize, topk_of_parts
+from plug.generation.sampling import Sampler, candidates, draw, penalize
 from plug.generation.settings import GenerationSettings
 
 END = 49
@@ -242,14 +242,3 @@ def test_repetition_is_penalized_by_default_only_where_plug_draws(
     options: dict[str, Any], penalty: float
 ) -> None:
     assert GenerationSettings(**options).penalty == penalty
-
-
-@pytest.mark.parametrize(("columns", "k"), [(2048, 20), (2100, 1), (4096, 300), (1000, 20)])
-def test_the_best_of_parts_are_the_best_of_all(columns: int, k: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.stack([torch.randperm(columns, generator=generator).float() for _ in range(3)])
-
-    got, expected = topk_of_parts(values, k, size=512), values.topk(k)
-
-    assert torch.equal(got[0], expected.values)
-    assert torch.equal(got[1], expected.indices)

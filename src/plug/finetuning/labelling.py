@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from plug.errors import UsageError
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
@@ -16,6 +20,8 @@ Tags = tuple[str, ...]
 
 class Labelling(Kind[LabellingExample, Tags]):
     """Each token is encoded by itself, and its first piece carries its tag.
+
+    Predictions are the likeliest tags that spell entities (`best_paths`).
 
     A sentence longer than ``source_length`` is read in several windows, one after another.
     """
@@ -67,19 +73,26 @@ class Labelling(Kind[LabellingExample, Tags]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[Tags]:
-        found = [[""] * len(example.tokens) for example in examples]
         windows = [
-            (number, *window)
+            (number, inputs, where)
             for number, example in enumerate(examples)
-            for window in self._windows(example.tokens)
+            for _, _, inputs, where in self._windows(example.tokens)
         ]
         collate = Collator(self.tokenizer.pad_token_id)
-        inputs = [window[3] for window in windows]
+        scores: dict[int, Tensor] = {}
+        inputs = [window[1] for window in windows]
         for indices, output in run_batches(model, inputs, collate, batch_size, on_progress):
-            for index, best in zip(indices, output.logits.argmax(-1).tolist(), strict=True):
-                number, first, last, _, where = windows[index]
-                found[number][first:last] = [self.labels[best[position]] for position in where]
-        return [tuple(tags) for tags in found]
+            for index, logits in zip(indices, output.logits.float().cpu(), strict=True):
+                scores[index] = logits[windows[index][2]].log_softmax(-1)
+        whole: list[list[Tensor]] = [[torch.empty(0, len(self.labels))] for _ in examples]
+        for index, (number, _, _) in enumerate(windows):
+            whole[number].append(scores[index])
+        found: list[Tags] = []
+        for first in range(0, len(examples), batch_size):
+            batch = [torch.cat(parts) for parts in whole[first : first + batch_size]]
+            for path, own in zip(best_paths(batch, self.labels), batch, strict=True):
+                found.append(tuple(self.labels[tag] for tag in path[: len(own)]))
+        return found
 
     def evaluate(
         self, examples: Sequence[LabellingExample], predictions: Sequence[Tags]
@@ -130,6 +143,40 @@ class Labelling(Kind[LabellingExample, Tags]):
             for kind, start, end in entity_spans(prediction)
         ]
         return {"text": "".join(example.tokens), "tags": list(prediction), "entities": entities}
+
+
+def best_paths(scores: Sequence[Tensor], labels: Sequence[str]) -> list[list[int]]:
+    """The likeliest tags of each text of which every I- continues an entity of its type.
+
+    Args:
+        scores: of a text (tokens, labels), log-probabilities; texts may differ in length.
+        labels: in BIO; an I- whose type has no B- may stand anywhere.
+
+    Returns:
+        Of each text indices of labels, at least as many as it has tokens.
+
+    Source: Viterbi 1967, with transitions that are allowed or not; the model has none of its own.
+    """
+    begins = {label[2:] for label in labels if label.startswith("B-")}
+    bound = [label.startswith("I-") and label[2:] in begins for label in labels]
+    forbidden = torch.tensor(
+        [[b and before[2:] != label[2:] for b, label in zip(bound, labels, strict=True)]
+         for before in labels]
+    )  # fmt: skip
+    padded = pad_sequence(list(scores), batch_first=True)  # zeros: any tag, at no cost
+    if not padded.shape[1]:
+        return [[] for _ in scores]
+    best = padded[:, 0].masked_fill(torch.tensor(bound), -torch.inf)
+    came_from = []
+    for position in range(1, padded.shape[1]):
+        reached = best[:, :, None].masked_fill(forbidden, -torch.inf)
+        best, source = reached.max(1)
+        best = best + padded[:, position]
+        came_from.append(source)
+    path = [best.argmax(1)]
+    for source in reversed(came_from):
+        path.append(source.gather(1, path[-1][:, None])[:, 0])
+    return torch.stack(path[::-1], 1).tolist()
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:

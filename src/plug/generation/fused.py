@@ -151,7 +151,7 @@ class FusedModel:
         """
         rows = len(token_ids)
         columns = positions.t().contiguous()
-        hidden = embed(token_ids.t().reshape(-1), columns.view(-1), self._embeddings)
+        hidden = embed(token_ids.t().contiguous().view(-1), columns.view(-1), self._embeddings)
         delta = None
         for index, layer in enumerate(self._decoder_layers):
             hidden, normalized = add_norm(hidden, delta, layer.self_attention_norm)

@@ -92,21 +92,6 @@ def candidates(
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
-def topk_of_parts(values: Tensor, k: int, size: int = 1024) -> tuple[Tensor, Tensor]:
-    """``values.topk(k)`` of (rows, n), by way of the best of each part of ``size`` columns.
-
-    A GPU gives a row to one multiprocessor; parts are looked through side by side.
-    """
-    rows, columns = values.shape
-    if 4 * max(k, size // 2) > columns or k > size:
-        return values.topk(k)
-    parts = F.pad(values, (0, -columns % size), value=float("-inf")).view(rows, -1, size)
-    best, where = parts.topk(k)
-    ids = where + size * torch.arange(parts.shape[1], device=values.device)[:, None]
-    top, index = best.view(rows, -1).topk(k)
-    return top, ids.view(rows, -1).gather(1, index)
-
-
 def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
     """Token of each row at quantile ``uniforms`` (rows,), in [0, 1), of `candidates`; (rows,)."""
     cumulative = probabilities.cumsum(-1)
@@ -114,10 +99,6 @@ def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
     index = (cumulative < target).sum(-1, keepdim=True)  # the first to reach the target
     last = (probabilities > 0).sum(-1, keepdim=True) - 1  # against rounding of the sums
     return ids.gather(-1, torch.minimum(index, last))[:, 0]
-
-
-# With more candidates, PyTorch's functions draw on CUDA too.
-MOST_IN_KERNELS = 1024
 
 
 class Plan(NamedTuple):
@@ -149,7 +130,6 @@ class Sampler:
         self.vocab_size = vocab_size
         self.end = end
         self._draws = draws
-        self._in_kernels = device.type == "cuda"
         zeros = torch.zeros(rows, device=device)
         counts = zeros.long()
         self._state = {
@@ -278,17 +258,24 @@ class Sampler:
             )
         if not plan.most:
             return logits.argmax(-1)
-        limits = state["temperature"], state["top_k"], state["top_p"]
-        uniforms = state["uniforms"].gather(1, state["draw"][:, None])[:, 0]
-        # Rows that nobody reads go on and on; those whose choice counts no more have none left.
-        state["draw"].add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
-        if self._in_kernels and plan.most <= MOST_IN_KERNELS:
-            from plug.kernels.sampling import draw_of_candidates  # needs Triton
-
-            drawn = draw_of_candidates(*topk_of_parts(logits, plan.most), *limits, uniforms)
-        else:
-            drawn = draw(*candidates(logits, *limits, plan.most), uniforms)
+        drawn = self._draw(logits, state, plan.most, counts)
         return torch.where(state["greedy"], logits.argmax(-1), drawn) if plan.greedy else drawn
+
+    def _draw(
+        self, logits: Tensor, state: dict[str, Tensor], most: int, counts: Tensor | None
+    ) -> Tensor:
+        limits = state["temperature"], state["top_k"], state["top_p"]
+        uniforms, following = state["uniforms"], state["draw"]
+        if logits.is_cuda:
+            from plug.kernels.sampling import MOST_CANDIDATES, draw_of_likeliest  # needs Triton
+
+            if most <= MOST_CANDIDATES:
+                return draw_of_likeliest(logits, *limits, most, uniforms, following, counts)
+        chances, ids = candidates(logits, *limits, most)
+        drawn = draw(chances, ids, uniforms.gather(1, following[:, None])[:, 0])
+        # Rows that nobody reads go on and on; those whose choice counts no more have none left.
+        following.add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
+        return drawn
 
     def record(self, token_ids: Tensor, kept: Tensor, plan: Plan) -> None:
         """Take note that the first rows wrote ``token_ids`` (rows,) where ``kept`` is."""

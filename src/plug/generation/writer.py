@@ -192,13 +192,14 @@ class Writer:
         due = [index for index, row in enumerate(self.rows) if row.is_due]
         if not due:
             return
-        self._engine.read(due, [self.rows[index].source for index in due])
-        self._tokens[due] = self._config.decoder_start_token_id
-        self._positions[due] = 0
         for index in due:
             row = self.rows[index]
             row.is_due, row.steps_in_window = False, 0
+            self._tokens[index] = self._config.decoder_start_token_id
+            self._positions[index] = 0
             self._sampler.refill(index, row.longest_window)
+        # Last: what comes from the host waits for a GPU, which should not wait for it in turn.
+        self._engine.read(due, [self.rows[index].source for index in due])
 
     def _draft(self) -> tuple[int, int]:
         """Fill the drafts of all rows; the tokens of the longest, rounded up, and `length`."""
@@ -226,7 +227,7 @@ class Writer:
         tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
         if not drafted:
             chosen = self._sampler.choose(self._engine.decode(tokens, positions, length), plan)
-            self._keep(chosen, chosen != self._config.eos_token_id, plan)
+            self._keep(chosen, None, plan)
             return chosen
         counts, drafts = self._drafts[: plan.rows].split([1, MAX_LOOKUP_TOKENS], 1)
         # A row with a shorter draft feeds its last token again.
@@ -239,8 +240,7 @@ class Writer:
         for index in range(1 + drafted):
             chosen = self._sampler.choose(logits[:, index], plan, counted)
             found.append(torch.where(counted, chosen, -1))
-            kept = counted & (chosen != self._config.eos_token_id)
-            shown = self._keep(chosen, kept, plan)
+            shown, kept = self._keep(chosen, counted, plan)
             if index < drafted:
                 is_right = (shown == drafts[:, index]) & (index < counts[:, 0])
                 counted = kept & is_right
@@ -248,19 +248,37 @@ class Writer:
                     break
         return torch.stack(found, 1)
 
-    def _keep(self, chosen: Tensor, kept: Tensor, plan: Plan) -> Tensor:
-        """What `Rules.accept` makes of ``chosen`` (rows,), for the next step; the ids shown.
+    def _keep(self, chosen: Tensor, counted: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+        """What `Rules.accept` makes of ``chosen`` (rows,), for the next step.
 
         An id of a padding row is [UNK], and [SEP], where it ends nothing, is not written and the
         step comes again.
+
+        Args:
+            chosen: (rows,).
+            counted: bool (rows,), whose choice counts; None is everyone's.
+            plan: of the step.
+
+        Returns:
+            The ids shown, and bool (rows,): which are kept.
         """
-        config = self._config
+        end, emitted = self._config.eos_token_id, self._config.num_emitted_tokens
+        unknown, last = self._config.unk_token_id, self.room[1] - 1
         tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
-        shown = chosen.masked_fill(chosen >= config.num_emitted_tokens, config.unk_token_id)
+        if chosen.is_cuda:
+            from plug.kernels import sampling as kernels  # needs Triton
+
+            shown, kept = kernels.keep(
+                chosen, counted, tokens, positions,
+                end=end, num_emitted=emitted, unknown=unknown, last=last,
+            )  # fmt: skip
+        else:
+            kept = chosen != end if counted is None else counted & (chosen != end)
+            shown = chosen.masked_fill(chosen >= emitted, unknown)
+            tokens.copy_(torch.where(kept, shown, tokens))
+            positions.add_(kept).clamp_(max=last)  # rows that nobody reads go on and on
         self._sampler.record(shown, kept, plan)
-        tokens.copy_(torch.where(kept, shown, tokens))
-        positions.add_(kept).clamp_(max=self.room[1] - 1)  # rows that nobody reads go on and on
-        return shown
+        return shown, kept
 
     @staticmethod
     def _take(rows: list[Row], fetched: _Fetched) -> None:

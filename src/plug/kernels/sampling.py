@@ -1,44 +1,157 @@
-"""Triton kernel of the last part of sampling: one token of the likeliest few, a program a row."""
+"""Triton kernels of the end of a step: a token of the likeliest few, and what becomes of it.
+
+PyTorch takes some thirty small kernels for it, which at batch 1 is 4% of a step of the 27B.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# Logits that a program looks through, and how many of the likeliest can be kept.
+_PART = 1024
+MOST_CANDIDATES = 128
 
-def draw_of_candidates(
-    values: Tensor, ids: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor
+
+def draw_of_likeliest(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    most: int,
+    uniforms: Tensor,
+    next_draw: Tensor,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """What `candidates` and `draw` of `plug.generation.sampling` do with the likeliest logits.
+    """What `candidates` and `draw` of `plug.generation.sampling` do, and the count of draws.
 
     Args:
-        values: the logits (rows, n), largest first, n not large.
-        ids: theirs.
-        temperature: (rows,), and so the following.
+        logits: (rows, vocab) float32.
+        temperature: (rows,), as all limits: see `candidates`.
         top_k: how many to keep.
         top_p: keep the likeliest until their probabilities reach this; 1 keeps all.
-        uniforms: in [0, 1).
+        most: not less than the largest ``top_k``, at most `MOST_CANDIDATES`.
+        uniforms: (rows, n) in [0, 1).
+        next_draw: int64 (rows,), which of them is a row's next; 1 is added here, up to n - 1.
+        counts: bool (rows,), where to add it; None is everywhere.
 
     Returns:
-        A token (rows,) each.
+        A token (rows,) each. Of equally likely ones, the smaller id comes first.
     """
-    rows, count = values.shape
-    out = ids.new_empty(rows)
-    block = triton.next_power_of_2(count)
+    rows, vocab = logits.shape
+    kept = max(2, triton.next_power_of_2(most))
+    parts = triton.cdiv(vocab, _PART)
+    best = torch.empty(rows, parts * kept, dtype=torch.int64, device=logits.device)
+    _best_of_part[(rows, parts)](logits, best, vocab, PART=_PART, KEPT=kept, num_warps=4)
+    out = next_draw.new_empty(rows)
     _draw[(rows,)](
-        values, ids, temperature, top_k, top_p, uniforms, out, count, BLOCK=block, num_warps=1
+        best,
+        temperature,
+        top_k,
+        top_p,
+        uniforms,
+        next_draw,
+        counts,
+        out,
+        parts * kept,
+        uniforms.shape[1],
+        HAS_COUNTS=counts is not None,
+        BLOCK=triton.next_power_of_2(parts * kept),
+        KEPT=kept,
+        num_warps=4,
     )
     return out
 
 
+def keep(
+    chosen: Tensor,
+    counts: Tensor | None,
+    tokens: Tensor,
+    positions: Tensor,
+    *,
+    end: int,
+    num_emitted: int,
+    unknown: int,
+    last: int,
+) -> tuple[Tensor, Tensor]:
+    """What a choice changes for the next step, as `plug.generation.writer.Writer` has it.
+
+    Args:
+        chosen: (rows,) ids.
+        counts: bool (rows,), whose choice counts; None is everyone's.
+        tokens: (rows,), becomes what is shown where that is kept.
+        positions: (rows,), of what is kept the next; ``last`` at most.
+        end: an id that is not kept.
+        num_emitted: ids from here on are shown as ``unknown``.
+        unknown: see ``num_emitted``.
+        last: position that there is.
+
+    Returns:
+        The ids shown, and bool (rows,): which are kept.
+    """
+    shown = torch.empty_like(chosen)
+    kept = torch.empty_like(chosen, dtype=torch.bool)
+    _keep[(len(chosen),)](
+        chosen,
+        counts,
+        tokens,
+        positions,
+        shown,
+        kept,
+        end,
+        num_emitted,
+        unknown,
+        last,
+        HAS_COUNTS=counts is not None,
+        num_warps=1,
+    )
+    return shown, kept
+
+
 @triton.jit
-def _draw(values, ids, temperature, top_k, top_p, uniforms, out, count, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    kept = (i < count) & (i < tl.load(top_k + row))
-    score = tl.load(values + row * count + i, mask=kept, other=float("-inf"))
-    score = score / tl.load(temperature + row)
+def _in_order(bits):
+    # A float's bits as an integer that is larger where the float is; the same function undoes it.
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best_of_part(logits, best, vocab, PART: tl.constexpr, KEPT: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = part * PART + tl.arange(0, PART)
+    value = tl.load(logits + row * vocab + i, mask=i < vocab, other=float("-inf"))
+    order = _in_order(value.to(tl.int32, bitcast=True)).to(tl.int64)
+    top = tl.topk((order << 32) | (0x7FFFFFFF - i).to(tl.int64), KEPT)
+    where = (row * tl.num_programs(1) + part) * KEPT + tl.arange(0, KEPT)
+    tl.store(best + where, top)
+
+
+@triton.jit
+def _draw(
+    best,
+    temperature,
+    top_k,
+    top_p,
+    uniforms,
+    next_draw,
+    counts,
+    out,
+    count,
+    draws,
+    HAS_COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    candidate = tl.arange(0, BLOCK)
+    lowest = -0x7FFFFFFFFFFFFFFF
+    found = tl.load(best + row * count + candidate, mask=candidate < count, other=lowest)
+    top = tl.topk(found, KEPT)
+    score = _in_order((top >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+    ids = 0x7FFFFFFF - (top & 0x7FFFFFFF)
+    i = tl.arange(0, KEPT)
+    score = tl.where(i < tl.load(top_k + row), score, float("-inf")) / tl.load(temperature + row)
     weight = tl.exp(score - tl.max(score, 0))
     weight = weight / tl.sum(weight, 0)
     limit = tl.load(top_p + row)
@@ -47,8 +160,40 @@ def _draw(values, ids, temperature, top_k, top_p, uniforms, out, count, BLOCK: t
     weight = tl.where(likelier >= limit, 0.0, weight)
     weight = weight / tl.sum(weight, 0)
     cumulative = tl.cumsum(weight, 0)
-    whole = tl.max(tl.where(i < count, cumulative, 0.0), 0)
-    index = tl.sum(((cumulative < tl.load(uniforms + row) * whole) & (i < count)).to(tl.int32), 0)
+    draw = tl.load(next_draw + row)
+    target = tl.load(uniforms + row * draws + draw) * tl.max(cumulative, 0)
+    index = tl.sum((cumulative < target).to(tl.int32), 0)
     last = tl.sum((weight > 0).to(tl.int32), 0) - 1
-    index = tl.minimum(index, last)
-    tl.store(out + row, tl.load(ids + row * count + index))
+    chosen = tl.sum(tl.where(i == tl.minimum(index, last), ids, 0), 0)
+    tl.store(out + row, chosen)
+    step = 1
+    if HAS_COUNTS:
+        step = tl.load(counts + row).to(tl.int32)
+    tl.store(next_draw + row, tl.minimum(draw + step, draws - 1))
+
+
+@triton.jit
+def _keep(
+    chosen,
+    counts,
+    tokens,
+    positions,
+    shown,
+    kept,
+    end,
+    num_emitted,
+    unknown,
+    last,
+    HAS_COUNTS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    token = tl.load(chosen + row)
+    is_kept = token != end
+    if HAS_COUNTS:
+        is_kept = is_kept & (tl.load(counts + row) != 0)
+    seen = tl.where(token >= num_emitted, unknown, token)
+    tl.store(shown + row, seen)
+    tl.store(kept + row, is_kept)
+    tl.store(tokens + row, tl.where(is_kept, seen, tl.load(tokens + row)))
+    position = tl.load(positions + row) + is_kept.to(tl.int64)
+    tl.store(positions + row, tl.minimum(position, last))
