@@ -138,6 +138,9 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--starts", nargs="+", default=["shipped", "random"])
     parser.add_argument("--shipped", default="plug-mini-zh", help="name or directory")
+    parser.add_argument(
+        "--epochs-of", nargs="+", default=[], metavar="TASK=N", help="where not the task's own"
+    )
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--device")
@@ -153,6 +156,7 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 def _runs(arguments: argparse.Namespace, settings: dict[str, Any]) -> Iterator[Run]:
+    epochs = dict(each.split("=") for each in arguments.epochs_of)
     for seed in arguments.seeds:
         for task in arguments.tasks:
             data = arguments.data / FOLDERS.get(task, task)
@@ -175,6 +179,7 @@ def _runs(arguments: argparse.Namespace, settings: dict[str, Any]) -> Iterator[R
                         from_scratch=name == "random",
                         seed=seed,
                         **settings,
+                        **({"epochs": float(epochs[task])} if task in epochs else {}),
                     ),
                 )
 

@@ -19,9 +19,9 @@ def test_it_draws_what_pytorch_draws(
     draws = 3
     logits = 3 * torch.randn(rows, vocab, generator=generator)
     logits[:2, ::2] = float("-inf")  # forbidden
-    temperature = torch.rand(rows, generator=generator) + 0.5
+    temperature = torch.rand(rows, generator=generator) + 1
     top_k = torch.randint(1, count + 1, (rows,), generator=generator)
-    top_p = torch.rand(rows, generator=generator).round(decimals=1).clamp_min(0.1)
+    top_p = torch.rand(rows, generator=generator).round(decimals=1).clamp_min(0.5)
     uniforms = torch.rand(rows, draws, generator=generator)
     uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])[:, None]
     following = torch.randint(0, draws, (rows,), generator=generator)

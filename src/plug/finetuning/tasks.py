@@ -131,7 +131,7 @@ TASKS: dict[str, Task] = {
         kind="labelling",
         reader=readers.read_cluener,
         labels=_bio(*_CLUENER),
-        epochs=5.0,
+        epochs=10.0,
     ),
     "people_daily_ner": Task(
         title="人民日报命名实体（人、地、机构）",

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Positions at a time: measured, for what a window and a source usually hold.
-OWN_BLOCK, SOURCE_BLOCK = 64, 128
+BLOCK = 128
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _launch(
         HEAD_DIM=head_dim,
         PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
         HAS_NEW=new is not None,
-        BLOCK=SOURCE_BLOCK if new is None else OWN_BLOCK,
+        BLOCK=BLOCK,
         num_warps=4,
     )
     return out

@@ -118,7 +118,7 @@ def unpack_4bit(weight: Tensor, scale: Tensor, center: Tensor, row_scale: Tensor
 
 
 def _warps(size: int) -> int:
-    return min(8, max(1, size // 512))
+    return min(16, max(1, size // 1024))
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def draw_of_likeliest(
         HAS_COUNTS=counts is not None,
         BLOCK=triton.next_power_of_2(parts * kept),
         KEPT=kept,
-        num_warps=4,
+        num_warps=8,
     )
     return out
 
