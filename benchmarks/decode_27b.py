@@ -37,6 +37,8 @@ PROMPT, OUT = 510, 128  # with [CLS] and [SEP] 512
 SETTINGS = GenerationSettings(
     out_length=OUT, min_length=OUT, temperature=0.9, top_k=20, repetition_penalty=1.0
 )
+# Seconds of rest before each precision, so that none is measured on a card that another has heated.
+COOLING = 8
 NAMES = {16: "bf16", 8: "8bit", 4: "int4"}
 
 
@@ -67,6 +69,7 @@ def main() -> None:
         line["peer"] = measure_peer(arguments, device)
         free()
     for bits in arguments.bits:
+        time.sleep(COOLING if device.type == "cuda" else 0)
         line["results"][NAMES[bits]] = measure(bits, arguments, device)
         print(json.dumps(line["results"]), flush=True)
         free()

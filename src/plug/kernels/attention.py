@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Positions at a time: measured, for what a window and a source usually hold.
-BLOCK = 128
+# Positions at a time, and warps; measured for what a window and a source usually hold. A long source
+# of a single row, which leaves most of the card idle, is read in larger pieces.
+_USUAL, _LONG_SOURCE = (128, 4), (256, 8)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -52,6 +53,8 @@ def _launch(
     rows = len(query)
     _, heads, room, head_dim = keys.shape
     out = query.new_empty(rows, heads * head_dim)
+    is_long = new is None and room > _LONG_SOURCE[0] and rows * heads <= 256
+    block, warps = _LONG_SOURCE if is_long else _USUAL
     _attend[(rows, heads)](
         query,
         keys,
@@ -65,8 +68,8 @@ def _launch(
         HEAD_DIM=head_dim,
         PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
         HAS_NEW=new is not None,
-        BLOCK=BLOCK,
-        num_warps=4,
+        BLOCK=block,
+        num_warps=warps,
     )
     return out
 
