@@ -1,10 +1,10 @@
 """Plot of decode_27b.json: a step's tokens a second against what memory and arithmetic allow.
 
     python benchmarks/roofline.py --results benchmarks/results/decode_27b.json \
-        --output docs/roofline_27b.png
+        --output docs/images/roofline_27b.png
 
 A step of B texts does 2 * weights * B operations and reads the weights once and B caches. The
-ceilings are the card's measured read bandwidth and the bf16 products' 778 TFLOP/s (measured on
+ceilings are the card's measured copy bandwidth and the bf16 products' 778 TFLOP/s (measured on
 8192 x 8192 x 8192, docs/quantization.md). The last line is JSON: each point's share of its ceiling.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     line = json.loads(arguments.results.read_text(encoding="utf-8"))
-    bandwidth = line["ceilings"]["read_tb_per_s"]
+    bandwidth = line["ceilings"]["copy_tb_per_s"]
     weights = accounting.step_weights(PRESETS[line["preset"]])
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

@@ -17,10 +17,11 @@ def test_it_draws_what_pytorch_draws(
     rows: int, vocab: int, count: int, generator: torch.Generator
 ) -> None:
     draws = 3
-    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    logits = torch.randn(rows, vocab, generator=generator)
     logits[:2, ::2] = float("-inf")  # forbidden
     temperature = torch.rand(rows, generator=generator) + 1
     top_k = torch.randint(1, count + 1, (rows,), generator=generator)
+    top_k[1] = count  # and its draw, below, is the last of what is left
     top_p = torch.rand(rows, generator=generator).round(decimals=1).clamp_min(0.5)
     uniforms = torch.rand(rows, draws, generator=generator)
     uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])[:, None]

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Positions at a time, and warps; measured for what a window and a source usually hold. A long source
-# of a single row, which leaves most of the card idle, is read in larger pieces.
+# Positions at a time, and warps; measured for what a window and a source usually hold. The long
+# source of a single row, which leaves most of the card idle, is read in larger pieces.
 _USUAL, _LONG_SOURCE = (128, 4), (256, 8)
 
 
