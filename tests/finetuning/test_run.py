@@ -180,7 +180,10 @@ def test_r_drop_fgm_and_scratch_run_and_change_the_outcome(
     settings: Make, data: Callable[..., Path], tmp_path: Path
 ) -> None:
     weights = []
-    changed = [{}, {"r_drop": 1.0}, {"fgm": 1.0}, {"from_scratch": True}, {"seed": 2}]
+    changed = [
+        {}, {"r_drop": 1.0}, {"label_smoothing": 0.2}, {"r_drop": 1.0, "label_smoothing": 0.2},
+        {"fgm": 1.0}, {"from_scratch": True}, {"seed": 2},
+    ]  # fmt: skip
     for number, changes in enumerate(changed):
         run = settings(
             "classification", data("classification"), output=f"{tmp_path}/{number}", **changes
@@ -286,6 +289,8 @@ def test_weights_that_are_missing_are_told(
         ({"layer_decay": 1.5}, "layer_decay=1.5 应在 0.01 与 1 之间"),
         ({"patience": -1}, "patience=-1 不能小于 0"),
         ({"task": "cmrc2018", "r_drop": 1.0}, "r_drop 只用于分类任务"),
+        ({"task": "cmrc2018", "label_smoothing": 0.1}, "label_smoothing 不能用于阅读理解"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5 应在 0.0 与 1 之间"),
         ({"fgm": -1.0}, "fgm=-1.0 不能小于 0"),
         ({"precision": "fp16"}, "precision='fp16' 应是 bf16 或 fp32"),
     ],

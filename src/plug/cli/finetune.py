@@ -44,6 +44,9 @@ def finetune(
     r_drop: Annotated[
         float, typer.Option(help="R-Drop 的权重（分类任务）；0 为不用。")
     ] = _DEFAULTS.r_drop,
+    label_smoothing: Annotated[
+        float, typer.Option(help="标签平滑：目标中分给所有标签（或词元）的比例；0 为不用。")
+    ] = _DEFAULTS.label_smoothing,
     fgm: Annotated[
         float, typer.Option(help="对抗训练（FGM）在词向量上走多远，如 1；0 为不用。")
     ] = _DEFAULTS.fgm,
@@ -88,6 +91,7 @@ def finetune(
         clip_grad_norm=clip_grad_norm,
         layer_decay=layer_decay,
         r_drop=r_drop,
+        label_smoothing=label_smoothing,
         fgm=fgm,
         child_tuning=child_tuning,
         source_length=source_length,

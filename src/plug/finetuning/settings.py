@@ -28,6 +28,7 @@ class FinetuneSettings:
         learning_rate: highest, after the warm-up; then linear decay to 0.
         layer_decay: each layer further from the output learns by this factor more slowly.
         r_drop: weight of R-Drop's divergence (classification); 0: off.
+        label_smoothing: share of the target that is spread over all labels, or all tokens; 0: off.
         fgm: length of the adversarial step on the word embeddings (FGM); 0: off.
         child_tuning: share of gradients that each step keeps (Child-Tuning-F); 1: all.
         patience: evaluations without a better score before the run stops; 0: never.
@@ -51,6 +52,7 @@ class FinetuneSettings:
     clip_grad_norm: float = 1.0
     layer_decay: float = 1.0
     r_drop: float = 0.0
+    label_smoothing: float = 0.0
     fgm: float = 0.0
     child_tuning: float = 1.0
     source_length: int = 0
@@ -72,7 +74,8 @@ class FinetuneSettings:
                      "num_beams", "clip_grad_norm"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)} 应大于 0。")
-        for name, low in (("warmup_fraction", 0.0), ("layer_decay", 0.01), ("child_tuning", 0.01)):
+        for name, low in (("warmup_fraction", 0.0), ("layer_decay", 0.01), ("child_tuning", 0.01),
+                          ("label_smoothing", 0.0)):  # fmt: skip
             if not low <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)} 应在 {low} 与 1 之间。")
         for name in ("weight_decay", "r_drop", "fgm", "patience", "seed"):
@@ -80,6 +83,8 @@ class FinetuneSettings:
                 raise UsageError(f"{name}={getattr(self, name)} 不能小于 0。")
         if self.r_drop and task.kind != "classification":
             raise UsageError(f"r_drop 只用于分类任务，{self.task} 不是。请去掉它。")
+        if self.label_smoothing and task.kind == "reading":
+            raise UsageError(f"label_smoothing 不能用于阅读理解，{self.task} 是。请去掉它。")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision={self.precision!r} 应是 {' 或 '.join(PRECISIONS)}。")
 

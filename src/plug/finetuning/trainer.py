@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback
 
 from plug.errors import PlugError
 from plug.finetuning.settings import FinetuneSettings
+from plug.integrations.transformers.base import cross_entropy
 
 
 class FinetuneTrainer(Trainer):
-    """Evaluates by ``score``; layer-wise learning rates, R-Drop and FGM as the settings say.
+    """Evaluates by ``score``; layer-wise rates, R-Drop, smoothing and FGM as the settings say.
 
     Args:
         score: given the model, metrics by name.
@@ -95,16 +96,21 @@ class FinetuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; with `r_drop`, of two passes and their divergence.
+        """The model's loss; smoothed, or of two passes and their divergence, as the settings say.
 
-        Source: Liang et al. 2021, arXiv:2106.14448, equation 4: both passes' negative
-        log-likelihoods, plus alpha times the mean of the two divergences.
+        Source: R-Drop is Liang et al. 2021, arXiv:2106.14448, equation 4: both passes' negative
+        log-likelihoods, plus alpha times the mean of the two divergences. Smoothing is Szegedy et
+        al. 2016, arXiv:1512.00567, section 7.
         """
-        if not self.settings.r_drop:
+        smoothing, r_drop = self.settings.label_smoothing, self.settings.r_drop
+        if not (smoothing or r_drop):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: torch.cat([value, value]) for name, value in inputs.items()})
-        first, second = outputs.logits.chunk(2)
-        loss = 2 * outputs.loss + self.settings.r_drop * symmetric_divergence(first, second)
+        if r_drop:
+            inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        outputs = model(**inputs)
+        loss = cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
+        if r_drop:
+            loss = 2 * loss + r_drop * symmetric_divergence(*outputs.logits.chunk(2))
         return (loss, outputs) if return_outputs else loss
 
 

@@ -100,7 +100,10 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """In fp32: the sum over labels that are not -100, by their number (no labels give 0).
 
@@ -109,5 +112,11 @@ def cross_entropy(
     items = num_items_in_batch
     if items is None:
         items = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    flat = logits.float().flatten(0, -2), labels.flatten()
-    return F.cross_entropy(*flat, ignore_index=IGNORE_INDEX, reduction="sum") / items
+    total = F.cross_entropy(
+        logits.float().flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return total / items
