@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,10 @@ from plug.model.plug import Plug
 from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
+
+# The same examples in every run, however slow the machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

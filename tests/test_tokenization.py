@@ -41,8 +41,6 @@ SENTENCE_ENDS = st.text(
 )
 by_property = settings(
     max_examples=200,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

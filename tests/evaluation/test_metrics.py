@@ -7,7 +7,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plug.evaluation.metrics import (
@@ -30,7 +30,6 @@ stats = pytest.importorskip("scipy.stats")
 words = st.text("甲乙丙", max_size=9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(words, st.lists(words, min_size=2, max_size=2)), min_size=1, max_size=6))
 def test_bleu_is_sacrebleu_s(pairs: list[tuple[str, list[str]]]) -> None:
     hypotheses, references = zip(*pairs, strict=True)
@@ -54,7 +53,6 @@ def test_bleu_by_hand() -> None:
     assert corpus_bleu([["甲乙丙"]], ["甲乙丙"]) == 0.0  # no n-gram of four
 
 
-@settings(deadline=None)
 @given(words, words)
 def test_longest_common_subsequence_is_that_of_brute_force(first: str, second: str) -> None:
     def subsequences(text: str) -> set[tuple[str, ...]]:
@@ -70,7 +68,6 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l("甲", "") == 0.0
 
 
-@settings(deadline=None)
 @given(words, words)
 def test_longest_common_run_is_difflib_s(first: str, second: str) -> None:
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
@@ -78,14 +75,12 @@ def test_longest_common_run_is_difflib_s(first: str, second: str) -> None:
     assert longest_common_run(first, second) == match.size
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_interval_is_scipy_s(counts: tuple[int, int]) -> None:
     theirs = stats.binomtest(*counts).proportion_ci(method="wilson")
     assert wilson_interval(*counts) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("甲乙丙"), st.sampled_from("甲乙丙")), min_size=1))
 def test_the_confusion_matrix_is_scikit_learn_s(pairs: list[tuple[str, str]]) -> None:
     answers, predictions = zip(*pairs, strict=True)

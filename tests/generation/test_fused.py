@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA bring
 
 from plug.generation.engine import Engine
 from plug.generation.fused import FusedModel
+from plug.generation.plain import PlainModel
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
 from plug.generation.writer import Row, write
@@ -54,6 +55,25 @@ def test_it_writes_what_the_plain_model_writes(lively_model: Plug) -> None:
 
     assert written(fused_engine(lively_model), PROMPTS) == plain
     assert any(len(ids) > 4 for ids in plain)  # a second window was read
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "expected"),
+    [
+        (True, torch.bfloat16, FusedModel),
+        (True, torch.float32, PlainModel),
+        (False, torch.float16, PlainModel),
+    ],
+)
+def test_half_precision_is_fused_where_the_kernels_run(
+    kernels: bool,
+    dtype: torch.dtype,
+    expected: type,
+    lively_model: Plug,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("plug.generation.engine.has_kernels", lambda _: kernels)
+    assert type(Engine(lively_model.to(dtype))._model) is expected
 
 
 @torch.inference_mode()

@@ -49,7 +49,6 @@ def slow_draft(text: str, most: int) -> str:
     return ""
 
 
-@settings(deadline=None)
 @given(text=st.text("abc", max_size=40), most=st.integers(0, 12))
 def test_a_draft_is_what_followed_the_latest_longest_match(text: str, most: int) -> None:
     assert find_draft(text, most) == slow_draft(text, most)
@@ -189,7 +188,8 @@ def ending_model(lively_model: Plug) -> Plug:
 
 
 few_slow_examples = settings(
-    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -216,7 +216,6 @@ def test_whatever_is_drafted_and_right_of_it_the_text_is_that_of_plain_steps(
 
     assert write_in_flight(engine, rows, ahead) == expected
     assert {reason for _, reason in expected} == {"stop", "length"}
-    assert any(row.lookup.right for row in rows if isinstance(row.lookup, Foretold))
 
 
 @pytest.mark.parametrize("granularity", [1, 64])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plug.errors import UsageError
@@ -117,7 +117,6 @@ def key_values(source: Sequence[int]) -> list[KeyValue]:
     return [(whole[0], whole[1])]
 
 
-@settings(deadline=None)
 @given(
     limit=st.integers(0, 200),
     calls=st.lists(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=4)),

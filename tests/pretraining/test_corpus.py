@@ -160,7 +160,7 @@ def test_sentences_by_hand(sentences: list[str]) -> None:
 
 
 @given(st.text(st.sampled_from("甲乙a 。！？；…!?\n”’」』）》】)\"'（“，"), max_size=40))
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 def test_sentences_make_up_the_text_and_end_where_sentences_end(text: str) -> None:
     sentences = split_sentences(text)
     assert "".join(sentences) == text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from plug.device import has_kernels
 from plug.errors import UsageError
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import PlainModel
@@ -202,8 +203,8 @@ class Engine:
 
 def _model(model: Plug, granularity: int) -> PlainModel | FusedModel:
     words = model.embeddings.word_embeddings.weight
-    if words.is_cuda and words.dtype in (torch.float16, torch.bfloat16):
-        from plug.generation.fused import FusedModel  # Triton comes with PyTorch for CUDA alone
+    if has_kernels(words.device) and words.dtype in (torch.float16, torch.bfloat16):
+        from plug.generation.fused import FusedModel  # imports Triton
 
         return FusedModel(model)
     return PlainModel(model, granularity)

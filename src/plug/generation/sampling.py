@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plug.device import has_kernels
 from plug.generation.settings import GenerationSettings
 
 
@@ -266,8 +267,8 @@ class Sampler:
     ) -> Tensor:
         limits = state["temperature"], state["top_k"], state["top_p"]
         uniforms, following = state["uniforms"], state["draw"]
-        if logits.is_cuda:
-            from plug.kernels.sampling import MOST_CANDIDATES, draw_of_likeliest  # needs Triton
+        if has_kernels(logits.device):
+            from plug.kernels.sampling import MOST_CANDIDATES, draw_of_likeliest
 
             if most <= MOST_CANDIDATES:
                 return draw_of_likeliest(logits, *limits, most, uniforms, following, counts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from plug.device import has_kernels
 from plug.generation.engine import Engine
 from plug.generation.lookup import Lookup, power_of_two
 from plug.generation.sampling import Plan, Sampler
@@ -265,8 +266,8 @@ class Writer:
         end, emitted = self._config.eos_token_id, self._config.num_emitted_tokens
         unknown, last = self._config.unk_token_id, self.room[1] - 1
         tokens, positions = self._tokens[: plan.rows], self._positions[: plan.rows]
-        if chosen.is_cuda:
-            from plug.kernels import sampling as kernels  # needs Triton
+        if has_kernels(chosen.device):
+            from plug.kernels import sampling as kernels
 
             shown, kept = kernels.keep(
                 chosen, counted, tokens, positions,
