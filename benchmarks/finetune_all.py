@@ -139,7 +139,7 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--starts", nargs="+", default=["shipped", "random"])
     parser.add_argument("--shipped", default="plug-mini-zh", help="name or directory")
     parser.add_argument(
-        "--epochs-of", nargs="+", default=[], metavar="TASK=N", help="where not the task's own"
+        "--epochs-of", nargs="+", type=_epochs, default=[], metavar="TASK=N", help="not the task's"
     )
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=600.0)
@@ -155,8 +155,15 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     return arguments, {name: getattr(arguments, name) for name in names}
 
 
+def _epochs(text: str) -> tuple[str, float]:
+    task, _, number = text.partition("=")
+    if task not in TASKS:
+        raise argparse.ArgumentTypeError(f"{task!r} is not a task")
+    return task, float(number)
+
+
 def _runs(arguments: argparse.Namespace, settings: dict[str, Any]) -> Iterator[Run]:
-    epochs = dict(each.split("=") for each in arguments.epochs_of)
+    epochs = dict(arguments.epochs_of)
     for seed in arguments.seeds:
         for task in arguments.tasks:
             data = arguments.data / FOLDERS.get(task, task)
@@ -178,8 +185,7 @@ def _runs(arguments: argparse.Namespace, settings: dict[str, Any]) -> Iterator[R
                         model=model,
                         from_scratch=name == "random",
                         seed=seed,
-                        **settings,
-                        **({"epochs": float(epochs[task])} if task in epochs else {}),
+                        **settings | ({"epochs": epochs[task]} if task in epochs else {}),
                     ),
                 )
 

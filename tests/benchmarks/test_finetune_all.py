@@ -39,7 +39,7 @@ def test_a_call_does_what_is_missing_and_tells_of_failures(
     words = (
         f"--data {tmp_path}/tasks --folder {tmp_path}/runs --shipped {model_directory}"
         " --device cpu --tasks tnews ocnli afqmc --starts shipped --seeds 1 --jobs 1"
-        " --epochs 1 --source-length 32"
+        " --epochs 1 --epochs-of ocnli=2 --source-length 32"
     )
     ran = subprocess.run(
         [sys.executable, str(BENCHMARKS / "finetune_all.py"), *words.split()],
@@ -50,7 +50,7 @@ def test_a_call_does_what_is_missing_and_tells_of_failures(
         check=True,
     )
     again, failed, last = map(json.loads, ran.stdout.splitlines())
-    assert (again["task"], again["steps"], again["metrics"]["majority"]) == ("ocnli", 1, 1.0)
+    assert (again["task"], again["steps"], again["metrics"]["majority"]) == ("ocnli", 2, 1.0)
     assert "标签 'entailment' 不在标签表里" in failed["failed"]
     assert last == {"runs": 2, "not_done": 1}
     kept = (tmp_path / "runs" / "results.jsonl").read_text(encoding="utf-8").splitlines()

@@ -70,6 +70,20 @@ def test_best_paths_are_the_best_of_all_that_spell_entities(labels: list[str]) -
         assert found[: len(scores)] == list(best)
 
 
+def test_an_entity_goes_on_from_one_window_to_the_next(
+    base_model: Path, tiny_tokenizer: PlugTokenizer
+) -> None:
+    kind = Labelling(tiny_tokenizer, ["O", "B-X", "I-X"], source_length=18)
+    model = kind.load_model(base_model)
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([-50.0, 0.0, 50.0]))  # I-X is each token's best
+    examples = [LabellingExample(tokens=tuple("今天" * length)) for length in (13, 1, 0)]
+
+    found = kind.predict(model, examples, batch_size=2)
+
+    assert found == [("B-X", *["I-X"] * 25), ("B-X", "I-X"), ()]
+
+
 def test_long_sentences_are_labelled_in_windows(
     base_model: Path, tiny_tokenizer: PlugTokenizer
 ) -> None:

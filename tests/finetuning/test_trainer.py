@@ -14,6 +14,7 @@ from plug.finetuning.trainer import (
     moved_uphill,
     symmetric_divergence,
 )
+from plug.integrations.transformers.base import cross_entropy
 from plug.model.configuration import PlugConfig
 
 
@@ -39,6 +40,16 @@ def test_the_divergence_is_that_of_the_definition() -> None:
     expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
     torch.testing.assert_close(symmetric_divergence(first, second), expected)
     assert symmetric_divergence(first, first) == 0
+
+
+def test_a_smoothed_target_is_partly_the_same_for_all_labels() -> None:
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[4, -100, 0], [1, 2, -100]])
+    expected = 0.0
+    for row, label in [((0, 0), 4), ((0, 2), 0), ((1, 0), 1), ((1, 1), 2)]:
+        target = torch.full((5,), 0.3 / 5)
+        target[label] += 0.7
+        expected -= float((target * logits[row].log_softmax(-1)).sum()) / 4
+    assert float(cross_entropy(logits, labels, label_smoothing=0.3)) == pytest.approx(expected)
 
 
 def test_child_tuning_keeps_a_share_and_the_mean() -> None:
