@@ -1,15 +1,16 @@
 """StructBERT's claim: stage 1 with and without the word and sentence objectives, equal compute.
 
     python benchmarks/ablation.py --corpus build/corpus --data tasks --folder build/ablation \
-        --set steps=900 --tasks afqmc ocnli cluener2020 --seeds 1 2 3 --jobs 8 --minutes 9
+        --tasks afqmc ocnli cluener2020 --seeds 1 2 3 --jobs 8 --minutes 20
 
-Two encoders are pre-trained one after another, from the same seed for the same number of steps of
-as many tokens: `full` as --config says, `plain` with the masked-LM loss alone. Then
-`finetune_all.py` fine-tunes both; options that are not named here go to it. FOLDER holds
-pretraining.jsonl (a line an encoder) and results.jsonl. The same command goes on after a stop:
-an encoder from its last checkpoint, the fine-tuning with the runs that are missing. --minutes is
-for all of it; an encoder that would not be finished is not waited for. --encoders-only leaves the
-fine-tuning to a call of `finetune_all.py` that does other runs, too.
+Encoders are pre-trained one after another from the same seed on batches of the same size: `full` as
+--config says; `plain` with the masked-LM loss alone, for as many steps; `plain-longer` likewise,
+for the steps that fit into the time of `full` at the rates measured. Then `finetune_all.py`
+fine-tunes them; options that are not named here go to it. FOLDER holds pretraining.jsonl (a line an
+encoder) and results.jsonl. The same command goes on after a stop: an encoder from its last
+checkpoint, the fine-tuning with the runs that are missing. --minutes is for all of it; an encoder
+that would not be finished is not waited for. --encoders-only leaves the fine-tuning to a call of
+`finetune_all.py` that does other runs, too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
-CHANGES = {"full": [], "plain": ["shuffle_rate=0.0", "sentence_objective=false"]}
+MASKED_ALONE = ["shuffle_rate=0.0", "sentence_objective=false"]
+CHANGES = {"full": [], "plain": MASKED_ALONE, "plain-longer": MASKED_ALONE}
 CHECKPOINT_EVERY = 200  # steps lost at most by a stop
 
 
@@ -42,11 +45,13 @@ def main() -> None:
     device = ["--device", arguments.device] if arguments.device else []
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    lines = []
     for name in CHANGES:
         _pretrain(name, arguments, device, deadline)
-    lines = [json.dumps(_told(name, arguments)) + "\n" for name in CHANGES]
+        line = json.dumps(_told(name, arguments)) + "\n"
+        print(line, end="", flush=True)
+        lines.append(line)
     (arguments.folder / "pretraining.jsonl").write_text("".join(lines), encoding="utf-8")
-    print("".join(lines), end="", flush=True)
 
     if arguments.encoders_only:
         return
@@ -62,6 +67,11 @@ def _command(name: str, arguments: argparse.Namespace) -> list[str]:
     output = arguments.folder / name
     sets = [f"corpus={arguments.corpus}", f"output={output}", *CHANGES[name], *arguments.sets]
     sets.append(f"checkpoint_every={CHECKPOINT_EVERY}")
+    if name == "plain-longer":
+        full, plain = (_log(each, arguments) for each in ("full", "plain"))
+        steps = float(full[-1]["step"]) * _rate(plain) / _rate(full)
+        sets = [each for each in sets if not each.startswith("steps=")]
+        sets.append(f"steps={max(1, round(steps))}")
     return ["pretrain", "stage1", "--config", str(arguments.config),
             *(word for each in sets for word in ("--set", each))]  # fmt: skip
 
@@ -84,13 +94,24 @@ def _pretrain(name: str, arguments: argparse.Namespace, device: list[str], deadl
         raise SystemExit(f"{name}: plug pretrain ended with {error.returncode}.") from None
 
 
+def _log(name: str, arguments: argparse.Namespace) -> list[dict[str, str]]:
+    with (arguments.folder / name / "log.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _rate(log: list[dict[str, str]]) -> float:
+    """Tokens a second; the median leaves out compilation and what else stopped it for a while."""
+    return median(float(row["tokens_per_second"]) for row in log)
+
+
 def _told(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """What an encoder cost and the losses it ended with."""
-    with (arguments.folder / name / "log.csv").open(encoding="utf-8") as file:
-        *_, last = csv.DictReader(file)
+    log = _log(name, arguments)
+    last = log[-1]
     return {
         "name": name,
         **{key: float(last[key]) for key in ("step", "tokens", "seconds")},
+        "tokens_per_second": _rate(log),
         "losses": {key: float(last[key]) for key in ("mlm", "word", "sentence") if last.get(key)},
         "command": shlex.join(["plug", *_command(name, arguments)]),
     }

@@ -207,7 +207,8 @@ def _with_decoder(encoder: Path, shipped: str) -> Path:
     """ENCODER-with-decoder: that encoder under random weights, in the shipped model's shape."""
     import torch
 
-    from plug.checkpoints.store import find_model_directory, load, save
+    from plug.checkpoints.store import CONFIG_FILE, find_model_directory, load, save
+    from plug.model.configuration import PlugConfig
     from plug.model.plug import Plug
     from plug.tokenization import PlugTokenizer
 
@@ -216,9 +217,8 @@ def _with_decoder(encoder: Path, shipped: str) -> Path:
         return encoder
     target = encoder.with_name(f"{encoder.name}-with-decoder")
     if not target.is_dir():
-        shape = dataclasses.replace(
-            weights.config, num_decoder_layers=load(shipped).config.num_decoder_layers
-        )
+        whole = PlugConfig.from_file(find_model_directory(shipped) / CONFIG_FILE)
+        shape = dataclasses.replace(weights.config, num_decoder_layers=whole.num_decoder_layers)
         torch.manual_seed(0)
         model = Plug(shape)
         missing = model.load_state_dict(weights.state_dict(), strict=False).missing_keys

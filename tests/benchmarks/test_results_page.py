@@ -78,10 +78,18 @@ def test_means_deviations_aims_and_the_ablation(page: Callable[..., str]) -> Non
     )
     assert row in text
     assert "| 31.00 (1 seed) | – | 64.00 (1 seed) | 65 **missed** |" in text
-    assert "64.00 ± 1.41 | 66.50 ± 0.71 | +2.50 | +3.00, +2.00 |" in text
+    assert "64.00 ± 1.41 | 66.50 ± 0.71 | +2.50 (+3.00, +2.00) |" in text
     assert "1 of 7 tasks" in text
     assert "tnews" not in text.partition("begin finetune")[2]
     assert "`plug finetune afqmc --seed 1 &#124; x`" in text
+
+
+def test_the_ablation_compares_at_equal_steps_and_at_equal_time(page: Callable[..., str]) -> None:
+    text = page([*RUNS, run("afqmc", "plain-longer", 2, accuracy=0.675, majority=0.69)])
+    both = "64.00 ± 1.41 | 67.50 (1 seed) | 66.50 ± 0.71 | +2.50 (+3.00, +2.00) | -0.50 (-0.50) |"
+    assert both in text
+    table = text.partition("begin finetune")[2].partition("end finetune")[0]
+    assert "plain" not in table
 
 
 def test_what_was_written_by_hand_stays(page: Callable[..., str], tmp_path: Path) -> None:
