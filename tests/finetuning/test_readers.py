@@ -213,6 +213,8 @@ BROKEN = [
     ("tnews", "a.json", "", "只有 0 个例子"),
     ("tnews", "a.xlsx", "x", "不认识的格式"),
     ("classification", "a.csv", "text,label\n好,1,2\n", "第 2 行有 3 列"),
+    ("classification", "a.csv", "txt,label\n好,1\n", "第 2 行没有“text”.*“text_a”.*'txt'"),
+    ("classification", "a.csv", "text_a,label\n好,1\n", "第 2 行没有“text_b”这一列"),
     ("labelling", "a.jsonl", '{"tokens": ["一", "二"], "tags": ["O"]}', "2 个 tokens.*1 个"),
     ("people_daily_ner", "a.txt", "中 O\n国\n", "第 2 行应是“字 标签”两列"),
     ("cluener2020", "a.json", '{"text": "甲", "label": {"x": {"甲乙": [[0, 1]]}}}', "超出了 1 个"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,6 +197,41 @@ def test_r_drop_fgm_and_scratch_run_and_change_the_outcome(
             load_file(f"{run.output}/model.safetensors")["encoder.layers.0.feed_forward.fc1.weight"]
         )
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
+
+
+FIRST_IS_LATE = """
+import os, sys, time
+time.sleep(4 * (os.environ["RANK"] == "0"))
+from plug.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.2}], ids=["plain", "smoothed"])
+def test_two_processes_take_the_step_of_one(
+    changes: dict[str, float], settings: Make, write_lines: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each token has the same weight, whichever process its text is in and however long that is.
+
+    The second process finds nothing to object to before the first one has looked at the output.
+    """
+    rows = [{"src_txt": "花", "tgt_txt": "山上有座庙"[: 1 + number % 5]} for number in range(8)]
+    run = settings("generation", write_lines("rows.jsonl", rows), batch_size=8, **changes)
+    finetune(run, device="cpu")
+    two = replace(run, batch_size=4, output=str(tmp_path / "two"))
+    (tmp_path / "late.py").write_text(FIRST_IS_LATE, encoding="utf-8")
+    words = [*shlex.split(two.command())[1:], "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(tmp_path / "late.py"), *words]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    first, second = (
+        json.loads(Path(output, "log.jsonl").read_text().splitlines()[0])
+        for output in (run.output, two.output)
+    )
+    assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
 
 
 def test_transformers_loads_the_result(settings: Make, data: Callable[..., Path]) -> None:

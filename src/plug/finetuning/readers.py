@@ -191,6 +191,10 @@ def read_classification(path: Path, columns: tuple[str, ...] = ()) -> Iterator[E
     for place, row in read_rows(path):
         if _optional(row, "label") == "-":
             continue
+        if not (columns or "text" in row or "text_a" in row):
+            raise UsageError(
+                f"{place}没有“text”这一列，也没有“text_a”和“text_b”，有的是 {sorted(row)}。"
+            )
         names = columns or (("text",) if "text" in row else ("text_a", "text_b"))
         texts = [_text(row, name, place) for name in names]
         yield ClassificationExample(

@@ -118,7 +118,8 @@ def finetune(
         )
     set_seed(settings.seed)
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
-    _write_run(output, settings, kind)
+    if is_main:
+        _write_run(output, settings, kind)
 
     def predict(model: Any) -> list[Any]:
         return kind.predict(model, held_out, batch_size=settings.eval_batch_size)

@@ -108,9 +108,12 @@ class FinetuneTrainer(Trainer):
         if r_drop:
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
         outputs = model(**inputs)
-        loss = cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
+        # The items are those of all processes, whose gradients are then averaged; in two passes
+        # each item stands twice, so the sum is both passes' negative log-likelihoods.
+        loss = cross_entropy(outputs.logits, inputs["labels"], num_items_in_batch, smoothing)
+        loss = loss * self.accelerator.num_processes
         if r_drop:
-            loss = 2 * loss + r_drop * symmetric_divergence(*outputs.logits.chunk(2))
+            loss = loss + r_drop * symmetric_divergence(*outputs.logits.chunk(2))
         return (loss, outputs) if return_outputs else loss
 
 
