@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from plug import PlugForConditionalGeneration, PlugTransformersConfig
+from transformers import TrainingArguments
+
+from plug import (
+    PlugForConditionalGeneration,
+    PlugForSequenceClassification,
+    PlugForTokenClassification,
+    PlugTransformersConfig,
+)
+from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.trainer import (
     ChildTuning,
+    FinetuneTrainer,
     learning_rate_scales,
     moved_uphill,
     symmetric_divergence,
 )
-from plug.integrations.transformers.base import cross_entropy
+from plug.integrations.transformers.base import IGNORE_INDEX, cross_entropy
 from plug.model.configuration import PlugConfig
 
 
@@ -50,6 +62,40 @@ def test_a_smoothed_target_is_partly_the_same_for_all_labels() -> None:
         target[label] += 0.7
         expected -= float((target * logits[row].log_softmax(-1)).sum()) / 4
     assert float(cross_entropy(logits, labels, label_smoothing=0.3)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", ["classification", "labelling"])
+def test_the_loss_of_r_drop_is_that_of_two_passes(
+    task: str, config: PlugConfig, tmp_path: Path
+) -> None:
+    """Without dropout both passes are the same, and their divergence is 0."""
+    torch.manual_seed(0)
+    config = replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    cls, shape = {
+        "classification": (PlugForSequenceClassification, (4,)),
+        "labelling": (PlugForTokenClassification, (4, 6)),
+    }[task]
+    model = cls(PlugTransformersConfig(**config.to_dict(), num_labels=3))
+    batch = {"input_ids": torch.randint(10, 30, (4, 6)), "labels": torch.randint(0, 3, shape)}
+    if task == "labelling":
+        batch["labels"][0, 2:] = IGNORE_INDEX
+    items = batch["labels"].ne(IGNORE_INDEX).sum() if task == "labelling" else None
+    losses = []
+    for changes in ({}, {"label_smoothing": 0.1}, {"r_drop": 5.0}):
+        settings = FinetuneSettings(task="classification", train="", eval="", output="", **changes)
+        trainer = FinetuneTrainer(
+            score=lambda _: {},
+            settings=settings,
+            model=model,
+            args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        )
+        losses.append(trainer.compute_loss(model, dict(batch), num_items_in_batch=items))
+    plain, smoothed, twice = losses
+    logits = model(input_ids=batch["input_ids"]).logits
+    expected = cross_entropy(logits, batch["labels"], label_smoothing=0.1)
+    torch.testing.assert_close(plain, cross_entropy(logits, batch["labels"]))
+    torch.testing.assert_close(smoothed, expected)
+    torch.testing.assert_close(twice, 2 * plain)
 
 
 def test_child_tuning_keeps_a_share_and_the_mean() -> None:

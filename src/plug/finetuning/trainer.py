@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from plug.errors import PlugError
 from plug.finetuning.settings import FinetuneSettings
-from plug.integrations.transformers.base import cross_entropy
+from plug.integrations.transformers.base import IGNORE_INDEX, cross_entropy
 
 
 class FinetuneTrainer(Trainer):
@@ -105,13 +105,16 @@ class FinetuneTrainer(Trainer):
         smoothing, r_drop = self.settings.label_smoothing, self.settings.r_drop
         if not (smoothing or r_drop):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The items are those of all processes, whose gradients are then averaged. Classification is
+        # not told of them; there each process has as many.
+        processes, items = self.accelerator.num_processes, num_items_in_batch
+        if items is None:
+            items = inputs["labels"].ne(IGNORE_INDEX).sum() * processes
         if r_drop:
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
         outputs = model(**inputs)
-        # The items are those of all processes, whose gradients are then averaged; in two passes
-        # each item stands twice, so the sum is both passes' negative log-likelihoods.
-        loss = cross_entropy(outputs.logits, inputs["labels"], num_items_in_batch, smoothing)
-        loss = loss * self.accelerator.num_processes
+        # With R-Drop each item stands twice: the sum is both passes' negative log-likelihoods.
+        loss = cross_entropy(outputs.logits, inputs["labels"], items, smoothing) * processes
         if r_drop:
             loss = loss + r_drop * symmetric_divergence(*outputs.logits.chunk(2))
         return (loss, outputs) if return_outputs else loss
