@@ -64,7 +64,8 @@ Beside the published data in `tasks/`. A difference of a few tenths between devi
 ## What the word and sentence objectives bring
 
 Stage 1 with the word and sentence objectives beside the masked-LM loss (`full`), as StructBERT's paper claims they help; with the masked-LM
-loss alone for as many steps (`plain`), and for as long on the same card (`plain-longer`). Then the same fine-tuning of each.
+loss alone for as many steps (`plain`), and for as long on the same card,
+compilation aside (`plain-longer`). Then the same fine-tuning of each.
 
 <!-- begin ablation -->
 <!-- end ablation -->
@@ -296,18 +297,17 @@ def ablation_block(lines: list[Line], encoders: list[Line]) -> str:
     rows = []
     for task in tasks:
         metric = TASKS[task].metric
+        scores = {start: cells.get((task, start), Scores([])) for start in (*plain, full)}
         by_seed = {
-            start: {line["seed"]: 100 * line["metrics"][metric] for line in scores.lines}
-            for start in (*plain, full)
-            for scores in [cells.get((task, start), Scores([]))]
+            start: {line["seed"]: 100 * line["metrics"][metric] for line in each.lines}
+            for start, each in scores.items()
         }
-        row = [f"`{task}`", NAMES[metric]]
-        row += [cells.get((task, start), Scores([])).shown(metric) for start in (*plain, full)]
+        row = [f"`{task}`", NAMES[metric], *(each.shown(metric) for each in scores.values())]
         for start in plain:
             shared = sorted(by_seed[start].keys() & by_seed[full].keys())
             differences = [by_seed[full][seed] - by_seed[start][seed] for seed in shared]
-            each = ", ".join(f"{value:+.2f}" for value in differences)
-            row.append(f"{fmean(differences):+.2f} ({each})" if differences else "–")
+            listed = ", ".join(f"{value:+.2f}" for value in differences)
+            row.append(f"{fmean(differences):+.2f} ({listed})" if differences else "–")
         rows.append(row)
     header = [
         "task",

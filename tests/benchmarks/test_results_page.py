@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -131,3 +132,22 @@ def test_runs_come_seed_by_seed_and_starts_may_have_tasks_of_their_own(
         "--output runs/tnews-random-1 --epochs 2.0 --learning-rate 0.0001 --from-scratch"
     )
     assert (runs[4].settings.model, runs[4].settings.from_scratch) == ("encoder", False)
+
+
+def test_the_longer_encoder_gets_the_time_of_the_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 steps at 40 tokens a second take as long as 150 at 60; the first rows compiled."""
+    module = script("ablation", monkeypatch)
+    for name, rate in (("full", 40), ("plain", 60)):
+        (tmp_path / name).mkdir()
+        rows = [f"{step},{1 if step == 10 else rate}\n" for step in (10, 50, 100)]
+        (tmp_path / name / "log.csv").write_text("step,tokens_per_second\n" + "".join(rows))
+    arguments = argparse.Namespace(
+        folder=tmp_path, corpus=Path("corpus"), config=Path("c.toml"), sets=["steps=100"]
+    )
+    steps = {
+        name: [word for word in module._command(name, arguments) if word.startswith("steps=")]
+        for name in module.CHANGES
+    }
+    assert steps == {"full": ["steps=100"], "plain": ["steps=100"], "plain-longer": ["steps=150"]}
