@@ -27,7 +27,7 @@ from ctranslate2.specs import common_spec, transformer_spec
 from machine import processor
 
 import plug
-from plug.checkpoints.store import find_model_directory
+from plug.checkpoints.directory import find_model_directory
 from plug.generation.engine import Engine
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from plug.checkpoints.store import load as load
     from plug.errors import PlugError as PlugError
     from plug.errors import UsageError as UsageError
     from plug.finetuning.predict import Predictor as Predictor
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     )
     from plug.integrations.transformers import PlugModel as PlugModel
     from plug.integrations.transformers import PlugTransformersConfig as PlugTransformersConfig
+    from plug.loading.load import load as load
     from plug.model.configuration import PRESETS as PRESETS
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
@@ -71,7 +71,7 @@ _HOMES = {  # public name -> the module it lives in
     "fill_mask": "plug.understanding.fill_mask",
     "finetune": "plug.finetuning.run",
     "generate": "plug.generation.generate",
-    "load": "plug.checkpoints.store",
+    "load": "plug.loading.load",
     "pipeline": "plug.generation.pipeline",
 }
 

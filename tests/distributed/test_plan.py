@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from plug.checkpoints.store import load, save
 from plug.distributed import plan
 from plug.distributed.processes import Processes
 from plug.errors import UsageError
 from plug.generation.batching import Batcher
 from plug.generation.generate import Generator, generate
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory

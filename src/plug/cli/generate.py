@@ -120,7 +120,7 @@ def generate(
     from plug.checkpoints.weights import DTYPES
     from plug.distributed.processes import start_processes
     from plug.generation.generate import Generator
-    from plug.memory import Room
+    from plug.loading.memory import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     rows = min(batch_size, len(texts)) * settings.num_beams

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.distributed.device_map import StreamedLayers
 from plug.distributed.plan import Reduced, added_up, gathered, own_rows
 from plug.generation.cache import DecoderCache
 from plug.generation.plain import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.products import Weight
 from plug.kernels.rows import add_norm, embed
-from plug.model.accounting import TOKENS_AT_ONCE
+from plug.loading.memory import TOKENS_AT_ONCE
+from plug.loading.offload import StreamedLayers
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
 from plug.model.plug import Plug

@@ -15,9 +15,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from plug.checkpoints.store import find_model_directory, load
+from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
-from plug.distributed.device_map import DeviceMap
 from plug.distributed.plan import is_shared_out
 from plug.distributed.processes import Processes, agree
 from plug.errors import UsageError
@@ -37,7 +36,9 @@ from plug.generation.window import (
     window_length,
 )
 from plug.generation.writer import Row, Writer, write
-from plug.memory import Room, explain_out_of_memory
+from plug.loading.load import load
+from plug.loading.memory import Room, explain_out_of_memory
+from plug.loading.offload import DeviceMap
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 

@@ -10,15 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from plug.checkpoints.store import (
-    find_model_directory,
-    generation_defaults,
-    load,
-    replace_directory,
-    save,
-)
+from plug.checkpoints.directory import find_model_directory, generation_defaults, replace_directory
 from plug.errors import PlugError, UsageError
 from plug.generation.settings import GenerationSettings
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 
