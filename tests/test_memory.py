@@ -12,7 +12,7 @@ import torch
 from plug import memory
 from plug.checkpoints.store import load, save
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import Generator
+from plug.generation.generator import Generator
 from plug.memory import Room, check_dtype, check_memory, explain_out_of_memory
 from plug.model.accounting import total
 from plug.model.configuration import PRESETS

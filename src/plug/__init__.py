@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from plug.finetuning.predict import Predictor as Predictor
     from plug.finetuning.run import finetune as finetune
     from plug.finetuning.settings import FinetuneSettings as FinetuneSettings
-    from plug.generation.generate import GenerationResult as GenerationResult
-    from plug.generation.generate import Generator as Generator
-    from plug.generation.generate import generate as generate
+    from plug.generation.async_engine import AsyncEngine as AsyncEngine
+    from plug.generation.generator import GenerationResult as GenerationResult
+    from plug.generation.generator import Generator as Generator
+    from plug.generation.generator import generate as generate
     from plug.generation.pipeline import pipeline as pipeline
+    from plug.generation.settings import GenerationSettings as GenerationSettings
     from plug.integrations.transformers import (
         PlugForConditionalGeneration as PlugForConditionalGeneration,
     )
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
     from plug.understanding.reader import TextReader as TextReader
 
 _HOMES = {  # public name -> the module it lives in
+    "AsyncEngine": "plug.generation.async_engine",
     "FinetuneSettings": "plug.finetuning.settings",
-    "GenerationResult": "plug.generation.generate",
-    "Generator": "plug.generation.generate",
+    "GenerationResult": "plug.generation.generator",
+    "GenerationSettings": "plug.generation.settings",
+    "Generator": "plug.generation.generator",
     "PRESETS": "plug.model.configuration",
     "Plug": "plug.model.plug",
     "PlugConfig": "plug.model.configuration",
@@ -70,7 +74,7 @@ _HOMES = {  # public name -> the module it lives in
     "embed": "plug.understanding.embed",
     "fill_mask": "plug.understanding.fill_mask",
     "finetune": "plug.finetuning.run",
-    "generate": "plug.generation.generate",
+    "generate": "plug.generation.generator",
     "load": "plug.checkpoints.store",
     "pipeline": "plug.generation.pipeline",
 }

@@ -23,7 +23,7 @@ from plug.checkpoints.store import load, save
 from plug.distributed import device_map
 from plug.distributed.device_map import LAYERS, StreamedLayers, choose, layer_bytes
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import Generator, generate
+from plug.generation.generator import Generator, generate
 from plug.memory import Room
 from plug.model.accounting import STREAMED_AT_ONCE
 from plug.model.configuration import PRESETS, PlugConfig
@@ -115,7 +115,7 @@ def test_quantized_layers_come_too(
 
 def test_the_fused_model_takes_them(directory: Path) -> None:
     pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
-    from plug.generation.fused import FusedModel
+    from plug.generation.fused_model import FusedModel
 
     model = load(directory, device_map={f"{LAYERS}1": FILE, f"{LAYERS}3": OTHER})
     generator = Generator(model, Generator(directory).tokenizer)

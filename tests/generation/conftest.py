@@ -13,8 +13,8 @@ from torch import Tensor
 
 from plug.checkpoints.original import import_original
 from plug.checkpoints.store import load
-from plug.generation.engine import Engine
-from plug.generation.generate import Generator
+from plug.generation.generator import Generator
+from plug.generation.model_runner import Engine
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer

@@ -22,10 +22,11 @@ from plug.distributed.plan import is_shared_out
 from plug.distributed.processes import Processes, agree
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
-from plug.generation.engine import Engine
+from plug.generation.detokenizer import RowStreams, text_stream
+from plug.generation.model_runner import Engine
 from plug.generation.sampling import penalize
+from plug.generation.scheduler import Row, Writer, write
 from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings, Mode, check_int
-from plug.generation.stream import RowStreams, text_stream
 from plug.generation.window import (
     FinishReason,
     OriginalRules,
@@ -36,7 +37,6 @@ from plug.generation.window import (
     prompt_limit,
     window_length,
 )
-from plug.generation.writer import Row, Writer, write
 from plug.memory import Room, explain_out_of_memory
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from plug.distributed.device_map import StreamedLayers
 from plug.distributed.plan import Reduced, added_up, gathered, own_rows
-from plug.generation.cache import DecoderCache
-from plug.generation.plain import attended
+from plug.generation.kv_cache import DecoderCache
+from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.products import Weight
 from plug.kernels.rows import add_norm, embed

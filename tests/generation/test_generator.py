@@ -11,7 +11,7 @@ import torch
 import plug
 from plug.checkpoints.store import save
 from plug.errors import UsageError
-from plug.generation.generate import GenerationResult, Generator, generate
+from plug.generation.generator import GenerationResult, Generator, generate
 from plug.generation.settings import GenerationSettings
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
