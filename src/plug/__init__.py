@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from plug.generation.generator import generate as generate
     from plug.generation.pipeline import pipeline as pipeline
     from plug.generation.settings import GenerationSettings as GenerationSettings
-    from plug.integrations.transformers import (
+    from plug.hf import (
         PlugForConditionalGeneration as PlugForConditionalGeneration,
     )
-    from plug.integrations.transformers import PlugForMaskedLM as PlugForMaskedLM
-    from plug.integrations.transformers import PlugForPreTraining as PlugForPreTraining
-    from plug.integrations.transformers import (
+    from plug.hf import PlugForMaskedLM as PlugForMaskedLM
+    from plug.hf import PlugForPreTraining as PlugForPreTraining
+    from plug.hf import (
         PlugForQuestionAnswering as PlugForQuestionAnswering,
     )
-    from plug.integrations.transformers import (
+    from plug.hf import (
         PlugForSequenceClassification as PlugForSequenceClassification,
     )
-    from plug.integrations.transformers import (
+    from plug.hf import (
         PlugForTokenClassification as PlugForTokenClassification,
     )
-    from plug.integrations.transformers import PlugModel as PlugModel
-    from plug.integrations.transformers import PlugTransformersConfig as PlugTransformersConfig
+    from plug.hf import PlugModel as PlugModel
+    from plug.hf import PlugTransformersConfig as PlugTransformersConfig
     from plug.model.configuration import PRESETS as PRESETS
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
@@ -58,16 +58,16 @@ _HOMES = {  # public name -> the module it lives in
     "Plug": "plug.model.plug",
     "PlugConfig": "plug.model.configuration",
     "PlugError": "plug.errors",
-    "PlugForConditionalGeneration": "plug.integrations.transformers",
-    "PlugForMaskedLM": "plug.integrations.transformers",
-    "PlugForPreTraining": "plug.integrations.transformers",
-    "PlugForQuestionAnswering": "plug.integrations.transformers",
-    "PlugForSequenceClassification": "plug.integrations.transformers",
-    "PlugForTokenClassification": "plug.integrations.transformers",
-    "PlugModel": "plug.integrations.transformers",
+    "PlugForConditionalGeneration": "plug.hf",
+    "PlugForMaskedLM": "plug.hf",
+    "PlugForPreTraining": "plug.hf",
+    "PlugForQuestionAnswering": "plug.hf",
+    "PlugForSequenceClassification": "plug.hf",
+    "PlugForTokenClassification": "plug.hf",
+    "PlugModel": "plug.hf",
     "Predictor": "plug.finetuning.predict",
     "PlugTokenizer": "plug.tokenization",
-    "PlugTransformersConfig": "plug.integrations.transformers",
+    "PlugTransformersConfig": "plug.hf",
     "TextReader": "plug.understanding.reader",
     "UsageError": "plug.errors",
     "classify": "plug.understanding.classify",

@@ -16,7 +16,7 @@ from plug.finetuning.kind import SAMPLES, Features, Kind, OnProgress, exactly
 from plug.finetuning.readers import SEPARATOR, GenerationExample
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
-from plug.integrations.transformers import PlugForConditionalGeneration
+from plug.hf import PlugForConditionalGeneration
 from plug.model.plug import Plug
 
 TokenIds = tuple[int, ...]

@@ -273,7 +273,7 @@ def test_without_transformers_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "plug.integrations.transformers")
+    monkeypatch.delitem(sys.modules, "plug.hf")
 
     with pytest.raises(PlugError, match=r"plug-zh\[train\]"):
         importlib.import_module("plug").PlugForPreTraining  # noqa: B018

@@ -29,15 +29,15 @@ except ModuleNotFoundError as error:
         '这个类要用 transformers，但它没有安装。请运行：pip install "plug-zh[train]"'
     ) from None
 
-from plug.integrations.transformers.base import IGNORE_INDEX, PlugPreTrainedModel
-from plug.integrations.transformers.config import PlugTransformersConfig
-from plug.integrations.transformers.seq2seq import (
+from plug.hf.base import IGNORE_INDEX, PlugPreTrainedModel
+from plug.hf.config import PlugTransformersConfig
+from plug.hf.seq2seq import (
     PlugForConditionalGeneration,
     PlugForPreTraining,
     PlugForPreTrainingOutput,
     PlugModel,
 )
-from plug.integrations.transformers.understanding import (
+from plug.hf.understanding import (
     PlugForMaskedLM,
     PlugForQuestionAnswering,
     PlugForSequenceClassification,

@@ -1,6 +1,6 @@
 """Fine-tune every task from several starting points and seeds; one JSON line a run.
 
-    python benchmarks/finetune_all.py --data tasks --folder build/finetune --jobs 8 \
+    python experiments/finetune_all.py --data tasks --folder build/finetune --jobs 8 \
         --starts shipped random stage1=runs/mini-stage1/model --seeds 1 2 3 --minutes 9
 
 Starting points: `shipped` (--shipped, plug-mini-zh), `random` (its shape, random weights), and
@@ -11,7 +11,7 @@ a random decoder where the task writes. Further options are those of `plug finet
 another, in the order seed, task (the long ones first), start. Each run is what the `plug finetune`
 command in its line does; only its checkpoints are smaller. Lines are appended to
 FOLDER/results.jsonl; the same command run again does what is missing there (failed runs too).
-After --minutes whatever still runs is dropped. `benchmarks/results_page.py` makes tables of it.
+After --minutes whatever still runs is dropped. `experiments/results_page.py` makes tables of it.
 
 Where seqeval is not installed (it needs scikit-learn alone): pip install --no-deps --target DIR
 seqeval elsewhere, and PYTHONPATH=DIR here.

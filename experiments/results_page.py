@@ -1,6 +1,6 @@
 """Tables of docs/results.md from the lines that `finetune_all.py` wrote.
 
-    python benchmarks/results_page.py --results docs/runs/finetune.jsonl --page docs/results.md \
+    python experiments/results_page.py --results docs/runs/finetune.jsonl --page docs/results.md \
         [--ablation docs/runs/ablation.jsonl docs/runs/ablation-encoders.jsonl]
 
 Replaces what stands in the page between `<!-- begin NAME -->` and `<!-- end NAME -->` for the names
@@ -41,7 +41,7 @@ PLAIN = {"plain": "equal steps", "plain-longer": "equal time"}
 PAGE = """# Results
 
 What `plug-mini-zh` reaches on each task after fine-tuning, and what its pre-training is worth. The tables are made by
-`benchmarks/results_page.py` from the lines of `benchmarks/finetune_all.py` ([the runs](runs/finetune.jsonl)).
+`experiments/results_page.py` from the lines of `experiments/finetune_all.py` ([the runs](runs/finetune.jsonl)).
 
 ## Fine-tuning
 

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from plug.integrations.transformers.base import PlugPreTrainedModel, cross_entropy, returns_output
-from plug.integrations.transformers.config import PlugTransformersConfig
+from plug.hf.base import PlugPreTrainedModel, cross_entropy, returns_output
+from plug.hf.config import PlugTransformersConfig
 from plug.model.heads import MaskedLMHead
 
 

@@ -1,6 +1,6 @@
 """How much a model repeats itself: share of repeated 4-grams in continuations of 200 characters.
 
-    python benchmarks/continuations.py [--model M] [--show]
+    python experiments/continuations.py [--model M] [--show]
 
 Four kinds of prompts, two of each, four seeds; temperature 0.9, top-k 20, once without and once
 with the default repetition penalty. `--show` also prints the texts. The last line is JSON.

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from plug.errors import UsageError
-from plug.integrations.transformers.config import PlugTransformersConfig
+from plug.hf.config import PlugTransformersConfig
 from plug.model.configuration import PlugConfig
 from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer
 from plug.model.plug import Encoder, PlugParts, initialize_weights

@@ -1,6 +1,6 @@
 """StructBERT's claim: stage 1 with and without the word and sentence objectives, equal compute.
 
-    python benchmarks/ablation.py --corpus build/corpus --data tasks --folder build/ablation \
+    python experiments/ablation.py --corpus build/corpus --data tasks --folder build/ablation \
         --tasks afqmc ocnli cluener2020 --seeds 1 2 3 --jobs 8 --minutes 20
 
 Encoders are pre-trained one after another from the same seed on batches of the same size: `full` as

@@ -20,13 +20,13 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from transformers.utils.generic import ModelOutput
 
 from plug.errors import UsageError
-from plug.integrations.transformers.base import (
+from plug.hf.base import (
     IGNORE_INDEX,
     PlugPreTrainedModel,
     cross_entropy,
     returns_output,
 )
-from plug.integrations.transformers.config import PlugTransformersConfig
+from plug.hf.config import PlugTransformersConfig
 from plug.model.attention import causal_mask, padding_mask
 from plug.model.layers import KeyValue
 from plug.model.plug import PlugParts

@@ -1,6 +1,6 @@
 """What can be told of AFQMC without any pre-training: logistic regression on shared n-grams.
 
-    python benchmarks/afqmc_baseline.py --data tasks/afqmc
+    python experiments/afqmc_baseline.py --data tasks/afqmc
 
 Features of a pair are the characters and pairs of characters that both sentences have, and those
 that one of them has. The best of a few strengths of regularization on the development file counts,

@@ -1,4 +1,4 @@
-"""`benchmarks/finetune_all.py` as it is called: processes that stay up, failures, going on."""
+"""`experiments/finetune_all.py` as it is called: processes that stay up, failures, going on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 TITLES = [{"sentence": "山上有花", "label": "100"}, {"sentence": "今天天气", "label": "101"}]
 PAIR = {"sentence1": "山上有花", "sentence2": "有花", "label": "entailment"}
 
@@ -42,7 +42,7 @@ def test_a_call_does_what_is_missing_and_tells_of_failures(
         " --epochs 1 --epochs-of ocnli=2 --source-length 32"
     )
     ran = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "finetune_all.py"), *words.split()],
+        [sys.executable, str(EXPERIMENTS / "finetune_all.py"), *words.split()],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
