@@ -40,8 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def small_golden() -> Path:
+    """`tests/golden/plug-tiny`: what the original code computed, with its float16 weights."""
+    return Path(__file__).parent / "golden" / "plug-tiny"
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
-    """`golden/plug-tiny`: what the original code computed for a tiny model. See its README."""
+    """../shared's `golden/plug-tiny`: the same with float32 weights, more shards, each layer."""
     return _shared_folder("golden/plug-tiny")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import Generator
+from plug.generation.generator import Generator
 from plug.loading import memory
 from plug.loading.load import load
 from plug.loading.memory import (

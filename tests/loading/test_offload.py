@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 from plug.checkpoints.weights import TensorSpec
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import Generator, generate
+from plug.generation.generator import Generator, generate
 from plug.loading import memory, offload
 from plug.loading.load import load
 from plug.loading.memory import STREAMED_AT_ONCE, Room
@@ -115,7 +115,7 @@ def test_quantized_layers_come_too(
 
 def test_the_fused_model_takes_them(directory: Path) -> None:
     pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
-    from plug.generation.fused import FusedModel
+    from plug.generation.fused_model import FusedModel
 
     model = load(directory, device_map={f"{LAYERS}1": FILE, f"{LAYERS}3": OTHER})
     generator = Generator(model, Generator(directory).tokenizer)

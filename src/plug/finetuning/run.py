@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plug.integrations.transformers  # noqa: F401 (first: it says what to install)
+import plug.hf  # noqa: F401 (first: it says what to install)
 
 # isort: split
 

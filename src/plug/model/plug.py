@@ -89,8 +89,7 @@ class Decoder(nn.Module):
 class PlugParts(nn.Module):
     """The parts of a model by name, and what can be asked of them.
 
-    `Plug` holds them; so do the classes of `plug.integrations.transformers`, under the same
-    parameter names.
+    `Plug` holds them; so do the classes of `plug.hf`, under the same parameter names.
     """
 
     embeddings: Embeddings
