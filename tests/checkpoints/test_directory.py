@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from plug.checkpoints.directory import find_model_directory, generation_defaults, replace_directory
+from plug.checkpoints.directory import find_model_directory, generation_defaults
 from plug.errors import PlugError, UsageError
 from plug.generation.settings import GenerationSettings
 from plug.loading.load import load
@@ -299,41 +299,6 @@ def test_a_full_disk_leaves_the_old_model(
 
     assert contents(saved.parent) == before
     assert_same_bits(load(saved), tiny_model)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_failing_block_leaves_the_old_directory(
-    error: type[BaseException], saved: Path, contents: Contents
-) -> None:
-    before = contents(saved.parent)
-
-    def fill() -> None:
-        with replace_directory(saved) as temporary:
-            (temporary / "config.json").write_text("{}")
-            raise error
-
-    with pytest.raises(error):
-        fill()
-
-    assert contents(saved.parent) == before
-
-
-def test_a_failing_rename_leaves_the_old_directory(
-    saved: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = contents(saved.parent)
-    rename = Path.rename
-
-    def refuse_the_new(self: Path, target: Path) -> Path:
-        if ".partial" in self.name:
-            raise PermissionError(13, "Permission denied")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse_the_new)
-    with pytest.raises(PlugError, match="Permission denied"), replace_directory(saved) as new:
-        (new / "config.json").write_text("{}")
-
-    assert contents(saved.parent) == before
 
 
 def test_only_a_model_or_an_empty_directory_is_replaced(tiny_model: Plug, tmp_path: Path) -> None:
