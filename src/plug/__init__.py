@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from plug.integrations.transformers import PlugModel as PlugModel
     from plug.integrations.transformers import PlugTransformersConfig as PlugTransformersConfig
+    from plug.generation.settings import GenerationSettings as GenerationSettings
     from plug.model.configuration import PRESETS as PRESETS
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _HOMES = {  # public name -> the module it lives in
     "FinetuneSettings": "plug.finetuning.settings",
     "GenerationResult": "plug.generation.generate",
+    "GenerationSettings": "plug.generation.settings",
     "Generator": "plug.generation.generate",
     "PRESETS": "plug.model.configuration",
     "Plug": "plug.model.plug",
