@@ -1,16 +1,18 @@
-"""Tensor parallelism of a model from outside: every process has a share of each layer.
+"""Tensor parallelism applied to a model from outside: each process holds a shard of each layer.
 
-Queries, keys, values and `fc1` are parted by outputs (heads, inner values), `out_proj` and `fc2` by
-inputs, so a layer's attention or feed-forward needs one sum over the processes, at its end (Shoeybi
-et al. 2019, arXiv:1909.08053, section 3). All else is in every process: norms, heads, and the word
-table, of which each multiplies its own rows for the logits.
+`q_proj`, `k_proj`, `v_proj` and `fc1` are column-parallel: a process holds some of their outputs
+(some heads, some inner values). `out_proj` and `fc2` are row-parallel: a process holds some of
+their inputs, and an all-reduce adds up the partial results. So each attention and each feed-forward
+block needs one all-reduce, at its end (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Norms,
+heads and the word table are whole in every process. For the logits, each process multiplies its own
+rows of the word table.
 
-The shares are plain tensors in the model's own modules. `DTensor` and the hooks of
-`parallelize_module` would not do: the decoding engine calls products and not modules, replays its
-steps as CUDA graphs, and a `DTensor` costs the host more than a product takes the device.
+The shards are plain tensors in the model's own modules. `DTensor` and the hooks of
+`parallelize_module` do not fit: the decoding engine calls products and not modules, and replays its
+steps as CUDA graphs. A `DTensor` also costs the host more time than a product takes on the device.
 
-The logits are gathered from those who made them, so that all processes have the same to the last
-bit, whatever the order in which their sums were added up, and choose the same tokens.
+The logits are gathered from the processes that computed them. All processes then hold the same
+logits to the last bit, and choose the same tokens.
 """
 
 from __future__ import annotations
@@ -29,34 +31,34 @@ from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
 
-BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "fc1")
-BY_INPUTS = ("out_proj", "fc2")
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "fc1")
+ROW_PARALLEL = ("out_proj", "fc2")
 _PARTS = ("encoder.layers.", "decoder.layers.")
 
 
-class Reduced(nn.Module):
-    """A linear layer parted by inputs: the processes' results are added up.
+class RowParallelLinear(nn.Module):
+    """A linear layer that holds some of the inputs; an all-reduce adds up the partial results.
 
     Args:
-        own: this process's share.
+        shard: this process's part of the layer.
     """
 
-    def __init__(self, own: nn.Module) -> None:
+    def __init__(self, shard: nn.Module) -> None:
         super().__init__()
-        self.own = own
+        self.shard = shard
 
     def forward(self, x: Tensor) -> Tensor:
-        return added_up(self.own(x))
+        return all_reduce(self.shard(x))
 
 
-def added_up(x: Tensor) -> Tensor:
-    """The sum of what all processes have; in place."""
+def all_reduce(x: Tensor) -> Tensor:
+    """Add up ``x`` over all processes, in place."""
     dist.all_reduce(x)
     return x
 
 
 def check_divisible(model: Plug, count: int) -> None:
-    """Raise a `UsageError` unless ``model`` can be shared out among ``count`` processes."""
+    """Raise a `UsageError` unless ``model`` can be sharded over ``count`` processes."""
     config = model.config
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % count:
@@ -81,31 +83,38 @@ def _largest_divisor(config: PlugConfig, below: int) -> int:
     )
 
 
-def region(name: str, shape: tuple[int, ...], processes: Processes) -> tuple[slice, ...]:
-    """The part of the tensor ``name`` that this process has; empty is all of it."""
+def shard_slices(name: str, shape: tuple[int, ...], processes: Processes) -> tuple[slice, ...]:
+    """Return the slices of the tensor ``name`` that this process holds; empty means all of it."""
     layer = name.split(".")[-2]
     if not name.startswith(_PARTS):
         return ()
-    if layer in BY_OUTPUTS:
-        return (_share(shape[0], processes),)
-    if layer in BY_INPUTS and len(shape) == 2:  # a bias, or a scale an output, is in all
-        return slice(0, shape[0]), _share(shape[1], processes)
+    if layer in COLUMN_PARALLEL:
+        return (_shard_slice(shape[0], processes),)
+    # The bias of a row-parallel layer, and a scale for each output, are whole in every process.
+    if layer in ROW_PARALLEL and len(shape) == 2:
+        return slice(0, shape[0]), _shard_slice(shape[1], processes)
     return ()
 
 
-def _share(size: int, processes: Processes) -> slice:
+def _shard_slice(size: int, processes: Processes) -> slice:
     own = size // processes.world_size
     return slice(processes.rank * own, (processes.rank + 1) * own)
 
 
-def shape_of(region: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a region of a tensor of this shape."""
-    sizes = [len(range(*part.indices(size))) for part, size in zip(region, shape, strict=False)]
+def shard_shape(slices: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that ``slices`` cut out of a tensor of ``shape``."""
+    sizes = [len(range(*part.indices(size))) for part, size in zip(slices, shape, strict=False)]
     return (*sizes, *shape[len(sizes) :])
 
 
-def set_shares(model: Plug, weights: dict[str, Tensor], processes: Processes) -> None:
-    """Put this process's shares into a model without memory, and the sums where they belong."""
+def shard_model(model: Plug, weights: dict[str, Tensor], processes: Processes) -> None:
+    """Put this process's shards into ``model`` and wrap its row-parallel layers.
+
+    Args:
+        model: on the meta device.
+        weights: the shards by parameter or buffer name.
+        processes: this process and how many there are.
+    """
     for name, tensor in weights.items():
         parent, _, own = name.rpartition(".")
         module = model.get_submodule(parent)
@@ -119,29 +128,37 @@ def set_shares(model: Plug, weights: dict[str, Tensor], processes: Processes) ->
             continue
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-        if own in BY_INPUTS:
-            if not processes.is_first:  # it counts once
+        if own in ROW_PARALLEL:
+            if not processes.is_first:  # the all-reduce must count the bias once
                 weights[f"{name}.bias"].zero_()
-            setattr(model.get_submodule(parent), own, Reduced(module))
+            setattr(model.get_submodule(parent), own, RowParallelLinear(module))
 
 
-def is_shared_out(model: nn.Module) -> bool:
-    """Whether this process has a share of the model, and others have the rest."""
-    return any(isinstance(module, Reduced) for module in model.modules())
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether this process holds a shard of ``model`` and other processes hold the rest."""
+    return any(isinstance(module, RowParallelLinear) for module in model.modules())
 
 
-def own_rows(model: nn.Module, table: Tensor) -> Tensor:
-    """The rows of the word table that this process multiplies: all, if it is alone."""
-    if not is_shared_out(model):
+def vocabulary_shard(model: nn.Module, table: Tensor) -> Tensor:
+    """Return the rows of the word table that this process multiplies; all rows if unsharded.
+
+    The last process's shard is padded with zeros, so that all shards have one size.
+    """
+    if not is_sharded(model):
         return table
     count = -(-len(table) // dist.get_world_size())
     own = table[dist.get_rank() * count :][:count]
     return F.pad(own, (0, 0, 0, count - len(own)))
 
 
-def gathered(model: nn.Module, head: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The product with the whole word table, from ``head``, which has `own_rows` of it."""
-    if not is_shared_out(model):
+def gather_logits(model: nn.Module, head: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that computes all logits, from ``head``, which computes a shard of them.
+
+    Args:
+        model: what the logits are of.
+        head: multiplies with this process's `vocabulary_shard`.
+    """
+    if not is_sharded(model):
         return head
     vocab_size = model.get_submodule("embeddings.word_embeddings").get_parameter("weight").shape[0]
 
