@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 
 import plug
-from plug.checkpoints.store import find_model_directory, load
+from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
 from plug.evaluation.language_model import cut, evaluate_language_model
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
+from plug.loading.load import load
 from plug.pretraining.corpus import expand_paths, read_documents
 from plug.quantization.convert import quantize_directory
 from plug.quantization.linear import QuantizedLinear

@@ -13,8 +13,8 @@ import hypothesis
 import pytest
 import torch
 
-from plug.checkpoints.store import save
 from plug.cli import main
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from plug.checkpoints.store import load, save
 from plug.distributed.processes import Processes
 from plug.distributed.tensor_parallel import RowParallelLinear
 from plug.errors import UsageError
-from plug.generation.batching import Batcher
-from plug.generation.generate import Generator, generate
+from plug.generation.async_engine import AsyncEngine
+from plug.generation.generator import Generator, generate
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory
@@ -163,7 +164,7 @@ def test_a_batcher_needs_the_whole_model(odd_directory: Path) -> None:
     generator = Generator(odd_directory, device="cpu")
     generator.is_shared_out = True
     with pytest.raises(UsageError, match="请用一个进程"):
-        Batcher(generator)
+        AsyncEngine(generator)
 
 
 def test_a_share_has_no_device_map(odd_directory: Path) -> None:

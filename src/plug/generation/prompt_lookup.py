@@ -37,7 +37,7 @@ def find_draft(text: str, most: int) -> str:
     return ""
 
 
-class Lookup:
+class PromptLookup:
     """Drafts for one text, as long as they have been worth lately.
 
     Args:

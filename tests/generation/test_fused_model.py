@@ -15,12 +15,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.generation.engine import Engine
-from plug.generation.fused import FusedModel
-from plug.generation.plain import PlainModel
+from plug.generation.fused_model import FusedModel
+from plug.generation.model_runner import Engine
+from plug.generation.plain_model import PlainModel
+from plug.generation.scheduler import Row, write
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
-from plug.generation.writer import Row, write
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, quantize_modules
 from plug.quantization.scheme import Scheme
@@ -71,7 +71,7 @@ def test_half_precision_is_fused_where_the_kernels_run(
     lively_model: Plug,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("plug.generation.engine.has_kernels", lambda _: kernels)
+    monkeypatch.setattr("plug.generation.model_runner.has_kernels", lambda _: kernels)
     assert type(Engine(lively_model.to(dtype))._model) is expected
 
 

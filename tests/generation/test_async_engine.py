@@ -12,8 +12,8 @@ import pytest
 from torch import Tensor
 
 from plug.errors import PlugError, UsageError
-from plug.generation.batching import Batcher, Request
-from plug.generation.generate import Generator, generate
+from plug.generation.async_engine import AsyncEngine, Request
+from plug.generation.generator import Generator, generate
 from plug.generation.settings import GenerationSettings
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -28,8 +28,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture
-def batcher(generator: Generator) -> Iterator[Batcher]:
-    with Batcher(generator, rows=3, max_waiting=8) as batcher:
+def batcher(generator: Generator) -> Iterator[AsyncEngine]:
+    with AsyncEngine(generator, rows=3, max_waiting=8) as batcher:
         yield batcher
 
 
@@ -66,7 +66,7 @@ def test_each_text_is_what_it_is_alone_whoever_joins_and_leaves(
         for index, (text, options) in enumerate(cases)
     ]
 
-    with Batcher(generator, rows=3, max_waiting=8) as batcher:
+    with AsyncEngine(generator, rows=3, max_waiting=8) as batcher:
         requests = [
             batcher.submit(text, GenerationSettings(**options), seed=index)
             for index, (text, options) in enumerate(cases)
@@ -81,7 +81,7 @@ def test_each_text_is_what_it_is_alone_whoever_joins_and_leaves(
     assert len({len(result.token_ids) for result in results}) > 4, "all alike: no test"
 
 
-def test_threads_submit_and_read_at_once(batcher: Batcher, generator: Generator) -> None:
+def test_threads_submit_and_read_at_once(batcher: AsyncEngine, generator: Generator) -> None:
     texts: dict[int, str] = {}
 
     def ask(seed: int) -> None:
@@ -101,7 +101,7 @@ def test_threads_submit_and_read_at_once(batcher: Batcher, generator: Generator)
 
 
 def test_the_first_to_come_are_the_first_to_be_written(
-    batcher: Batcher, generator: Generator
+    batcher: AsyncEngine, generator: Generator
 ) -> None:
     joined: list[int] = []
     read = generator.engine.read
@@ -121,7 +121,7 @@ def test_the_first_to_come_are_the_first_to_be_written(
 
 
 def test_too_many_waiting_are_refused_and_the_others_go_on(
-    batcher: Batcher, hold: threading.Event
+    batcher: AsyncEngine, hold: threading.Event
 ) -> None:
     hold.clear()
     settings = GenerationSettings(out_length=3, min_length=3)
@@ -147,7 +147,7 @@ def leave_the_block(request: Request) -> None:
 
 @pytest.mark.parametrize("leave", [leave_with_cancel, leave_the_block])
 def test_a_cancelled_text_makes_room_and_the_others_are_unharmed(
-    leave: Callable[[Request], None], batcher: Batcher, generator: Generator
+    leave: Callable[[Request], None], batcher: AsyncEngine, generator: Generator
 ) -> None:
     endless = GenerationSettings(out_length=100_000, min_length=100_000)
     others = [batcher.submit("山上", endless) for _ in range(2)]
@@ -168,7 +168,7 @@ def test_a_cancelled_text_makes_room_and_the_others_are_unharmed(
     assert waiting_result.token_ids == expected.token_ids
 
 
-def test_a_request_that_nobody_refers_to_any_more_is_cancelled(batcher: Batcher) -> None:
+def test_a_request_that_nobody_refers_to_any_more_is_cancelled(batcher: AsyncEngine) -> None:
     endless = GenerationSettings(out_length=100_000, min_length=100_000)
     pieces = [iter(batcher.submit("山上", endless)) for _ in range(3)]
     for each in pieces:
@@ -183,7 +183,7 @@ def test_a_request_that_nobody_refers_to_any_more_is_cancelled(batcher: Batcher)
     )
 
 
-def test_what_waits_can_be_cancelled_too(batcher: Batcher, hold: threading.Event) -> None:
+def test_what_waits_can_be_cancelled_too(batcher: AsyncEngine, hold: threading.Event) -> None:
     hold.clear()
     settings = GenerationSettings(out_length=2)
     going = [batcher.submit("山上", settings) for _ in range(3)]
@@ -209,7 +209,7 @@ def test_what_waits_can_be_cancelled_too(batcher: Batcher, hold: threading.Event
 def test_what_cannot_be_written_is_refused_at_once_and_the_others_go_on(
     text: str, options: dict[str, Any], says: str, generator: Generator
 ) -> None:
-    with Batcher(generator, rows=2, capacity=40) as batcher:
+    with AsyncEngine(generator, rows=2, capacity=40) as batcher:
         other = batcher.submit("庙", GenerationSettings(out_length=20, min_length=20))
         with pytest.raises(UsageError, match=says):
             batcher.submit(text, GenerationSettings(**options))
@@ -217,7 +217,7 @@ def test_what_cannot_be_written_is_refused_at_once_and_the_others_go_on(
 
 
 def test_a_text_longer_than_the_caches_is_written_in_windows(generator: Generator) -> None:
-    with Batcher(generator, rows=2, capacity=40) as batcher:
+    with AsyncEngine(generator, rows=2, capacity=40) as batcher:
         result = batcher.submit("庙", GenerationSettings(out_length=100), seed=1).result()
 
     expected = generate("庙", model=generator, out_length=100, window=40, seed=1)
@@ -225,7 +225,7 @@ def test_a_text_longer_than_the_caches_is_written_in_windows(generator: Generato
 
 
 def test_closing_fails_what_is_not_done(generator: Generator) -> None:
-    batcher = Batcher(generator, rows=1)
+    batcher = AsyncEngine(generator, rows=1)
     endless = GenerationSettings(out_length=100_000, min_length=100_000)
     requests = [batcher.submit("山上", endless) for _ in range(2)]
 
@@ -244,7 +244,7 @@ def test_a_failure_of_the_engine_reaches_everyone(generator: Generator) -> None:
         raise RuntimeError("内存不足")
 
     generator.engine.decode = fail  # type: ignore[method-assign]
-    batcher = Batcher(generator, rows=1)
+    batcher = AsyncEngine(generator, rows=1)
     requests = [batcher.submit("山上") for _ in range(2)]
 
     for request in requests:
@@ -256,4 +256,4 @@ def test_a_failure_of_the_engine_reaches_everyone(generator: Generator) -> None:
 @pytest.mark.parametrize("name", ["rows", "max_waiting", "capacity"])
 def test_a_size_out_of_range_is_refused(name: str, generator: Generator) -> None:
     with pytest.raises(UsageError, match=f"{name}=0"):
-        Batcher(generator, **{name: 0})
+        AsyncEngine(generator, **{name: 0})

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plug.errors import UsageError
-from plug.generation.batching import Batcher
-from plug.generation.engine import Engine
-from plug.generation.generate import Generator, generate
+from plug.generation.async_engine import AsyncEngine
+from plug.generation.encoder_cache import EncoderCache
+from plug.generation.generator import Generator, generate
+from plug.generation.model_runner import Engine
 from plug.generation.pipeline import TextGenerationPipeline
-from plug.generation.reuse import KeptSources
 from plug.generation.settings import GenerationSettings
 from plug.model.layers import KeyValue
 from plug.model.plug import Plug
@@ -79,7 +79,7 @@ def test_pipeline_and_batcher_reuse_what_generate_read(
     results = [generate("公园", model=generator, seed=0, out_length=20).text]
     pipe = TextGenerationPipeline(generator)
     results += [each["generated_text"] for each in pipe("公园", seed=1, out_length=20)]
-    with Batcher(generator, rows=2) as batcher:
+    with AsyncEngine(generator, rows=2) as batcher:
         request = batcher.submit("公园", GenerationSettings(out_length=20), seed=2)
         results.append(request.result().text)
 
@@ -124,7 +124,7 @@ def key_values(source: Sequence[int]) -> list[KeyValue]:
 def test_the_bound_holds_and_the_least_recently_used_goes_first(
     limit: int, calls: list[list[list[int]]]
 ) -> None:
-    kept = KeptSources(limit)
+    kept = EncoderCache(limit)
     order: list[tuple[int, ...]] = []  # a plain list as the model: oldest first
 
     for sources in calls:

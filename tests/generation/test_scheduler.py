@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
+from plug.generation.scheduler import Row, Writer, write
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import OriginalRules, PlugRules, Rules
-from plug.generation.writer import Row, Writer, write
 from plug.model.plug import Plug
 
 PROMPTS = [[9, 8, 7], [200] * 40, [30, 31], [77], [5, 6]]

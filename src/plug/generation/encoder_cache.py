@@ -1,4 +1,4 @@
-"""`KeptSources`: what the encoder made of sources read lately, for when they are read again.
+"""`EncoderCache`: what the encoder made of sources read lately, for when they are read again.
 
 "Write it again with another seed" and several texts from one prompt then begin at once. Bounded in
 bytes; the source that was asked for least lately goes first.
@@ -14,7 +14,7 @@ from plug.model.layers import KeyValue
 Encode = Callable[[Sequence[Sequence[int]]], list[list[KeyValue]]]
 
 
-class KeptSources:
+class EncoderCache:
     """Cross-attention keys and values by the ids of their source.
 
     Args:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import plug
-from plug.checkpoints.store import save
 from plug.errors import UsageError
-from plug.generation.generate import GenerationResult, Generator, generate
+from plug.generation.generator import GenerationResult, Generator, generate
 from plug.generation.settings import GenerationSettings
+from plug.loading.save import save
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 

@@ -1,6 +1,6 @@
 """`Engine`: encode, prepare the caches, then token by token. The one seam of decoding.
 
-The loops (`writer.py`, `beam.py`) know the methods of `Engine` and nothing of the model, so a
+The loops (`scheduler.py`, `beam.py`) know the methods of `Engine` and nothing of the model, so a
 scripted engine in a test can take its place. Everything a step reads and writes is a fixed buffer;
 on CUDA `replay` captures a step once and replays it as a graph.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from plug.device import has_kernels
 from plug.errors import UsageError
-from plug.generation.cache import DecoderCache
-from plug.generation.plain import PlainModel
-from plug.generation.reuse import KeptSources
+from plug.generation.encoder_cache import EncoderCache
+from plug.generation.kv_cache import DecoderCache
+from plug.generation.plain_model import PlainModel
 from plug.model.plug import Plug
 
 if TYPE_CHECKING:
-    from plug.generation.fused import FusedModel
+    from plug.generation.fused_model import FusedModel
 
 
 # Above this many rows, a graph decodes a multiple of it.
@@ -39,7 +39,7 @@ class Engine:
         model: what decodes.
         graphs: on CUDA, make a graph of each step that comes again; not worth it for many texts
             of different length at once, where rows leave at nearly every step.
-        reuse_bytes: kept at most of what the encoder made of earlier sources (`KeptSources`).
+        reuse_bytes: kept at most of what the encoder made of earlier sources (`EncoderCache`).
 
     Raises:
         UsageError: the model is an encoder alone.
@@ -55,7 +55,7 @@ class Engine:
         self.device = model.embeddings.word_embeddings.weight.device
         self._uses_graphs = graphs and self.device.type == "cuda"
         self._model = _model(model, GRAPH_GRANULARITY if self._uses_graphs else 1)
-        self._kept_sources = KeptSources(reuse_bytes)
+        self._kept_sources = EncoderCache(reuse_bytes)
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.openings = 0
         self._room = (0, 0, 0)
@@ -204,7 +204,7 @@ class Engine:
 def _model(model: Plug, granularity: int) -> PlainModel | FusedModel:
     words = model.embeddings.word_embeddings.weight
     if has_kernels(words.device) and words.dtype in (torch.float16, torch.bfloat16):
-        from plug.generation.fused import FusedModel  # imports Triton
+        from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model)
     return PlainModel(model, granularity)

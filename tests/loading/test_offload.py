@@ -18,14 +18,14 @@ from torch import nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-from plug import memory
-from plug.checkpoints.store import load, save
-from plug.distributed import device_map
-from plug.distributed.device_map import LAYERS, StreamedLayers, choose, layer_bytes
+from plug.checkpoints.weights import TensorSpec
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import Generator, generate
-from plug.memory import Room
-from plug.model.accounting import STREAMED_AT_ONCE
+from plug.generation.generator import Generator, generate
+from plug.loading import memory, offload
+from plug.loading.load import load
+from plug.loading.memory import STREAMED_AT_ONCE, Room
+from plug.loading.offload import LAYERS, StreamedLayers, choose, layer_bytes
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory
@@ -115,7 +115,7 @@ def test_quantized_layers_come_too(
 
 def test_the_fused_model_takes_them(directory: Path) -> None:
     pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
-    from plug.generation.fused import FusedModel
+    from plug.generation.fused_model import FusedModel
 
     model = load(directory, device_map={f"{LAYERS}1": FILE, f"{LAYERS}3": OTHER})
     generator = Generator(model, Generator(directory).tokenizer)
@@ -171,11 +171,10 @@ def test_auto_takes_what_fits_then_other_cards_then_the_file(
     with torch.device("meta"):
         model = Plug(PRESETS["27b"])
     specs = {
-        name: device_map.TensorSpec(torch.bfloat16, tuple(x.shape))
-        for name, x in model.state_dict().items()
+        name: TensorSpec(torch.bfloat16, tuple(x.shape)) for name, x in model.state_dict().items()
     }
     cards = [free, *others]
-    monkeypatch.setattr(device_map, "free_memory", lambda device: cards[device.index or 0] * GB)
+    monkeypatch.setattr(offload, "free_memory", lambda device: cards[device.index or 0] * GB)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
 
     kept = choose("auto", model, specs, torch.device("cuda:0"), Room())
@@ -191,7 +190,7 @@ def test_auto_takes_what_fits_then_other_cards_then_the_file(
 def test_a_card_too_small_for_the_rest_is_told_so(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, device_map):
+    for module in (memory, offload):
         monkeypatch.setattr(module, "free_memory", lambda _device: 1000)
     with pytest.raises(PlugError, match="显存不够"):
         load(directory, device="cuda:0", room=Room(), device_map="auto")

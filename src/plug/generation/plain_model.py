@@ -1,6 +1,6 @@
 """`PlainModel`: the modules of `plug.model` as they are, with the fastest product for each weight.
 
-For every device and dtype. `fused.py` has the same for half precision on CUDA.
+For every device and dtype. `fused_model.py` has the same for half precision on CUDA.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import gather_logits, vocabulary_shard
-from plug.generation.cache import DecoderCache
+from plug.generation.kv_cache import DecoderCache
 from plug.model import accounting
 from plug.model.layers import FeedForward, KeyValue, LayerNorm
 from plug.model.plug import Plug

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plug.generation.stream import OriginalStream, RowStreams, TextStream, text_stream
+from plug.generation.detokenizer import OriginalStream, RowStreams, TextStream, text_stream
 from plug.tokenization import SPECIAL_TOKENS, PlugTokenizer, original_text
 
 FIRST_BYTE = len(SPECIAL_TOKENS)

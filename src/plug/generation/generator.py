@@ -15,17 +15,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from plug.checkpoints.store import find_model_directory, load
+from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
-from plug.distributed.device_map import DeviceMap
 from plug.distributed.processes import Processes, agree
 from plug.distributed.tensor_parallel import is_sharded
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
-from plug.generation.engine import Engine
+from plug.generation.detokenizer import RowStreams, text_stream
+from plug.generation.model_runner import Engine
 from plug.generation.sampling import penalize
+from plug.generation.scheduler import Row, Writer, write
 from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings, Mode, check_int
-from plug.generation.stream import RowStreams, text_stream
 from plug.generation.window import (
     FinishReason,
     OriginalRules,
@@ -36,8 +36,9 @@ from plug.generation.window import (
     prompt_limit,
     window_length,
 )
-from plug.generation.writer import Row, Writer, write
-from plug.memory import Room, explain_out_of_memory
+from plug.loading.load import load
+from plug.loading.memory import Room, explain_out_of_memory
+from plug.loading.offload import DeviceMap
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
 

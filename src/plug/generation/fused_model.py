@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.distributed.device_map import StreamedLayers
 from plug.distributed.tensor_parallel import (
     RowParallelLinear,
     all_reduce,
     gather_logits,
     vocabulary_shard,
 )
-from plug.generation.cache import DecoderCache
-from plug.generation.plain import attended
+from plug.generation.kv_cache import DecoderCache
+from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.packed_linear import PackedLinear
 from plug.kernels.rows import add_norm, embed
-from plug.model.accounting import TOKENS_AT_ONCE
+from plug.loading.memory import TOKENS_AT_ONCE
+from plug.loading.offload import StreamedLayers
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
 from plug.model.plug import Plug

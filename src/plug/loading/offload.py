@@ -18,11 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from plug.checkpoints.transfer import Begun, Part, Transfer
 from plug.checkpoints.weights import Place, TensorSpec
 from plug.errors import UsageError
-from plug.memory import Room, free_memory
-from plug.model.accounting import OVERHEAD_BYTES, STREAMED_AT_ONCE
+from plug.loading.memory import OVERHEAD_BYTES, STREAMED_AT_ONCE, Room, free_memory
+from plug.loading.transfer import Begun, Part, Transfer
 from plug.model.plug import Plug
 
 T = TypeVar("T")

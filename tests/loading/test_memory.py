@@ -9,11 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plug import memory
-from plug.checkpoints.store import load, save
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import Generator
-from plug.memory import Room, check_dtype, check_memory, explain_out_of_memory
+from plug.generation.generator import Generator
+from plug.loading import memory
+from plug.loading.load import load
+from plug.loading.memory import (
+    Room,
+    check_dtype,
+    check_memory,
+    explain_out_of_memory,
+    generation_need,
+    resident_share,
+)
+from plug.loading.save import save
 from plug.model.accounting import total
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
@@ -143,3 +151,26 @@ def test_memory_that_ends_while_writing_is_one_clear_failure(
 def test_other_errors_pass() -> None:
     with pytest.raises(ZeroDivisionError), explain_out_of_memory(CARD, 8):
         raise ZeroDivisionError
+
+
+def test_what_writing_needs_is_made_of_weights_caches_and_workspace() -> None:
+    """27B, 32 texts: the caches are spec section 7's 196,608 bytes a token."""
+    config = PRESETS["27b"]
+    one, many = (
+        generation_need(config, weights=7, batch_size=size, source_length=512, capacity=128)
+        for size in (1, 32)
+    )
+    assert (one.weights, one.caches) == (7, 196_608 * 640)
+    assert many.caches == 32 * one.caches
+    inside = 16384 * (6 * 8192 + 2 * 32768) * 2  # 32 sources fill what is encoded at once
+    assert inside < many.workspace < inside + 5e9
+    assert one.total == one.weights + one.caches + one.workspace
+
+
+def test_the_resident_share_is_all_but_the_encoder_s_layers_but_three() -> None:
+    with torch.device("meta"):
+        model = Plug(PRESETS["27b"])
+    layers = sum(p.numel() for p in model.encoder.layers.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    expected = 1 - layers * 21 / 24 / everything
+    assert resident_share(model.config) == pytest.approx(expected)

@@ -1,6 +1,6 @@
 """`Writer`: texts written together, each in a row of its own; they join and leave between steps.
 
-`write` has all of them join at once; `batching.py` lets them come and go.
+`write` has all of them join at once; `async_engine.py` lets them come and go.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from plug.device import has_kernels
-from plug.generation.engine import Engine
-from plug.generation.lookup import Lookup, power_of_two
+from plug.generation.model_runner import Engine
+from plug.generation.prompt_lookup import PromptLookup, power_of_two
 from plug.generation.sampling import Plan, Sampler
 from plug.generation.settings import MAX_LOOKUP_TOKENS, GenerationSettings
 from plug.generation.window import FinishReason, Rules, prompt_limit
@@ -45,11 +45,11 @@ class Row:
     steps: int = 0  # begun so far
     steps_in_window: int = 0
     is_due: bool = True  # the encoder has to read before the next step
-    lookup: Lookup | None = None  # where its drafts come from
+    lookup: PromptLookup | None = None  # where its drafts come from
 
     def __post_init__(self) -> None:
         if self.settings.prompt_lookup_num_tokens is not None:
-            self.lookup = Lookup(self.prompt, self.settings.prompt_lookup_num_tokens)
+            self.lookup = PromptLookup(self.prompt, self.settings.prompt_lookup_num_tokens)
 
     @property
     def longest_window(self) -> int:

@@ -1,4 +1,4 @@
-"""`Batcher`: texts from many threads written together; each joins and leaves between steps.
+"""`AsyncEngine`: texts from many threads written together; each joins and leaves between steps.
 
 One thread steps a `Writer`; who submits gets a `Request`, an iterator of the text's pieces. First
 come, first served: a waiting text joins as soon as a row is free, whatever the others do. What a
@@ -17,11 +17,11 @@ from types import TracebackType
 import torch
 
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import DEFAULTS, GenerationResult, Generator
+from plug.generation.detokenizer import text_stream
+from plug.generation.generator import DEFAULTS, GenerationResult, Generator
+from plug.generation.scheduler import Row, Writer
 from plug.generation.settings import GenerationSettings
-from plug.generation.stream import text_stream
 from plug.generation.window import window_length
-from plug.generation.writer import Row, Writer
 
 
 class Request:
@@ -112,7 +112,7 @@ class _Work:
         self.pieces.put(None)
 
 
-class Batcher:
+class AsyncEngine:
     """Writes what any thread submits. A context manager; leaving it cancels what is not done.
 
     Args:
@@ -139,7 +139,7 @@ class Batcher:
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise UsageError(f"{name}={value!r} 应是不小于 1 的整数。")
         if generator.is_shared_out:
-            raise UsageError("多个进程的模型不能用于随到随写（Batcher）。请用一个进程。")
+            raise UsageError("多个进程的模型不能用于随到随写（AsyncEngine）。请用一个进程。")
         longest = generator.config.max_position_embeddings
         self._capacity = min(capacity or window_length(generator.config, DEFAULTS), longest)
         self._generator = generator
@@ -197,7 +197,7 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def __enter__(self) -> Batcher:
+    def __enter__(self) -> AsyncEngine:
         return self
 
     def __exit__(
@@ -218,7 +218,7 @@ class Batcher:
                     for row in writer.step():
                         working.pop(row).finish()
         except Exception as failure:
-            error = PlugError(f"写作的线程出错：{failure}。请重新建立 Batcher。")
+            error = PlugError(f"写作的线程出错：{failure}。请重新建立 AsyncEngine。")
             raise
         finally:
             with self._changed:

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plug.errors import UsageError
-from plug.generation.batching import Batcher
-from plug.generation.engine import Engine
-from plug.generation.generate import Generator, generate
-from plug.generation.lookup import LONGEST_MATCH, LONGEST_REST, Lookup, find_draft
+from plug.generation.async_engine import AsyncEngine
+from plug.generation.generator import Generator, generate
+from plug.generation.model_runner import Engine
+from plug.generation.prompt_lookup import LONGEST_MATCH, LONGEST_REST, PromptLookup, find_draft
+from plug.generation.scheduler import Row, Writer, write
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import OriginalRules, PlugRules, Rules
-from plug.generation.writer import Row, Writer, write
 from plug.model.plug import Plug
 
 TEXTS = ["山上有座庙，山上有座庙", "今天天气很好，我们去公园看花。", "好", "我" * 60]
@@ -63,7 +63,7 @@ def test_drafts_of_short_texts(text: str, draft: str) -> None:
 
 
 def test_where_drafts_are_right_they_grow_to_the_most_and_where_wrong_they_shrink() -> None:
-    lookup = Lookup([5, 6] * 9, 12)
+    lookup = PromptLookup([5, 6] * 9, 12)
     lengths = []
     for right in (4, 8, 12, 3, 4, 8, 12, 0):
         lengths.append(len(lookup.draft(99)))
@@ -74,7 +74,7 @@ def test_where_drafts_are_right_they_grow_to_the_most_and_where_wrong_they_shrin
 
 
 def test_where_drafts_come_to_nothing_they_become_rare_and_cheap() -> None:
-    lookup = Lookup([5, 6] * 9, 32)
+    lookup = PromptLookup([5, 6] * 9, 32)
     drafted = []
     for _ in range(300):
         drafted.append(len(lookup.draft(99)))
@@ -158,7 +158,7 @@ def write_in_flight(engine: Engine, rows: list[Row], ahead: int = 0) -> list[tup
     return [(row.written, row.finish_reason) for row in rows]
 
 
-class Foretold(Lookup):
+class Foretold(PromptLookup):
     """Drafts that are right; with ``draws``, for a random while, and then not."""
 
     def __init__(self, row: Row, future: list[int], draws: random.Random | None = None) -> None:
@@ -351,7 +351,7 @@ def test_texts_with_and_without_share_a_batcher(writing: Generator) -> None:
         for text, options in cases
     ]
 
-    with Batcher(writing, rows=3) as batcher:
+    with AsyncEngine(writing, rows=3) as batcher:
         requests = [
             batcher.submit(text, GenerationSettings(**options), seed=3) for text, options in cases
         ]

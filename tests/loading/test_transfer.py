@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from plug.checkpoints.transfer import Part, Transfer
 from plug.checkpoints.weights import Place, locate_weights
 from plug.errors import PlugError
+from plug.loading.transfer import Part, Transfer
 
 CPU = torch.device("cpu")
 TENSORS = {
