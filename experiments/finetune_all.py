@@ -207,7 +207,9 @@ def _with_decoder(encoder: Path, shipped: str) -> Path:
     """ENCODER-with-decoder: that encoder under random weights, in the shipped model's shape."""
     import torch
 
-    from plug.checkpoints.store import CONFIG_FILE, find_model_directory, load, save
+    from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+    from plug.loading.load import load
+    from plug.loading.save import save
     from plug.model.configuration import PlugConfig
     from plug.model.plug import Plug
     from plug.tokenization import PlugTokenizer

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from plug.checkpoints.original import export_original, import_original
-from plug.checkpoints.store import load, save
 from plug.cli import main
 from plug.errors import PlugError, UsageError
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer

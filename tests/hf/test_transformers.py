@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import plug
-from plug.checkpoints.store import save
 from plug.errors import PlugError, UsageError
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import BYTE_TOKENS, PlugTokenizer
@@ -914,7 +914,7 @@ def test_the_snippets_of_the_documentation_run(
     plug_model: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(plug_model, tmp_path / "plug-mini-zh", tokenizer=byte_pieces(tmp_path))
-    monkeypatch.setattr("plug.checkpoints.store._ASSETS", tmp_path)
+    monkeypatch.setattr("plug.checkpoints.directory._ASSETS", tmp_path)
     monkeypatch.chdir(tmp_path)
     yours = types.ModuleType("datasets_of_yours")
     yours.pairs = [{"source": "春天", "target": "来"}] * 4  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plug.checkpoints.original import import_original
-from plug.checkpoints.store import load
+from plug.loading.load import load
 from plug.model.plug import Plug
 
 PAD, SEP = 0, 102

@@ -23,7 +23,7 @@ from plug.generation.settings import (
 )
 
 if TYPE_CHECKING:
-    from plug.generation.generate import GenerationResult
+    from plug.generation.generator import GenerationResult
 
 _DEFAULTS = GenerationSettings()
 
@@ -119,8 +119,8 @@ def generate(
 
     from plug.checkpoints.weights import DTYPES
     from plug.distributed.processes import start_processes
-    from plug.generation.generate import Generator
-    from plug.memory import Room
+    from plug.generation.generator import Generator
+    from plug.loading.memory import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     rows = min(batch_size, len(texts)) * settings.num_beams
