@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from plug import __version__
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
+from plug.generation.scheduler import Row, Writer, write
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
-from plug.generation.writer import Row, Writer, write
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, quantize_modules

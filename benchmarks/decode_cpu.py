@@ -27,11 +27,11 @@ from ctranslate2.specs import common_spec, transformer_spec
 from machine import processor
 
 import plug
-from plug.checkpoints.store import find_model_directory
-from plug.generation.engine import Engine
+from plug.checkpoints.directory import find_model_directory
+from plug.generation.model_runner import Engine
+from plug.generation.scheduler import Row, write
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
-from plug.generation.writer import Row, write
 from plug.quantization.convert import quantize_directory
 
 SOURCE, TARGET = 64, 128

@@ -26,9 +26,10 @@ import torch
 from safetensors import safe_open
 
 import plug
-from plug.checkpoints import transfer
-from plug.checkpoints.store import load, weight_shapes, write_configs
+from plug.checkpoints.directory import weight_shapes, write_configs
 from plug.checkpoints.weights import TensorSpec, WeightWriter, weight_files
+from plug.loading import transfer
+from plug.loading.load import load
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 

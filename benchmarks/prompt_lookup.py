@@ -24,7 +24,7 @@ from continuations import PROMPTS
 from machine import processor
 
 import plug
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
 
 Case = tuple[plug.Generator, list[str], dict[str, Any]]
 

@@ -21,9 +21,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from plug.checkpoints import store
+from plug.checkpoints import directory
 from plug.checkpoints.original import export_original
-from plug.checkpoints.store import save
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
@@ -76,7 +76,7 @@ def workplace(
         max_position_embeddings=1024,
     )
     save(Plug(config), tmp_path / "assets" / "plug-mini-zh", tokenizer=tiny_tokenizer)
-    monkeypatch.setattr(store, "_ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(directory, "_ASSETS", tmp_path / "assets")
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)

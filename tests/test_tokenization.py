@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from plug.checkpoints.store import find_model_directory
+from plug.checkpoints.directory import find_model_directory
 from plug.errors import UsageError
 from plug.pretraining.corpus import split_sentences
 from plug.pretraining.vocabulary import ALWAYS_PRESENT, train

@@ -11,33 +11,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from plug.checkpoints.store import load as load
     from plug.errors import PlugError as PlugError
     from plug.errors import UsageError as UsageError
     from plug.finetuning.predict import Predictor as Predictor
     from plug.finetuning.run import finetune as finetune
     from plug.finetuning.settings import FinetuneSettings as FinetuneSettings
-    from plug.generation.generate import GenerationResult as GenerationResult
-    from plug.generation.generate import Generator as Generator
-    from plug.generation.generate import generate as generate
+    from plug.generation.async_engine import AsyncEngine as AsyncEngine
+    from plug.generation.generator import GenerationResult as GenerationResult
+    from plug.generation.generator import Generator as Generator
+    from plug.generation.generator import generate as generate
     from plug.generation.pipeline import pipeline as pipeline
-    from plug.integrations.transformers import (
+    from plug.generation.settings import GenerationSettings as GenerationSettings
+    from plug.hf import (
         PlugForConditionalGeneration as PlugForConditionalGeneration,
     )
-    from plug.integrations.transformers import PlugForMaskedLM as PlugForMaskedLM
-    from plug.integrations.transformers import PlugForPreTraining as PlugForPreTraining
-    from plug.integrations.transformers import (
+    from plug.hf import PlugForMaskedLM as PlugForMaskedLM
+    from plug.hf import PlugForPreTraining as PlugForPreTraining
+    from plug.hf import (
         PlugForQuestionAnswering as PlugForQuestionAnswering,
     )
-    from plug.integrations.transformers import (
+    from plug.hf import (
         PlugForSequenceClassification as PlugForSequenceClassification,
     )
-    from plug.integrations.transformers import (
+    from plug.hf import (
         PlugForTokenClassification as PlugForTokenClassification,
     )
-    from plug.integrations.transformers import PlugModel as PlugModel
-    from plug.integrations.transformers import PlugTransformersConfig as PlugTransformersConfig
-    from plug.generation.settings import GenerationSettings as GenerationSettings
+    from plug.hf import PlugModel as PlugModel
+    from plug.hf import PlugTransformersConfig as PlugTransformersConfig
+    from plug.loading.load import load as load
     from plug.model.configuration import PRESETS as PRESETS
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
@@ -48,32 +49,33 @@ if TYPE_CHECKING:
     from plug.understanding.reader import TextReader as TextReader
 
 _HOMES = {  # public name -> the module it lives in
+    "AsyncEngine": "plug.generation.async_engine",
     "FinetuneSettings": "plug.finetuning.settings",
-    "GenerationResult": "plug.generation.generate",
+    "GenerationResult": "plug.generation.generator",
     "GenerationSettings": "plug.generation.settings",
-    "Generator": "plug.generation.generate",
+    "Generator": "plug.generation.generator",
     "PRESETS": "plug.model.configuration",
     "Plug": "plug.model.plug",
     "PlugConfig": "plug.model.configuration",
     "PlugError": "plug.errors",
-    "PlugForConditionalGeneration": "plug.integrations.transformers",
-    "PlugForMaskedLM": "plug.integrations.transformers",
-    "PlugForPreTraining": "plug.integrations.transformers",
-    "PlugForQuestionAnswering": "plug.integrations.transformers",
-    "PlugForSequenceClassification": "plug.integrations.transformers",
-    "PlugForTokenClassification": "plug.integrations.transformers",
-    "PlugModel": "plug.integrations.transformers",
+    "PlugForConditionalGeneration": "plug.hf",
+    "PlugForMaskedLM": "plug.hf",
+    "PlugForPreTraining": "plug.hf",
+    "PlugForQuestionAnswering": "plug.hf",
+    "PlugForSequenceClassification": "plug.hf",
+    "PlugForTokenClassification": "plug.hf",
+    "PlugModel": "plug.hf",
     "Predictor": "plug.finetuning.predict",
     "PlugTokenizer": "plug.tokenization",
-    "PlugTransformersConfig": "plug.integrations.transformers",
+    "PlugTransformersConfig": "plug.hf",
     "TextReader": "plug.understanding.reader",
     "UsageError": "plug.errors",
     "classify": "plug.understanding.classify",
     "embed": "plug.understanding.embed",
     "fill_mask": "plug.understanding.fill_mask",
     "finetune": "plug.finetuning.run",
-    "generate": "plug.generation.generate",
-    "load": "plug.checkpoints.store",
+    "generate": "plug.generation.generator",
+    "load": "plug.loading.load",
     "pipeline": "plug.generation.pipeline",
 }
 

@@ -14,9 +14,10 @@ import torch
 
 from plug.checkpoints.original import export_original
 from plug.checkpoints.original_cache import RECORD_FILE, converted
-from plug.checkpoints.store import load, save
 from plug.checkpoints.weights import SINGLE_FILE
 from plug.errors import PlugError, UsageError
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.plug import Plug
 
 Contents = Callable[[Path], dict[str, bytes]]

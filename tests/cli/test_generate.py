@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from plug.checkpoints.store import save
 from plug.cli import main
-from plug.generation import lookup
-from plug.generation.generate import generate
+from plug.generation import prompt_lookup as lookup
+from plug.generation.generator import generate
+from plug.loading.save import save
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from plug.checkpoints.store import load
+from plug.loading.load import load
 from plug.pretraining.tokens import read_tokens
 from plug.tokenization import PlugTokenizer
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plug.checkpoints.store import load, save
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import scheme_of

@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("worker.py")
 def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """`run_together(2, "write", …)`: what each of two processes answers (see `worker.py`)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["plug.generation.generate"])  # imported once for all
+    context.set_forkserver_preload(["plug.generation.generator"])  # imported once for all
 
     def run(count: int, function: str, **options: Any) -> list[Any]:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from plug.generation.generate import generate
+from plug.generation.generator import generate
 
 Run = Callable[..., list[Any]]
 

@@ -30,7 +30,7 @@ def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) 
         held = sum(x.untyped_storage().nbytes() for x in [*share.parameters(), *share.buffers()])
         generator = plug.Generator(model, processes=processes)
         if fused:
-            from plug.generation.fused import FusedModel
+            from plug.generation.fused_model import FusedModel
 
             generator.engine._model = FusedModel(share)
         written = {
@@ -44,7 +44,7 @@ def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, 
     """Run `plug`: exit status, standard output and standard error."""
     from plug.cli import main
     from plug.errors import PlugError
-    from plug.generation.engine import Engine
+    from plug.generation.model_runner import Engine
 
     if failing_rank == int(os.environ["RANK"]):
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from plug.checkpoints.store import save
 from plug.finetuning.settings import FinetuneSettings
+from plug.loading.save import save
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer

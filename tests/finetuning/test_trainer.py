@@ -26,7 +26,7 @@ from plug.finetuning.trainer import (
     moved_uphill,
     symmetric_divergence,
 )
-from plug.integrations.transformers.base import IGNORE_INDEX, cross_entropy
+from plug.hf.base import IGNORE_INDEX, cross_entropy
 from plug.model.configuration import PlugConfig
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from plug.checkpoints.original import import_original
-from plug.checkpoints.store import load
-from plug.generation.engine import Engine
-from plug.generation.generate import Generator
+from plug.generation.generator import Generator
+from plug.generation.model_runner import Engine
+from plug.loading.load import load
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plug.generation.beam import Hypothesis, beam_search
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
 from plug.model.plug import Plug
 
 SOURCES = [[2, 9, 8, 7, 6, 5, 3], [2, 200, 3], [2, 30, 31, 32, 3], [2, 77, 70, 3]]

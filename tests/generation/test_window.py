@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from plug.errors import UsageError
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
+from plug.generation.scheduler import Row, write
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import OriginalRules, PlugRules, Rules, window_length
-from plug.generation.writer import Row, write
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, original_text, replace_original_punctuation

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from plug.checkpoints.original import export_original
-from plug.checkpoints.store import save
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 

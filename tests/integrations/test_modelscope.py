@@ -33,8 +33,8 @@ with warnings.catch_warnings():
 
     import plug.integrations.modelscope as integration
 import plug
+from plug.checkpoints.directory import find_model_directory
 from plug.checkpoints.original import import_original
-from plug.checkpoints.store import find_model_directory
 from plug.errors import PlugError, UsageError
 from plug.integrations.modelscope.__main__ import main
 

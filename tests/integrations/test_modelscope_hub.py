@@ -13,7 +13,8 @@ import torch
 
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.original import export_original
-from plug.checkpoints.store import load, save
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 

@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
     import plug.integrations.modelscope
 import plug
-from plug.checkpoints.store import find_model_directory
+from plug.checkpoints.directory import find_model_directory
 from plug.errors import UsageError
 from plug.finetuning.run import finetune
 

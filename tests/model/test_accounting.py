@@ -132,27 +132,3 @@ def test_an_encoder_alone_writes_nothing() -> None:
     assert accounting.step_weights(ENCODER_ALONE) == 0
     assert accounting.step_flops(ENCODER_ALONE, 512, 64) == 0
     assert accounting.cache_bytes(ENCODER_ALONE) == 0
-
-
-def test_what_writing_needs_is_made_of_weights_caches_and_workspace() -> None:
-    """27B, 32 texts: the caches are spec section 7's 196,608 bytes a token."""
-    config = PRESETS["27b"]
-    one, many = (
-        accounting.generation_need(
-            config, weights=7, batch_size=size, source_length=512, capacity=128
-        )
-        for size in (1, 32)
-    )
-    assert (one.weights, one.caches) == (7, 196_608 * 640)
-    assert many.caches == 32 * one.caches
-    inside = 16384 * (6 * 8192 + 2 * 32768) * 2  # 32 sources fill what is encoded at once
-    assert inside < many.workspace < inside + 5e9
-    assert one.total == one.weights + one.caches + one.workspace
-
-
-def test_the_resident_share_is_all_but_the_encoder_s_layers_but_three() -> None:
-    model = on_meta(PRESETS["27b"])
-    layers = sum(p.numel() for p in parameters_of(*model.encoder.layers))
-    everything = sum(p.numel() for p in model.parameters())
-    expected = 1 - layers * 21 / 24 / everything
-    assert accounting.resident_share(model.config) == pytest.approx(expected)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import plug.pretraining.run as run_module
-from plug.checkpoints.store import load
 from plug.errors import PlugError, UsageError
+from plug.loading.load import load
 from plug.pretraining.batches import StructBertBatches
 from plug.pretraining.record import FIELDS, Record, read_rows
 from plug.pretraining.run import pretrain

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import plug
 from plug.checkpoints.original import export_original, import_original
-from plug.checkpoints.store import load, save
 from plug.errors import PlugError, UsageError
-from plug.generation.generate import generate
+from plug.generation.generator import generate
+from plug.loading.load import load
+from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory

@@ -17,6 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from plug.checkpoints import original_layout as layout
+from plug.checkpoints.directory import (
+    CONFIG_FILE,
+    find_model_directory,
+    refuse_quantized,
+    refuse_used,
+    replace_directory,
+    write_configs,
+)
 from plug.checkpoints.original_shards import (
     SHARD_FILE,
     check_shards,
@@ -25,14 +33,6 @@ from plug.checkpoints.original_shards import (
     find_shards,
     open_shard,
     write_shard,
-)
-from plug.checkpoints.store import (
-    CONFIG_FILE,
-    find_model_directory,
-    refuse_quantized,
-    refuse_used,
-    replace_directory,
-    write_configs,
 )
 from plug.checkpoints.weights import (
     Region,

@@ -19,9 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from plug.checkpoints.directory import CONFIG_FILE
 from plug.checkpoints.original import Progress, import_original
 from plug.checkpoints.original_shards import find_shards
-from plug.checkpoints.store import CONFIG_FILE
 from plug.checkpoints.weights import write_json
 from plug.errors import PlugError, UsageError
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from plug.checkpoints.store import weight_shapes
+from plug.checkpoints.directory import weight_shapes
 from plug.checkpoints.weights import Region
 from plug.errors import UsageError
 from plug.model.configuration import BOOKKEEPING_KEYS, PlugConfig

@@ -99,9 +99,7 @@ def _run() -> int:
     except PlugError as error:
         return _say(str(error), error.exit_code)
     except WrongUsage as error:
-        if (
-            type(error).__name__ == "NoArgsIsHelpError"
-        ):  # a group alone: this is its help
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group alone: this is its help
             print(error)
             return 2
         return _say(in_chinese(error), 2)

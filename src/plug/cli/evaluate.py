@@ -45,10 +45,11 @@ def lm(
     """续写能力：每词元、每字的负对数似然（奈特）。文件名去掉 -00 一类编号即领域名。"""
     from itertools import chain, islice
 
-    from plug.checkpoints.store import find_model_directory, load
+    from plug.checkpoints.directory import find_model_directory
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
     from plug.evaluation.language_model import evaluate_language_model
+    from plug.loading.load import load
     from plug.pretraining.corpus import domain_name, expand_paths, read_documents
     from plug.tokenization import PlugTokenizer
 

@@ -17,7 +17,7 @@ from plug.errors import UsageError
 from plug.generation.settings import WINDOW, GenerationSettings
 
 if TYPE_CHECKING:
-    from plug.generation.generate import GenerationResult
+    from plug.generation.generator import GenerationResult
 
 
 @options_from(GenerationSettings)
@@ -59,8 +59,8 @@ def generate(
 
     from plug.checkpoints.weights import DTYPES
     from plug.distributed.processes import start_processes
-    from plug.generation.generate import Generator
-    from plug.memory import Room
+    from plug.generation.generator import Generator
+    from plug.loading.memory import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     rows = min(batch_size, len(texts)) * settings.num_beams

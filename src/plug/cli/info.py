@@ -40,7 +40,7 @@ def _find_config(model: str) -> PlugConfig:
 
     if model in PRESETS:
         return PRESETS[model]
-    from plug.checkpoints.store import find_model_directory
+    from plug.checkpoints.directory import find_model_directory
 
     return PlugConfig.from_file(find_model_directory(model) / "config.json")
 
@@ -59,11 +59,12 @@ def _length(option: str, asked: int | None, default: int, config: PlugConfig) ->
 def _costs(
     config: PlugConfig, source_length: int, position: int, batch_size: int
 ) -> dict[str, Any]:
+    from plug.loading.memory import generation_need
     from plug.model import accounting
 
     sizes = accounting.total(config).bytes()
     needs = {
-        name: accounting.generation_need(
+        name: generation_need(
             config,
             weights=size,
             batch_size=batch_size,

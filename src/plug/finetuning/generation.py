@@ -14,9 +14,9 @@ from plug.evaluation.question_generation import score_generation
 from plug.evaluation.report import Evaluation, Table, histogram_plot
 from plug.finetuning.kind import SAMPLES, Features, Kind, OnProgress, exactly
 from plug.finetuning.readers import SEPARATOR, GenerationExample
-from plug.generation.generate import Generator
+from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
-from plug.integrations.transformers import PlugForConditionalGeneration
+from plug.hf import PlugForConditionalGeneration
 from plug.model.plug import Plug
 
 TokenIds = tuple[int, ...]

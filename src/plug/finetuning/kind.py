@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from plug import hf as classes
 from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Evaluation
 from plug.finetuning.tasks import KindName
-from plug.integrations import transformers as classes
 from plug.tokenization import PlugTokenizer
 
 Features = dict[str, Any]  # arguments of a model's forward: id lists, or one number an example

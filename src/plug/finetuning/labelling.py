@@ -13,7 +13,7 @@ from plug.errors import UsageError
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
 from plug.finetuning.readers import OUTSIDE, LabellingExample
-from plug.integrations.transformers import IGNORE_INDEX
+from plug.hf import IGNORE_INDEX
 
 Tags = tuple[str, ...]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.store import find_model_directory
+from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.finetuning.kind import Kind, OnProgress, make_kind

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plug.integrations.transformers  # noqa: F401 (first: it says what to install)
+import plug.hf  # noqa: F401 (first: it says what to install)
 
 # isort: split
 
@@ -34,8 +34,8 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_torch_tf32_available
 
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.checkpoints.hub import write_finetuned_configuration
-from plug.checkpoints.store import CONFIG_FILE, find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from plug.errors import PlugError
 from plug.finetuning.settings import FinetuneSettings
-from plug.integrations.transformers.base import IGNORE_INDEX, cross_entropy
+from plug.hf.base import IGNORE_INDEX, cross_entropy
 
 
 class FinetuneTrainer(Trainer):

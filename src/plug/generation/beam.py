@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plug.generation.engine import Engine
+from plug.generation.model_runner import Engine
 
 Allow = Callable[[Tensor, Tensor], Tensor]
 

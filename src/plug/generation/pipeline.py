@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plug.errors import UsageError
-from plug.generation.generate import Generator, generate
+from plug.generation.generator import Generator, generate
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 

@@ -1,8 +1,7 @@
 """Windows and rules: what the encoder reads, what may be written, when a text ends.
 
 A window is a stretch of text decoded from one encoding: when it is full, what was written joins
-the source, the encoder reads again, and the decoder starts afresh from [CLS]. `writer.py` has the
-loop.
+the source, the encoder reads again, and the decoder starts afresh from [CLS].
 """
 
 from __future__ import annotations

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from plug.checkpoints.hub import CONFIGURATION_FILE
-from plug.checkpoints.original import Progress, import_original
-from plug.checkpoints.store import (
+from plug.checkpoints.directory import (
     CONFIG_FILE,
     find_model_directory,
     is_original,
     refuse_used,
     replace_directory,
 )
+from plug.checkpoints.hub import CONFIGURATION_FILE
+from plug.checkpoints.original import Progress, import_original
 from plug.checkpoints.weights import write_json
 from plug.errors import PlugError, UsageError
 from plug.finetuning.settings import FinetuneSettings

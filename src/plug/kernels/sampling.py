@@ -76,7 +76,7 @@ def keep(
     unknown: int,
     last: int,
 ) -> tuple[Tensor, Tensor]:
-    """What a choice changes for the next step, as `plug.generation.writer.Writer` has it.
+    """What a choice changes for the next step, as `plug.generation.scheduler.Writer` has it.
 
     Args:
         chosen: (rows,) ids.

@@ -13,9 +13,6 @@ from plug.model.configuration import PlugConfig
 
 INT4_GROUP = 128  # weights along a row that share one scale and one zero point
 NUM_SENTENCE_CLASSES = 3
-TOKENS_AT_ONCE = 16384  # of sources, encoded together at most
-STREAMED_AT_ONCE = 3  # layers that come when needed: the last one, the one at work, the next
-OVERHEAD_BYTES = 512 * 2**20  # libraries' own memory, CUDA graphs, what no allocator can use
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,8 @@ def _linear(inputs: int, outputs: int) -> Part:
     return Part(((outputs, inputs),), outputs)
 
 
-def _layer(config: PlugConfig, attentions: int) -> Part:
+def layer(config: PlugConfig, attentions: int) -> Part:
+    """One layer: of the encoder with 1 attention, of the decoder with 2."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     norm = Part(others=2 * hidden)
     attention = norm + _linear(hidden, hidden) * 4
@@ -74,11 +72,11 @@ def parts(config: PlugConfig) -> dict[str, Part]:
     hidden, vocabulary = config.hidden_size, config.vocab_size
     norm = Part(others=2 * hidden)
     tables = (config.max_position_embeddings + config.type_vocab_size) * hidden
-    decoder = _layer(config, attentions=2) * config.num_decoder_layers + norm
+    decoder = layer(config, attentions=2) * config.num_decoder_layers + norm
     mlm_head = _linear(hidden, hidden) + norm + Part(others=vocabulary)
     return {
         "embeddings": Part(((vocabulary, hidden),), tables) + norm,
-        "encoder": _layer(config, attentions=1) * config.num_hidden_layers + norm,
+        "encoder": layer(config, attentions=1) * config.num_hidden_layers + norm,
         "decoder": decoder if config.num_decoder_layers else Part(),
         "heads": mlm_head + _linear(hidden, NUM_SENTENCE_CLASSES),
     }
@@ -136,64 +134,3 @@ def step_flops(config: PlugConfig, source_length: int, position: int) -> int:
 def cache_bytes(config: PlugConfig, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values kept for one token, in self- or in cross-attention: 2 D h values."""
     return 2 * config.num_decoder_layers * config.hidden_size * bytes_per_value
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes that writing needs on a device."""
-
-    weights: int
-    caches: int
-    workspace: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.caches + self.workspace
-
-
-def generation_need(
-    config: PlugConfig,
-    *,
-    weights: int,
-    batch_size: int,
-    source_length: int,
-    capacity: int,
-    bytes_per_value: int = 2,
-) -> Need:
-    """What writing takes, an upper estimate of the peak.
-
-    The workspace is the sum of: an encoder layer's inside, (6 h + 2 f) values a token of
-    the `TOKENS_AT_ONCE` at most; cross-attention keys and values before the cache has them; one
-    unpacked weight, h f; four copies of the logits in float32; `OVERHEAD_BYTES`.
-
-    Args:
-        config: the shape.
-        weights: their bytes, as they are kept.
-        batch_size: texts written together.
-        source_length: tokens of a source.
-        capacity: tokens of a window.
-        bytes_per_value: of activations and caches.
-    """
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    token = cache_bytes(config, bytes_per_value)
-    tokens = min(batch_size * source_length, TOKENS_AT_ONCE)
-    inside = (6 * hidden + 2 * intermediate) * tokens * bytes_per_value
-    unpacked = hidden * intermediate * bytes_per_value
-    logits = 4 * batch_size * config.vocab_size * 4
-    return Need(
-        weights=weights,
-        caches=batch_size * (source_length + capacity) * token,
-        workspace=inside + batch_size * source_length * token + unpacked + logits + OVERHEAD_BYTES,
-    )
-
-
-def resident_share(config: PlugConfig) -> float:
-    """Part of the parameters that a device map keeps on the device at least.
-
-    All but the encoder's layers, and `STREAMED_AT_ONCE` of those.
-    """
-    by_part = {name: part.parameters for name, part in parts(config).items()}
-    layers = _layer(config, attentions=1).parameters * max(
-        0, config.num_hidden_layers - STREAMED_AT_ONCE
-    )
-    return 1 - layers / sum(by_part.values())

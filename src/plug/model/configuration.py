@@ -130,12 +130,7 @@ class PlugConfig:
         Raises:
             UsageError: the file is not a JSON object, or not a PLUG config.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} 不是有效的 JSON：{error}。") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{path} 应是一个 JSON 对象。")
+        values = read_config_file(path)
         try:
             return cls.from_dict(values)
         except UsageError as error:
@@ -143,6 +138,21 @@ class PlugConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The keys and values of a `config.json`, unchecked.
+
+    Raises:
+        UsageError: the file is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} 不是有效的 JSON：{error}。") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} 应是一个 JSON 对象。")
+    return values
 
 
 _MINI_IDS = {

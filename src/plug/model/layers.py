@@ -15,7 +15,7 @@ KeyValue = tuple[Tensor, Tensor]  # each (batch, heads, positions, head_dim)
 
 
 class KeyValueCache(Protocol):
-    """What a decoder layer needs of a cache; `plug.generation.cache` has ours."""
+    """What a decoder layer needs of a cache; `plug.generation.kv_cache` has ours."""
 
     def update(self, key: Tensor, value: Tensor, layer_index: int) -> KeyValue:
         """Add new positions of one layer's self-attention; all of its keys and values so far."""

@@ -1,7 +1,7 @@
 """PLUG: a StructBERT encoder, a PALM decoder on top of it, and the heads. Plain PyTorch.
 
 `Plug` is single-device mathematics. Caches, compiled decoding, shards and training loops are
-applied from outside; `plug.load` (in `plug.checkpoints.store`) makes one from a directory.
+applied from outside; `plug.load` (in `plug.checkpoints.directory`) makes one from a directory.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ class Decoder(nn.Module):
 class PlugParts(nn.Module):
     """The parts of a model by name, and what can be asked of them.
 
-    `Plug` holds them; so do the classes of `plug.integrations.transformers`, under the same
-    parameter names.
+    `Plug` holds them; so do the classes of `plug.hf`, under the same parameter names.
     """
 
     embeddings: Embeddings

@@ -22,17 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from plug.checkpoints.store import (
-    find_model_directory,
-    load,
-    refuse_quantized,
-    replace_directory,
-    save,
-    write_model,
-)
+from plug.checkpoints.directory import find_model_directory, refuse_quantized, replace_directory
 from plug.checkpoints.weights import save_pickle
 from plug.distributed.processes import Processes, start_processes
 from plug.errors import PlugError, UsageError
+from plug.loading.load import load
+from plug.loading.save import save, write_model
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining import losses as loss_functions

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plug.checkpoints.original import OriginalReader
-from plug.checkpoints.store import (
+from plug.checkpoints.directory import (
     CONFIG_FILE,
     find_model_directory,
     is_original,
@@ -19,6 +18,7 @@ from plug.checkpoints.store import (
     weight_shapes,
     write_configs,
 )
+from plug.checkpoints.original import OriginalReader
 from plug.checkpoints.weights import TensorSpec, WeightWriter, locate_weights, map_tensors
 from plug.errors import PlugError
 from plug.model.configuration import PlugConfig
@@ -85,7 +85,7 @@ def quantize_directory(
                     writer.write(own, value)
                     done += specs[own].num_bytes
                 progress(done, total)
-        write_configs(temporary, config, specs, scheme)
+        write_configs(temporary, config, specs, scheme.to_dict())
         if tokenizer is not None:
             tokenizer.save(temporary)
     return notes

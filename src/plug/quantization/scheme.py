@@ -140,6 +140,11 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return halves.unflatten(1, (-1, 8))[..., places].flatten(1)
 
 
+def is_quantized(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of this name and dtype is a part of a quantised weight."""
+    return not dtype.is_floating_point or name.endswith((".scale", ".center"))
+
+
 def read_scheme(config_file: Path) -> Scheme | None:
     """What a `config.json` that was checked before says; None where weights are plain.
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plug.checkpoints.store import find_model_directory, load
+from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
 from plug.errors import UsageError
+from plug.loading.load import load
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 

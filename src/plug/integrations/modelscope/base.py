@@ -11,9 +11,9 @@ from modelscope.msdatasets import MsDataset
 from modelscope.pipelines.base import Pipeline
 from modelscope.utils.config import Config
 
+from plug.checkpoints.directory import find_model_directory, is_original
 from plug.checkpoints.hub import CONFIGURATION_FILE
 from plug.checkpoints.original_cache import converted
-from plug.checkpoints.store import find_model_directory, is_original
 from plug.cli.progress import byte_counter
 from plug.errors import PlugError, UsageError
 

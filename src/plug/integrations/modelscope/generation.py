@@ -14,7 +14,7 @@ from modelscope.pipelines.builder import PIPELINES
 
 from plug.checkpoints.weights import DTYPES
 from plug.errors import UsageError
-from plug.generation.generate import GenerationResult, Generator, OnText
+from plug.generation.generator import GenerationResult, Generator, OnText
 from plug.generation.settings import GenerationSettings
 from plug.integrations.modelscope.base import PlugPipeline, device_of
 from plug.integrations.modelscope_hub import RUN_FILE

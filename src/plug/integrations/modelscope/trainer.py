@@ -16,7 +16,7 @@ from modelscope.trainers.base import BaseTrainer
 from modelscope.trainers.builder import TRAINERS
 from modelscope.utils.config import Config
 
-from plug.checkpoints.store import CONFIG_FILE
+from plug.checkpoints.directory import CONFIG_FILE
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.finetuning.kind import make_kind

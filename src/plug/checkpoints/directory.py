@@ -1,0 +1,181 @@
+"""Model directories as files: find one, write its configs, and replace one without ever losing it.
+
+A directory holds `config.json`, `generation_config.json`, `model*.safetensors` and tokenizer
+files; `transformers` loads it too. `plug.loading` turns one into a model and back. The original's
+checkpoints are in `original.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from plug.checkpoints.hub import write_pretrained_configuration
+from plug.checkpoints.weights import TensorSpec, write_json
+from plug.errors import PlugError, UsageError
+from plug.model.configuration import PlugConfig, read_config_file
+
+SHIPPED_MODEL = "plug-mini-zh"
+CONFIG_FILE = "config.json"
+_ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def find_model_directory(name_or_path: str | Path | None = None) -> Path:
+    """The directory of a model: None or "plug-mini-zh" is the one that ships with the package.
+
+    Raises:
+        UsageError: there is no such directory, it is empty, or it holds something else.
+    """
+    if name_or_path is None or str(name_or_path) == SHIPPED_MODEL:
+        directory = _ASSETS / SHIPPED_MODEL
+        if not directory.is_dir():
+            raise UsageError(
+                f"安装包里没有随附的模型 {SHIPPED_MODEL}。请重新安装 plug-zh，或用目录指定模型。"
+            )
+    else:
+        directory = Path(name_or_path).expanduser()
+    if not directory.exists():
+        raise UsageError(
+            f"找不到模型 {name_or_path}：它不是目录，也不是随附模型的名字 {SHIPPED_MODEL}。"
+        )
+    if not directory.is_dir():
+        raise UsageError(f"模型 {directory} 应是目录，却是文件。请给出它所在的目录。")
+    if not any(directory.iterdir()):
+        raise UsageError(f"模型目录 {directory} 是空的。请检查路径，或重新取得模型。")
+    if is_original(directory):
+        raise UsageError(
+            f"{directory} 是原版 PLUG 的权重。请先转换：plug convert --from {directory} --to 新目录"
+        )
+    if not (directory / CONFIG_FILE).is_file():
+        raise UsageError(f"{directory} 里没有 {CONFIG_FILE}，不是 PLUG 模型目录。")
+    PlugConfig.from_file(directory / CONFIG_FILE)
+    return directory
+
+
+def is_original(directory: Path) -> bool:
+    """Whether it holds the original's shards."""
+    return any(directory.glob("model/mp_rank_*_model_states.pt"))
+
+
+def refuse_quantized(directory: Path) -> None:
+    """Raise a `UsageError` where a directory's weights are integers, and floats are needed."""
+    if read_config_file(directory / CONFIG_FILE).get("quantization") is not None:
+        raise UsageError(f"{directory} 是量化过的，只能用来写作和评测。请改用量化之前的模型。")
+
+
+def refuse_used(target: Path) -> None:
+    """Raise a `UsageError` unless ``target`` is free to be written."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} 已经存在，不会覆盖。请换一个目录，或先删去它。")
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that a model directory must hold."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def write_configs(
+    directory: Path,
+    config: PlugConfig,
+    specs: dict[str, TensorSpec],
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `config.json`, ModelScope's `configuration.json` and the defaults of generation.
+
+    Args:
+        directory: exists.
+        config: of the model.
+        specs: of its tensors; the floating dtype with the most bytes is named in `config.json`.
+        quantization: what `config.json` says of quantised layers; None where there are none.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        if spec.dtype.is_floating_point:
+            sizes[spec.dtype] += spec.num_bytes
+    bookkeeping: dict[str, Any] = {
+        "model_type": "plug",
+        "architectures": ["PlugForPreTraining"],
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": True,
+        "dtype": str(sizes.most_common(1)[0][0]).removeprefix("torch."),
+    }
+    if quantization is not None:
+        bookkeeping["quantization"] = quantization
+    write_json(directory / CONFIG_FILE, bookkeeping | config.to_dict())
+    defaults = generation_defaults(config)
+    if config.num_decoder_layers:
+        write_json(directory / "generation_config.json", defaults)
+    sampling = {name: defaults[name] for name in ("temperature", "top_k")}
+    write_pretrained_configuration(directory, config, sampling)
+
+
+def generation_defaults(config: PlugConfig) -> dict[str, Any]:
+    """The sampling that models are saved with, in the names of transformers' GenerationConfig.
+
+    Source: the original's `configuration.json` (temperature 0.9, top_k 20, no top_p).
+    """
+    return {
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.1,
+        "max_new_tokens": 256,
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+@contextlib.contextmanager
+def replace_directory(directory: str | Path) -> Iterator[Path]:
+    """A new directory beside ``directory`` to fill, which takes its place when the block ends well.
+
+    If the block fails, the new one is removed and the old one is as it was. An old directory must
+    be empty or hold a `config.json`: nothing but a model or a checkpoint is ever replaced.
+
+    Raises:
+        UsageError: ``directory`` is a file, or holds something else.
+        PlugError: the disk is full, or cannot be written.
+    """
+    target = Path(directory).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} 是一个文件，不能写成目录。请换一个路径。")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).is_file():
+        raise UsageError(f"目录 {target} 里有别的东西，不会覆盖。请换一个目录。")
+    temporary, old = (
+        target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "old")
+    )
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync(temporary)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise PlugError(
+            f"没能写入 {target}：{error.strerror or error}。原有内容没有改动；"
+            "请检查磁盘空间和权限后重试。"
+        ) from error
+    finally:
+        if old.exists() and not target.exists():  # stopped between the two renames
+            old.rename(target)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,262 @@
+"""`FusedModel`: encoding and decoding by the kernels of `plug.kernels`, in half precision on CUDA.
+
+The mathematics is that of `plug.model.layers`; what differs is how often memory is touched. A
+decoding step at batch 1 does nothing but read the weights, so each kernel between two products
+counts: queries, keys and values come from one product, a residual sum and the norm after it are one
+kernel, attention reads each row's own length. Sources of any lengths are read as one run of
+tokens, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plug.distributed.tensor_parallel import (
+    RowParallelLinear,
+    all_reduce,
+    gather_logits,
+    vocabulary_shard,
+)
+from plug.generation.kv_cache import DecoderCache
+from plug.generation.plain_model import attended
+from plug.kernels.attention import append_and_attend, attend
+from plug.kernels.packed_linear import PackedLinear
+from plug.kernels.rows import add_norm, embed
+from plug.loading.memory import TOKENS_AT_ONCE
+from plug.loading.offload import StreamedLayers
+from plug.model.attention import Attention
+from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
+from plug.model.plug import Plug
+from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.scheme import Scheme
+
+
+class FusedModel:
+    """Encoding and decoding for an `Engine`; in place of `PlainModel`.
+
+    Args:
+        model: with a decoder, in float16 or bfloat16 (and integers), on CUDA. Its weights are
+            stacked and, with 8 bits, the encoder's become FP8.
+    """
+
+    def __init__(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        config = model.config
+        self._device = model.embeddings.word_embeddings.weight.device
+        self._pad = config.pad_token_id
+        self._head_dim = config.head_dim
+        keys = cast(DecoderLayer, model.decoder.layers[0]).self_attention.k_proj.bias
+        self._heads = len(keys) // self._head_dim  # of this process
+        self._embeddings = model.embeddings
+        layers = model.encoder.layers
+        self._encoder_layers: Iterable[_EncoderLayer] = (
+            layers.each(_EncoderLayer)
+            if isinstance(layers, StreamedLayers)
+            else [_EncoderLayer(layer) for layer in layers]
+        )
+        self._encoder_norms = [model.encoder.final_norm] * model.encoder.final_norm_passes
+        self._decoder_layers = [
+            _DecoderLayer(cast(DecoderLayer, layer)) for layer in model.decoder.layers
+        ]
+        self._decoder_norm = model.decoder.final_norm
+        self._head = _head(model)
+        self._logits = gather_logits(model, self._head)
+        steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
+        for weight, following in pairwise([*steps, self._head, steps[0]]):
+            weight.comes_before(following)
+        self.granularity = None
+
+    # --- sources ----------------------------------------------------------------------------------
+
+    def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+        """As `PlainModel.encode`."""
+        found: list[list[KeyValue]] = []
+        group: list[Sequence[int]] = []
+        for source in [*sources, None]:
+            if group and (source is None or sum(map(len, group)) + len(source) > TOKENS_AT_ONCE):
+                found += self._encode_together(group)
+                group = []
+            if source is not None:
+                group.append(source)
+        return found
+
+    def read(self, sources: Sequence[Sequence[int]]) -> Tensor:
+        """The encoder's output for one source after the other, (tokens, hidden)."""
+        lengths = map(len, sources)
+        token_ids = torch.tensor([i for source in sources for i in source], device=self._device)
+        positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])
+        hidden = embed(token_ids, positions, self._embeddings)
+        delta = None
+        for layer in self._encoder_layers:
+            hidden, normalized = add_norm(hidden, delta, layer.attention_norm)
+            context = self._attend_sources(layer.query_key_value(normalized), sources)
+            hidden, normalized = add_norm(hidden, layer.out(context), layer.feed_forward_norm)
+            delta = layer.fc2.after(layer.fc1, normalized)
+        for norm in self._encoder_norms:
+            _, hidden = add_norm(hidden, delta, norm)
+            delta = None
+        return hidden
+
+    def _encode_together(self, sources: list[Sequence[int]]) -> list[list[KeyValue]]:
+        hidden = self.read(sources)
+        lengths = [len(source) for source in sources]
+        found: list[list[KeyValue]] = [[] for _ in sources]
+        kept = [attended(source, self._pad) for source in sources]
+        for decoder_layer in self._decoder_layers:
+            projected = decoder_layer.source_key_value(hidden)
+            shaped = projected.view(-1, 2, self._heads, self._head_dim).permute(1, 2, 0, 3)
+            for index, part in enumerate(shaped.split(lengths, 2)):
+                key, value = part[:, :, kept[index]].unbind(0)
+                found[index].append((key, value))
+        return found
+
+    def _attend_sources(self, query_key_value: Tensor, sources: Sequence[Sequence[int]]) -> Tensor:
+        """Each source attends to itself: (tokens, 3 * hidden) to (tokens, hidden)."""
+        shaped = query_key_value.view(-1, 3, self._heads, self._head_dim)
+        contexts, first = [], 0
+        # Neighbours of one length and without padding ids share a call.
+        for (length, hides), run in groupby(sources, lambda s: (len(s), self._pad in s)):
+            same = list(run)
+            tokens = shaped[first : first + length * len(same)]
+            first += length * len(same)
+            query, key, value = tokens.view(-1, length, *shaped.shape[1:]).permute(2, 0, 3, 1, 4)
+            mask = None
+            if hides:
+                ids = torch.tensor(same, device=self._device)
+                mask = (ids != self._pad)[:, None, None, :]
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            contexts.append(context.transpose(1, 2).reshape(-1, self._heads * self._head_dim))
+        return _joined(contexts)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `PlainModel.decode`."""
+        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+
+    def decode_several(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        length: int,  # noqa: ARG002  # each row's own counts
+        cache: DecoderCache,
+    ) -> Tensor:
+        """As `PlainModel.decode_several`.
+
+        All tokens share each product. Attention takes the rows' first tokens, then their second
+        ones, …: each joins the caches before the next attends.
+        """
+        rows = len(token_ids)
+        columns = positions.t().contiguous()
+        hidden = embed(token_ids.t().contiguous().view(-1), columns.view(-1), self._embeddings)
+        delta = None
+        for index, layer in enumerate(self._decoder_layers):
+            hidden, normalized = add_norm(hidden, delta, layer.self_attention_norm)
+            query_key_value = layer.query_key_value(normalized)
+            keys, values = cache.own[index]
+            context = _joined(
+                append_and_attend(new, keys, values, where)
+                for new, where in zip(query_key_value.split(rows), columns, strict=True)
+            )
+            hidden, normalized = add_norm(hidden, layer.out(context), layer.cross_attention_norm)
+            query = layer.source_query(normalized)
+            keys, values = cache.sources[index]
+            context = _joined(
+                attend(part, keys, values, cache.source_lengths) for part in query.split(rows)
+            )
+            hidden, normalized = add_norm(
+                hidden, layer.source_out(context), layer.feed_forward_norm
+            )
+            delta = layer.fc2.after(layer.fc1, normalized)
+        _, hidden = add_norm(hidden, delta, self._decoder_norm)
+        logits = self._logits(hidden, wide=True)
+        return logits.view(-1, rows, logits.shape[1]).transpose(0, 1)
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    contexts = list(parts)
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+class _EncoderLayer:
+    def __init__(self, module: nn.Module) -> None:
+        layer = cast(EncoderLayer, module)
+        self.attention_norm = layer.attention_norm
+        self.query_key_value = _query_key_value(layer.attention, for_sources=True)
+        self.out = _summed(layer.attention.out_proj, for_sources=True)
+        self.feed_forward_norm = layer.feed_forward_norm
+        self.fc1, self.fc2 = _feed_forward(layer.feed_forward, for_sources=True)
+
+
+class _DecoderLayer:
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.self_attention_norm = layer.self_attention_norm
+        self.query_key_value = _query_key_value(layer.self_attention)
+        self.out = _summed(layer.self_attention.out_proj)
+        self.cross_attention_norm = layer.cross_attention_norm
+        cross = layer.cross_attention
+        self.source_query = PackedLinear(cross.q_proj)
+        self.source_key_value = PackedLinear(cross.k_proj, cross.v_proj, for_sources=True)
+        self.source_out = _summed(cross.out_proj)
+        self.feed_forward_norm = layer.feed_forward_norm
+        self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
+        self.in_a_step = [self.query_key_value, self.out, self.source_query, self.source_out]
+        self.in_a_step += [self.fc1, self.fc2]
+
+
+def _query_key_value(attention: Attention, *, for_sources: bool = False) -> PackedLinear:
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    return PackedLinear(*layers, for_sources=for_sources)
+
+
+def _feed_forward(
+    part: FeedForward, *, for_sources: bool = False
+) -> tuple[PackedLinear, PackedLinear]:
+    return PackedLinear(part.fc1, for_sources=for_sources), _summed(
+        part.fc2, for_sources=for_sources
+    )
+
+
+class _RowParallelLinear(PackedLinear):
+    """A layer parted by inputs, of which other processes have the rest."""
+
+    def _skinny(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+        return all_reduce(super()._skinny(x, gelu=gelu, wide=wide))
+
+    def _many_rows(self, x: Tensor) -> Tensor:
+        result = super()._many_rows(x)
+        return result if self._in_fp8 else all_reduce(result)
+
+    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return all_reduce(super()._multiply_fp8(rows, row_scale, dtype))
+
+
+def _summed(layer: nn.Module, *, for_sources: bool = False) -> PackedLinear:
+    if isinstance(layer, RowParallelLinear):
+        return _RowParallelLinear(cast(nn.Linear, layer.shard), for_sources=for_sources)
+    return PackedLinear(cast(nn.Linear, layer), for_sources=for_sources)
+
+
+def _head(model: Plug) -> PackedLinear:
+    """The product with the word table; in a quantised model with its copy in 8 bits."""
+    table = vocabulary_shard(model, model.embeddings.word_embeddings.weight.detach())
+    out_features, in_features = table.shape
+    no_bias = table.new_zeros(out_features)
+    layer: nn.Linear | QuantizedLinear
+    if scheme_of(model) is None:
+        layer = nn.Linear(in_features, out_features, device="meta")
+        layer.weight = nn.Parameter(table, requires_grad=False)
+        layer.bias = nn.Parameter(no_bias, requires_grad=False)
+    else:
+        layer = QuantizedLinear(in_features, out_features, Scheme.of(8))
+        tensors = Scheme.of(8).quantize(table) | {"bias": no_bias}
+        layer.load_state_dict(tensors, assign=True)
+    return PackedLinear(layer)

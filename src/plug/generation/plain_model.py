@@ -1,0 +1,183 @@
+"""`PlainModel`: the modules of `plug.model` as they are, with the fastest product for each weight.
+
+For every device and dtype. `fused_model.py` has the same for half precision on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from plug.distributed.tensor_parallel import gather_logits, vocabulary_shard
+from plug.generation.kv_cache import DecoderCache
+from plug.model import accounting
+from plug.model.layers import FeedForward, KeyValue, LayerNorm
+from plug.model.plug import Plug
+from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.products import Product, product, product_8bit
+from plug.quantization.scheme import Scheme
+
+# Sources are encoded together when their lengths round up to the same multiple of this.
+ENCODING_GRANULARITY = 64
+# A step on a CPU that reads fewer weights than this runs in one thread: handing out work takes
+# longer than the work, and far longer where other programs want the processor too.
+ONE_THREAD_WEIGHTS = 100_000_000
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class PlainModel:
+    """Encoding and decoding for an `Engine`.
+
+    Args:
+        model: with a decoder.
+        granularity: a step computes over lengths rounded up to a multiple of this, so that few
+            graphs are needed.
+    """
+
+    def __init__(self, model: Plug, granularity: int = 1) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._embeddings = model.embeddings
+        device = model.embeddings.word_embeddings.weight.device
+        self._device = device
+        self._pad = model.config.pad_token_id
+        self._project_encoder = model.decoder.project_encoder
+        self._encoder = _with_products(
+            model.encoder, QuantizedLinear.source_product, lambda linear: linear
+        )
+        self._decoder = _with_products(
+            model.decoder,
+            QuantizedLinear.step_product,
+            lambda linear: product(linear.weight, linear.bias),
+        )
+        self._head = _head(model)
+        step_weights = accounting.step_weights(model.config)
+        self._uses_one_thread = device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
+        # A CPU is as fast with one source at a time, and its 8-bit products want it so.
+        self._reads_together = device.type != "cpu"
+        self.granularity = granularity
+
+    def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+        """What decoding needs of each source, token ids with [CLS] and [SEP].
+
+        On a GPU, sources of like length are encoded together.
+
+        Returns:
+            Cross-attention keys and values, a pair a layer, each (heads, attended, head_dim):
+            padding ids inside a source are not attended to, as in the reference.
+        """
+        if not self._reads_together:
+            return [self._encode_together([source])[0] for source in sources]
+        found: list[list[KeyValue]] = [[] for _ in sources]
+        order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+        for _, group in groupby(order, lambda i: -(-len(sources[i]) // ENCODING_GRANULARITY)):
+            indices = list(group)
+            together = self._encode_together([sources[index] for index in indices])
+            for index, pairs in zip(indices, together, strict=True):
+                found[index] = pairs
+        return found
+
+    def _encode_together(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+        longest = max(map(len, sources))
+        padded = [[*source, *[self._pad] * (longest - len(source))] for source in sources]
+        input_ids = torch.tensor(padded, device=self._device)
+        hides = any(self._pad in source for source in padded)
+        mask = input_ids != self._pad if hides else None
+        hidden_states = self._encoder(self._embeddings(input_ids), mask)
+        key_values = self._project_encoder(hidden_states)
+        return [
+            [(key[row][:, where], value[row][:, where]) for key, value in key_values]
+            for row, where in enumerate(attended(source, self._pad) for source in sources)
+        ]
+
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `Engine.decode`, with the past in ``cache``."""
+        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+
+    def decode_several(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `Engine.decode_several`, with the past in ``cache``."""
+        if not self._uses_one_thread:
+            return self._decode(token_ids, positions, length, cache)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._decode(token_ids, positions, length, cache)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _decode(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        mask = cache.place(positions, length, self.granularity)
+        key_values, encoder_mask = cache.encoder_view(len(token_ids), self.granularity)
+        embedded = self._embeddings(token_ids, position_ids=positions)
+        hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, cache)
+        return self._head(hidden_states).float()
+
+
+def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
+    """The positions of a source that hold something to attend to."""
+    if pad_token_id not in source:
+        return slice(0, len(source))
+    return [position for position, token_id in enumerate(source) if token_id != pad_token_id]
+
+
+def _head(model: Plug) -> Product:
+    """The product with the word table; in a quantised model on a CPU with its copy in 8 bits."""
+    return gather_logits(model, _own_head(model))
+
+
+def _own_head(model: Plug) -> Product:
+    table = vocabulary_shard(model, model.embeddings.word_embeddings.weight.detach())
+    scheme = scheme_of(model)
+    if scheme is not None and table.dtype == torch.float32:
+        in_8_bits = Scheme.of(8).quantize(table)
+        no_bias = table.new_zeros(len(table))
+        fast = product_8bit(in_8_bits["weight"], in_8_bits["scale"], no_bias)
+        if fast is not None:
+            return fast
+    return product(table, None)
+
+
+def _with_products(
+    part: Part,
+    for_quantized: Callable[[QuantizedLinear], Product],
+    for_plain: Callable[[nn.Linear], Product],
+) -> Part:
+    """The same modules and weights, for inference alone, with other linear layers.
+
+    What is only ever called becomes a plain function, which costs half of what calling a module
+    does: at batch 1 on a CPU that is 7% of a step.
+    """
+
+    def replaced(module: nn.Module) -> nn.Module:
+        copy = module.__new__(type(module))
+        copy.__dict__.update(module.__dict__)
+        copy._modules = {
+            name: child if child is None else replaced(child)
+            for name, child in module._modules.items()
+        }
+        for name, child in module.named_children():
+            if isinstance(child, QuantizedLinear):
+                copy.__dict__[name] = for_quantized(child)
+            elif isinstance(child, nn.Linear):
+                copy.__dict__[name] = for_plain(child)
+            elif isinstance(child, nn.Dropout):
+                copy.__dict__[name] = _identity
+            elif isinstance(child, (LayerNorm, FeedForward)):
+                copy.__dict__[name] = copy._modules[name].forward  # type: ignore[union-attr]
+        return copy
+
+    return cast(Part, replaced(part))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

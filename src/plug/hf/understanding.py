@@ -1,0 +1,136 @@
+"""The encoder under a head: the masked-LM head, and three that fine-tuning makes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from plug.hf.base import PlugPreTrainedModel, cross_entropy, returns_output
+from plug.hf.config import PlugTransformersConfig
+from plug.model.heads import MaskedLMHead
+
+
+class PlugForMaskedLM(PlugPreTrainedModel):
+    """The encoder and its masked-LM head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^sentence_head\."]  # noqa: RUF012
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: PlugTransformersConfig) -> None:
+        super().__init__(config)
+        plug_config = config.to_plug_config()
+        self.build_encoder(plug_config)
+        self.mlm_head = MaskedLMHead(plug_config)
+        self.post_init()
+
+    @returns_output
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MaskedLMOutput:
+        """Logits (batch, src, vocab); ``labels`` (batch, src), -100 ignored."""
+        logits = self.mlm_logits(self.encode(input_ids, attention_mask, token_type_ids))
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+class _Classifier(PlugPreTrainedModel):
+    """The encoder, dropout and a linear layer of `config.num_labels` rows."""
+
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"^decoder\.",
+        r"^mlm_head\.",
+        r"^sentence_head\.",
+    ]
+
+    def __init__(self, config: PlugTransformersConfig) -> None:
+        super().__init__(config)
+        self.build_encoder(config.to_plug_config())
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 2)
+        self.post_init()
+
+
+class PlugForSequenceClassification(_Classifier):
+    """One label a text, read at the encoder's first position as the sentence head does."""
+
+    @returns_output
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, num_labels); ``labels`` (batch,) as `config.problem_type` wants them."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids)
+        logits = self.classifier(self.dropout(encoded[:, 0]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits.float(), config=self.config
+            )
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class PlugForTokenClassification(_Classifier):
+    """One label a token."""
+
+    accepts_loss_kwargs = True
+
+    @returns_output
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TokenClassifierOutput:
+        """Logits (batch, src, num_labels); ``labels`` (batch, src), -100 ignored."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids)
+        logits = self.classifier(self.dropout(encoded))
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, logits=logits)
+
+
+class PlugForQuestionAnswering(_Classifier):
+    """Extractive reading: where an answer begins and ends, two logits a token."""
+
+    def __init__(self, config: PlugTransformersConfig) -> None:
+        config.num_labels = 2
+        super().__init__(config)
+
+    @returns_output
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits (batch, src) of both ends, padding at -inf; positions (batch,), end inclusive."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids)
+        logits = self.classifier(self.dropout(encoded)).float()
+        if attention_mask is not None:
+            logits = logits.masked_fill(attention_mask[..., None] == 0, -torch.inf)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            ends = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = torch.stack([F.cross_entropy(*each) for each in ends]).mean()
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits
+        )

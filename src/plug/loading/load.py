@@ -1,0 +1,187 @@
+"""`plug.load`: a model directory to a model whose weights are on the device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, weight_shapes
+from plug.checkpoints.weights import DTYPES, Place, TensorSpec, locate_weights, map_tensors
+from plug.distributed import tensor_parallel
+from plug.distributed.processes import Processes
+from plug.errors import PlugError, UsageError
+from plug.loading.memory import STREAMED_AT_ONCE, Room, check_dtype, check_memory
+from plug.loading.offload import DeviceMap, choose, is_elsewhere, keep_elsewhere, layer_bytes
+from plug.loading.transfer import Part, Transfer
+from plug.model.configuration import PlugConfig
+from plug.model.plug import Plug
+from plug.quantization.linear import quantize_modules, scheme_of
+from plug.quantization.scheme import is_quantized, read_scheme
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    room: Room | None = None,
+    processes: Processes | None = None,
+    device_map: DeviceMap | None = None,
+) -> Plug:
+    """A model in eval mode, its weights read straight onto ``device``.
+
+    Host memory holds no second copy: on the CPU, weights of the wanted dtype stay views of the
+    mapped file; elsewhere they pass through a few buffers (`transfer.py`).
+
+    Args:
+        name_or_path: as in `find_model_directory`.
+        device: "cpu", "cuda", "cuda:1", …
+        dtype: of all weights but those of quantised layers; None is float32 on the CPU and each
+            tensor's saved dtype elsewhere.
+        room: what must be free on ``device`` besides the weights; None is nothing.
+        processes: of several, each reads and gets its shard of the model
+            (`plug.distributed.tensor_parallel`), to write with; it cannot be trained or saved.
+        device_map: where layers of the encoder are kept that ``device`` has no memory for, until
+            they are needed: "auto", or from names ("encoder.layers.23") to "cpu" (the file itself,
+            by way of the system's page cache) or another card. Not to be trained or saved either.
+
+    Raises:
+        UsageError: as in `find_model_directory`, ``dtype`` is none of `weights.DTYPES`, or the
+            model cannot be shared out among so many.
+        PlugError: weights are missing, damaged, do not fit `config.json` or the device's memory, or
+            have a dtype that the device lacks.
+    """
+    directory = find_model_directory(name_or_path)
+    device = torch.device(device)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise UsageError(f"dtype={dtype} 不支持。可用：{'、'.join(DTYPES)}。")
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    model = _empty(directory)
+    places = locate_weights(directory, weight_shapes(model))
+    specs = _specs(directory, model, places, dtype)
+    began = time.perf_counter()
+    kept = choose(device_map, model, specs, device, room)
+    is_mapped = False
+    if processes is not None and processes.world_size > 1:
+        if device_map is not None:
+            raise UsageError("--device-map 和多个进程不能一起用。请只用其中一种。")
+        tensor_parallel.check_divisible(model, processes.world_size)
+        regions = {
+            name: tensor_parallel.shard_slices(name, x.shape, processes)
+            for name, x in specs.items()
+        }
+        weights = _read(places, specs, regions, device, model, room)
+        tensor_parallel.shard_model(model, weights, processes)
+    elif device.type == "cpu" and not kept:
+        is_mapped = True
+        weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
+        model.load_state_dict(weights, assign=True)
+    else:
+        here = {name: spec for name, spec in specs.items() if not is_elsewhere(name, kept)}
+        besides = STREAMED_AT_ONCE * layer_bytes(specs) if kept else 0
+        weights = _read(places, here, {}, device, model, room, besides)
+        model.load_state_dict(weights, assign=True, strict=not kept)
+        if kept:
+            keep_elsewhere(model, kept, places, specs, device)
+    size, seconds = sum(x.nbytes for x in weights.values()), time.perf_counter() - began
+    logger.info(
+        "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）%s。",
+        *(size / 1e9, seconds, device, size / seconds / 1e9),
+        "，精度不变的部分用到时才真正读入" if is_mapped else "",
+    )
+    return model.eval()
+
+
+def _empty(directory: Path) -> Plug:
+    """The model that the directory's `config.json` describes, without memory."""
+    with torch.device("meta"), _NoInitialization():
+        model = Plug(PlugConfig.from_file(directory / CONFIG_FILE))
+        if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
+            quantize_modules(model, scheme)
+    return model
+
+
+def _specs(
+    directory: Path, model: Plug, places: Mapping[str, Place], dtype: torch.dtype | None
+) -> dict[str, TensorSpec]:
+    """What each tensor becomes in memory.
+
+    Raises:
+        PlugError: integers where floats should be, or the reverse.
+    """
+    specs = {}
+    for name, wanted in model.state_dict().items():
+        saved = places[name].spec
+        if saved.dtype.is_floating_point != wanted.is_floating_point():
+            raise PlugError(
+                f"{directory} 的 {name} 是 {saved.dtype}，应为 {wanted.dtype}。"
+                "请检查 config.json 的 quantization 与权重是否配套。"
+            )
+        keeps = dtype is None or is_quantized(name, saved.dtype)
+        specs[name] = saved if keeps or dtype is None else saved._replace(dtype=dtype)
+    return specs
+
+
+def _read(
+    places: Mapping[str, Place],
+    specs: Mapping[str, TensorSpec],
+    regions: Mapping[str, tuple[slice, ...]],
+    device: torch.device,
+    model: Plug,
+    room: Room | None,
+    besides: int = 0,
+) -> dict[str, Tensor]:
+    """Every tensor, or its region if it has one, once they and ``besides`` are found to fit."""
+    shapes = {
+        name: tensor_parallel.shard_shape(regions.get(name, ()), x.shape)
+        for name, x in specs.items()
+    }
+    own = {name: spec._replace(shape=shapes[name]) for name, spec in specs.items()}
+    table = specs["embeddings.word_embeddings.weight"].dtype
+    scheme = scheme_of(model)
+    check_dtype(device, table)
+    check_memory(
+        device,
+        model.config,
+        sum(spec.num_bytes for spec in own.values()) + besides,
+        bits=8 * table.itemsize if scheme is None else scheme.bits,
+        room=room,
+        bytes_per_value=table.itemsize,
+        is_share=bool(regions),
+    )
+    weights = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in own.items()
+    }
+    with Transfer(device) as transfer:
+        transfer.fill(
+            Part(places[name], target, regions.get(name, ())) for name, target in weights.items()
+        )
+    return weights
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Functions of `torch.nn.init` do nothing.
+
+    On the meta device they would have nothing to do, and import the compiler for it: a second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

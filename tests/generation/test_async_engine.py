@@ -1,0 +1,259 @@
+"""In-flight batching against each text written alone."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from plug.errors import PlugError, UsageError
+from plug.generation.async_engine import AsyncEngine, Request
+from plug.generation.generator import Generator, generate
+from plug.generation.settings import GenerationSettings
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("山上有座庙", {"do_sample": False, "out_length": 30}),
+    ("今天天气很好，我们去公园看花。", {"temperature": 1.5, "top_k": 50, "out_length": 7}),
+    ("我" * 60, {"top_k": 0, "top_p": 0.7, "out_length": 120, "window": 25}),
+    ("好", {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "out_length": 40}),
+    ("庙", {"mode": "original", "temperature": 3.0, "window": 7, "out_length": 33}),
+    ("公园", {"out_length": 1}),
+    ("看花", {"min_length": 20, "temperature": 2.0, "out_length": 50}),
+]
+
+
+@pytest.fixture
+def batcher(generator: Generator) -> Iterator[AsyncEngine]:
+    with AsyncEngine(generator, rows=3, max_waiting=8) as batcher:
+        yield batcher
+
+
+@pytest.fixture
+def hold(generator: Generator) -> Iterator[threading.Event]:
+    """Steps wait while the event is not set, which it is at first."""
+    may_step = threading.Event()
+    may_step.set()
+    decode = generator.engine.decode
+
+    def held(*inputs: Any) -> Tensor:
+        may_step.wait(20)
+        return decode(*inputs)
+
+    generator.engine.decode = held  # type: ignore[method-assign]
+    yield may_step
+    may_step.set()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_text_is_what_it_is_alone_whoever_joins_and_leaves(
+    order: int, generator: Generator
+) -> None:
+    cases = CASES[::order]
+    alone = [
+        generate(text, model=generator, seed=index, **options)
+        for index, (text, options) in enumerate(cases)
+    ]
+
+    with AsyncEngine(generator, rows=3, max_waiting=8) as batcher:
+        requests = [
+            batcher.submit(text, GenerationSettings(**options), seed=index)
+            for index, (text, options) in enumerate(cases)
+        ]
+        results = [request.result() for request in requests]
+
+    for result, expected in zip(results, alone, strict=True):
+        assert result.token_ids == expected.token_ids
+        assert result.text == expected.text
+        assert result.finish_reason == expected.finish_reason
+        assert result.prompt_token_count == expected.prompt_token_count
+    assert len({len(result.token_ids) for result in results}) > 4, "all alike: no test"
+
+
+def test_threads_submit_and_read_at_once(batcher: AsyncEngine, generator: Generator) -> None:
+    texts: dict[int, str] = {}
+
+    def ask(seed: int) -> None:
+        settings = GenerationSettings(out_length=5 + seed, temperature=2.0)
+        texts[seed] = "".join(batcher.submit("山上", settings, seed=seed))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    batcher.close()
+    for seed in range(6):
+        alone = generate("山上", model=generator, out_length=5 + seed, temperature=2.0, seed=seed)
+        assert texts[seed] == alone.text
+
+
+def test_the_first_to_come_are_the_first_to_be_written(
+    batcher: AsyncEngine, generator: Generator
+) -> None:
+    joined: list[int] = []
+    read = generator.engine.read
+
+    def spy(rows: list[int], sources: list[list[int]]) -> None:
+        joined.extend(source[1] for source in sources)
+        read(rows, sources)
+
+    generator.engine.read = spy  # type: ignore[method-assign]
+    settings = GenerationSettings(out_length=6, min_length=6)
+    characters = "山天气很好我们去"
+    requests = [batcher.submit(text, settings) for text in characters]
+    for request in requests:
+        request.result()
+
+    assert joined == [generator.tokenizer.encode(text)[0] for text in characters]
+
+
+def test_too_many_waiting_are_refused_and_the_others_go_on(
+    batcher: AsyncEngine, hold: threading.Event
+) -> None:
+    hold.clear()
+    settings = GenerationSettings(out_length=3, min_length=3)
+    going = [batcher.submit("山上", settings)]
+    wait_until(lambda: not batcher._waiting)
+    going += [batcher.submit("山上", settings) for _ in range(8)]
+
+    with pytest.raises(PlugError, match="8 个，满了"):
+        batcher.submit("山上", settings)
+
+    hold.set()
+    assert [len(each.result().token_ids) for each in going] == [3] * 9
+
+
+def leave_with_cancel(request: Request) -> None:
+    request.cancel()
+
+
+def leave_the_block(request: Request) -> None:
+    with pytest.raises(ConnectionError), request:
+        raise ConnectionError
+
+
+@pytest.mark.parametrize("leave", [leave_with_cancel, leave_the_block])
+def test_a_cancelled_text_makes_room_and_the_others_are_unharmed(
+    leave: Callable[[Request], None], batcher: AsyncEngine, generator: Generator
+) -> None:
+    endless = GenerationSettings(out_length=100_000, min_length=100_000)
+    others = [batcher.submit("山上", endless) for _ in range(2)]
+    kept = batcher.submit("庙", GenerationSettings(out_length=40), seed=3)
+    waiting = batcher.submit("公园", GenerationSettings(out_length=5), seed=4)
+    next(iter(others[0]))
+
+    for other in others:
+        leave(other)
+
+    kept_result, waiting_result = kept.result(), waiting.result()
+    with pytest.raises(PlugError, match="取消"):
+        others[0].result()
+    batcher.close()
+    expected = generate("庙", model=generator, out_length=40, seed=3)
+    assert kept_result.token_ids == expected.token_ids
+    expected = generate("公园", model=generator, out_length=5, seed=4)
+    assert waiting_result.token_ids == expected.token_ids
+
+
+def test_a_request_that_nobody_refers_to_any_more_is_cancelled(batcher: AsyncEngine) -> None:
+    endless = GenerationSettings(out_length=100_000, min_length=100_000)
+    pieces = [iter(batcher.submit("山上", endless)) for _ in range(3)]
+    for each in pieces:
+        next(each)
+
+    del pieces, each  # as when the connection that read them is gone
+    gc.collect()
+
+    assert (
+        len(batcher.submit("庙", GenerationSettings(out_length=4, min_length=4)).result().token_ids)
+        == 4
+    )
+
+
+def test_what_waits_can_be_cancelled_too(batcher: AsyncEngine, hold: threading.Event) -> None:
+    hold.clear()
+    settings = GenerationSettings(out_length=2)
+    going = [batcher.submit("山上", settings) for _ in range(3)]
+    waiting = batcher.submit("庙", settings)
+    waiting.cancel()
+    hold.set()
+
+    with pytest.raises(PlugError, match="取消"):
+        waiting.result()
+    for each in going:
+        each.result()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("山上", {"window": 41, "out_length": 50}, r"window=41 超过缓存的长度 40"),
+        ("山上", {"window": 97, "out_length": 20}, "window=97"),
+        ("山上", {"num_beams": 2}, "num_beams=1"),
+        ("", {}, "空"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_at_once_and_the_others_go_on(
+    text: str, options: dict[str, Any], says: str, generator: Generator
+) -> None:
+    with AsyncEngine(generator, rows=2, capacity=40) as batcher:
+        other = batcher.submit("庙", GenerationSettings(out_length=20, min_length=20))
+        with pytest.raises(UsageError, match=says):
+            batcher.submit(text, GenerationSettings(**options))
+        assert len(other.result().token_ids) == 20
+
+
+def test_a_text_longer_than_the_caches_is_written_in_windows(generator: Generator) -> None:
+    with AsyncEngine(generator, rows=2, capacity=40) as batcher:
+        result = batcher.submit("庙", GenerationSettings(out_length=100), seed=1).result()
+
+    expected = generate("庙", model=generator, out_length=100, window=40, seed=1)
+    assert result.token_ids == expected.token_ids
+
+
+def test_closing_fails_what_is_not_done(generator: Generator) -> None:
+    batcher = AsyncEngine(generator, rows=1)
+    endless = GenerationSettings(out_length=100_000, min_length=100_000)
+    requests = [batcher.submit("山上", endless) for _ in range(2)]
+
+    batcher.close()
+
+    for request in requests:
+        with pytest.raises(PlugError, match="关闭"):
+            request.result()
+    with pytest.raises(PlugError, match="关闭"):
+        batcher.submit("山上")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_of_the_engine_reaches_everyone(generator: Generator) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("内存不足")
+
+    generator.engine.decode = fail  # type: ignore[method-assign]
+    batcher = AsyncEngine(generator, rows=1)
+    requests = [batcher.submit("山上") for _ in range(2)]
+
+    for request in requests:
+        with pytest.raises(PlugError, match="内存不足"):
+            request.result()
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", ["rows", "max_waiting", "capacity"])
+def test_a_size_out_of_range_is_refused(name: str, generator: Generator) -> None:
+    with pytest.raises(UsageError, match=f"{name}=0"):
+        AsyncEngine(generator, **{name: 0})
