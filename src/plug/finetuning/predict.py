@@ -10,6 +10,7 @@ from typing import Any
 from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
+from plug.files import write_text
 from plug.finetuning.kind import Kind, OnProgress, make_kind
 from plug.finetuning.tasks import find_task, read_examples
 from plug.pretraining.corpus import read_lines
@@ -116,7 +117,4 @@ def write_predictions(
     """
     records = map(kind.record, examples, predictions)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
+    write_text(path, "".join(lines))
