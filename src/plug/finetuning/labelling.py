@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from plug.errors import UsageError
+from plug.evaluation.metrics import entity_scores, entity_spans
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
-from plug.finetuning.readers import OUTSIDE, LabellingExample
+from plug.finetuning.readers import LabellingExample
 from plug.hf import IGNORE_INDEX
 
 Tags = tuple[str, ...]
@@ -97,13 +98,11 @@ class Labelling(Kind[LabellingExample, Tags]):
     def evaluate(
         self, examples: Sequence[LabellingExample], predictions: Sequence[Tags]
     ) -> Evaluation:
-        """Entity scores by `seqeval` (CoNLL's: an entity is right if its span and type are)."""
-        report = _entity_report([example.tags or () for example in examples], predictions)
-        overall = report.pop("micro avg")
-        rows: list[list[str | int | float]] = [
-            [name, int(row["support"]), row["precision"], row["recall"], row["f1-score"]]
-            for name, row in report.items()
-            if not name.endswith(" avg")
+        """Entity scores: an entity is right if its span and its type are."""
+        overall, by_kind = entity_scores([example.tags or () for example in examples], predictions)
+        rows = [
+            (kind, score.support, score.precision, score.recall, score.f1)
+            for kind, score in by_kind.items()
         ]
         pairs = [
             pair
@@ -112,9 +111,9 @@ class Labelling(Kind[LabellingExample, Tags]):
         ]
         return Evaluation(
             metrics={
-                "f1": overall["f1-score"],
-                "precision": overall["precision"],
-                "recall": overall["recall"],
+                "f1": overall.f1,
+                "precision": overall.precision,
+                "recall": overall.recall,
                 "token_accuracy": sum(answer == tag for answer, tag in pairs) / len(pairs),
             },
             samples=Table(
@@ -129,7 +128,7 @@ class Labelling(Kind[LabellingExample, Tags]):
             tables=[Table("各类实体", ("类型", "例数", "精确率", "召回率", "F1"), rows)],
             plots=[
                 bars_plot(
-                    "entities", "各类实体的 F1", {str(row[0]): float(row[-1]) for row in rows}, "F1"
+                    "entities", "各类实体的 F1", {kind: by_kind[kind].f1 for kind in by_kind}, "F1"
                 )
             ],
         )  # fmt: skip
@@ -177,31 +176,6 @@ def best_paths(scores: Sequence[Tensor], labels: Sequence[str]) -> list[list[int
     for source in reversed(came_from):
         path.append(source.gather(1, path[-1][:, None])[:, 0])
     return torch.stack(path[::-1], 1).tolist()
-
-
-def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(type, first token, token after the last) of every entity, as `seqeval` reads BIO tags."""
-    entities = _seqeval().sequence_labeling.get_entities(list(tags))
-    return [(kind, start, end + 1) for kind, start, end in entities]
-
-
-def _entity_report(answers: Sequence[Tags], predictions: Sequence[Tags]) -> dict[str, Any]:
-    """`seqeval`'s report by type, with "micro avg" for all."""
-    if all(tag == OUTSIDE for tags in (*answers, *predictions) for tag in tags):
-        nothing = {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0.0}
-        return {"micro avg": nothing}  # seqeval has no report of no entities
-    report = _seqeval().classification_report(
-        list(map(list, answers)), list(map(list, predictions)), output_dict=True, zero_division=0
-    )
-    return {name: {key: float(value) for key, value in row.items()} for name, row in report.items()}
-
-
-def _seqeval() -> Any:
-    try:
-        import seqeval.metrics
-    except ImportError:
-        raise UsageError('实体要用 seqeval。请安装：pip install "plug-zh[train]"') from None
-    return seqeval.metrics
 
 
 def _shown(tokens: Sequence[str], tags: Sequence[str]) -> str:
