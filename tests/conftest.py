@@ -29,14 +29,18 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `shared` or `gpu` say why they skip where there is none."""
+    """Tests marked `shared`, `gpu` or `multi_gpu` say why they skip where there is none."""
     no_shared = pytest.mark.skip(reason="needs ../shared (golden files, corpora), not found here")
     no_gpu = pytest.mark.skip(reason="needs CUDA")
+    no_gpus = pytest.mark.skip(reason="needs two CUDA devices")
     for item in items:
-        if "shared" in item.keywords and not SHARED.is_dir():
+        # Not `item.keywords`: those also hold the names of the folders that the clone lies in.
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(no_shared)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+        if item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
+            item.add_marker(no_gpus)
 
 
 @pytest.fixture(scope="session")
