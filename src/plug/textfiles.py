@@ -108,7 +108,9 @@ def read_lines(path: Path, notes: Notes | None = None) -> Iterator[tuple[int, st
                 raise PlugError(_about_zero_bytes(path, number, raw))
             yield number, _decoded(path, number, raw, notes)
     except _decompression_errors() as error:
-        raise PlugError(f"{path} 无法解压（第 {number} 行之后）：{error}。请重新取得。") from None
+        raise PlugError(
+            f"{path} 无法解压（第 {number} 行之后）：{one_line(error)}。请重新取得。"
+        ) from None
     except OSError as error:
         raise PlugError(f"{path} 读不了：{error.strerror or error}。") from None
     except MemoryError:
@@ -156,6 +158,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def is_text(value: object) -> bool:
     """Whether a value is a string that can be encoded: one without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+
+
+def one_line(error: BaseException) -> str:
+    """A library's error message without line breaks, 300 characters at most."""
+    return " ".join(str(error).split())[:300]
+
+
+def shown(value: object, length: int = 60) -> str:
+    """A value of a file as an error message quotes it: one line, not too long, all of it text."""
+    text = repr(value) if not isinstance(value, str) or is_text(value) else ascii(value)
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def _decoded(path: Path, number: int, raw: bytes, notes: Notes | None) -> str:

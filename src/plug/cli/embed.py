@@ -40,7 +40,9 @@ def embed(
             texts.pop()
         for number, line in enumerate(texts, start=1):
             if not trim(line):
-                raise UsageError(f"{file} 第 {number} 行是空的，没有向量。请删去空行，使行与向量对应。")
+                raise UsageError(
+                    f"{file} 第 {number} 行是空的，没有向量。请删去空行，使行与向量对应。"
+                )
     vectors = run(texts, batch_size=batch_size, model=model, device=device).numpy()
     if output is not None:
         import numpy as np

@@ -13,8 +13,9 @@ from plug.errors import UsageError
 from plug.evaluation.metrics import entity_scores, entity_spans
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
-from plug.finetuning.readers import LabellingExample
+from plug.finetuning.readers import OUTSIDE, LabellingExample
 from plug.hf import IGNORE_INDEX
+from plug.textfiles import shown, trim
 
 Tags = tuple[str, ...]
 
@@ -22,7 +23,8 @@ Tags = tuple[str, ...]
 class Labelling(Kind[LabellingExample, Tags]):
     """Each token is encoded by itself, and its first piece carries its tag.
 
-    Predictions are the likeliest tags that spell entities (`best_paths`).
+    Predictions are the likeliest tags that spell entities (`best_paths`). Blanks at the ends of a
+    text are outside: the model does not read them.
 
     A sentence longer than ``source_length`` is read in several windows, one after another.
     """
@@ -37,7 +39,10 @@ class Labelling(Kind[LabellingExample, Tags]):
                     f"{example.place}有 {len(example.tokens)} 个词元，却有 {len(tags)} 个标签。"
                 )
             if unknown := sorted(set(tags) - self.label_ids.keys()):
-                raise UsageError(f"{example.place}的标签 {unknown} 不在标签表里：{self.labels}。")
+                raise UsageError(
+                    f"{example.place}的标签 {shown(unknown)} 不在标签表里："
+                    f"{shown(self.labels, 300)}。"
+                )
 
     def features(self, examples: Sequence[LabellingExample]) -> list[Features]:
         features = []
@@ -74,10 +79,11 @@ class Labelling(Kind[LabellingExample, Tags]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[Tags]:
+        bare = [_without_edges(example.tokens) for example in examples]
         windows = [
             (number, inputs, where)
             for number, example in enumerate(examples)
-            for _, _, inputs, where in self._windows(example.tokens)
+            for _, _, inputs, where in self._windows(example.tokens[bare[number]])
         ]
         collate = Collator(self.tokenizer.pad_token_id)
         scores: dict[int, Tensor] = {}
@@ -88,12 +94,15 @@ class Labelling(Kind[LabellingExample, Tags]):
         whole: list[list[Tensor]] = [[torch.empty(0, len(self.labels))] for _ in examples]
         for index, (number, _, _) in enumerate(windows):
             whole[number].append(scores[index])
-        found: list[Tags] = []
+        paths: list[Tags] = []
         for first in range(0, len(examples), batch_size):
             batch = [torch.cat(parts) for parts in whole[first : first + batch_size]]
             for path, own in zip(best_paths(batch, self.labels), batch, strict=True):
-                found.append(tuple(self.labels[tag] for tag in path[: len(own)]))
-        return found
+                paths.append(tuple(self.labels[tag] for tag in path[: len(own)]))
+        return [
+            (OUTSIDE,) * part.start + path + (OUTSIDE,) * (len(example.tokens) - part.stop)
+            for example, part, path in zip(examples, bare, paths, strict=True)
+        ]
 
     def evaluate(
         self, examples: Sequence[LabellingExample], predictions: Sequence[Tags]
@@ -142,6 +151,12 @@ class Labelling(Kind[LabellingExample, Tags]):
             for kind, start, end in entity_spans(prediction)
         ]
         return {"text": "".join(example.tokens), "tags": list(prediction), "entities": entities}
+
+
+def _without_edges(tokens: Sequence[str]) -> slice:
+    """Where the tokens are that have no blank ones before or behind them."""
+    written = [index for index, token in enumerate(tokens) if trim(token)]
+    return slice(written[0], written[-1] + 1) if written else slice(0, 0)
 
 
 def best_paths(scores: Sequence[Tensor], labels: Sequence[str]) -> list[list[int]]:

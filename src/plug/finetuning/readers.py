@@ -18,7 +18,7 @@ from typing import Any
 
 from plug.errors import PlugError, UsageError
 from plug.finetuning.rows import read_rows
-from plug.textfiles import Notes, is_text, parse_json, read_lines, trim
+from plug.textfiles import Notes, is_text, parse_json, read_lines, shown, trim
 
 SEPARATOR = "[SEP]"  # in `src_txt`, between the parts of a source
 OUTSIDE = "O"
@@ -85,16 +85,11 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
         UsageError: there is no such column, or it is empty, or no text.
     """
     if column not in row:
-        raise UsageError(f"{place}没有“{column}”这一列，有的是 {sorted(row)}。")
+        raise UsageError(f"{place}没有“{column}”这一列，有的是 {shown(sorted(row), 200)}。")
     value = row[column]
     if not is_text(value) or not trim(value):
-        raise UsageError(f"{place}的“{column}”应是文字，却是 {_shown(value)}。")
+        raise UsageError(f"{place}的“{column}”应是文字，却是 {shown(value)}。")
     return value
-
-
-def _shown(value: object) -> str:
-    """The value for an error message, which stays one line."""
-    return ascii(value)[:60] if isinstance(value, str) and not is_text(value) else repr(value)[:60]
 
 
 def _optional_text(row: Mapping[str, Any], column: str, place: str) -> str | None:
@@ -122,7 +117,7 @@ def _label(row: Mapping[str, Any], place: str, notes: Notes) -> str | None:
         notes.add("小数形式的标签（如 1.0）读作整数", place)
         return str(int(value))
     if not is_text(value):
-        raise UsageError(f"{place}的标签应是文字或整数，却是 {_shown(value)}。")
+        raise UsageError(f"{place}的标签应是文字或整数，却是 {shown(value)}。")
     bare = trim(value)
     if bare and bare != value:
         notes.add("去掉了标签首尾的空白", place)
@@ -146,7 +141,8 @@ def read_classification(
     for place, row in read_rows(path, notes):
         if not (columns or "text" in row or "text_a" in row):
             raise UsageError(
-                f"{place}没有“text”这一列，也没有“text_a”和“text_b”，有的是 {sorted(row)}。"
+                f"{place}没有“text”这一列，也没有“text_a”和“text_b”，"
+                f"有的是 {shown(sorted(row), 200)}。"
             )
         if not columns and "text" in row and "text_a" in row:
             raise UsageError(f"{place}既有“text”又有“text_a”，不知道该用哪个。请只留其一。")
@@ -157,7 +153,7 @@ def read_classification(
             text_a=texts[0],
             text_b=texts[1] if len(texts) > 1 else None,
             label=_label(row, place, notes),
-            label_name=label_name if is_text(label_name) else "",
+            label_name=str(label_name) if is_text(label_name) else "",
             id=_id(row.get("id")),
             place=place,
         )
@@ -172,13 +168,15 @@ def read_cluewsc(path: Path, notes: Notes | None = None) -> Iterator[Classificat
     for place, row in read_rows(path, notes):
         text, target = _text(row, "text", place), row.get("target")
         if not isinstance(target, dict):
-            raise UsageError(f"{place}没有“target”这一列，有的是 {sorted(row)}。")
+            raise UsageError(f"{place}没有“target”这一列，有的是 {shown(sorted(row), 200)}。")
         marks = []
         for number, (left, right) in enumerate((("[", "]"), ("_", "_")), start=1):
             word = _text(target, f"span{number}_text", place)
-            start = target.get(f"span{number}_index")
+            start: Any = target.get(f"span{number}_index")
             if not _is_position(start) or text[start : start + len(word)] != word:
-                raise UsageError(f"{place}的 span{number}_index={_shown(start)} 处不是“{word}”。")
+                raise UsageError(
+                    f"{place}的 span{number}_index={shown(start)} 处不是 {shown(word)}。"
+                )
             marks.append((start, start + len(word), left, right))
         for start, end, left, right in sorted(marks, reverse=True):
             text = f"{text[:start]}{left}{text[start:end]}{right}{text[end:]}"
@@ -195,13 +193,18 @@ def _is_position(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _plainly(name: object) -> str:
+    """A name of a file's as it stands, if that is short and fits on a line."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) < 60 else shown(name)
+
+
 def read_csl(path: Path, notes: Notes | None = None) -> Iterator[ClassificationExample]:
     """CSL: do the keywords belong to the abstract? Keywords first, joined by ；."""
     notes = notes or Notes()
     for place, row in read_rows(path, notes):
         keywords = row.get("keyword")
         if not isinstance(keywords, list) or not keywords or not all(map(is_text, keywords)):
-            raise UsageError(f"{place}的“keyword”应是关键词的列表，却是 {_shown(keywords)}。")
+            raise UsageError(f"{place}的“keyword”应是关键词的列表，却是 {shown(keywords)}。")
         yield ClassificationExample(
             text_a="；".join(keywords),
             text_b=_text(row, "abst", place),
@@ -220,26 +223,28 @@ def read_cluener(path: Path, notes: Notes | None = None) -> Iterator[LabellingEx
         if isinstance(label, dict):
             tags = _bio_tags(text, list(_cluener_spans(text, label, place)), place, notes)
         elif label not in (None, ""):
-            raise UsageError(f"{place}的“label”应是实体的对象，却是 {_shown(label)}。")
+            raise UsageError(f"{place}的“label”应是实体的对象，却是 {shown(label)}。")
         yield LabellingExample(tokens=tuple(text), tags=tags, place=place)
 
 
 def _cluener_spans(text: str, label: dict[str, Any], place: str) -> Iterator[tuple[int, int, str]]:
     for kind, entities in label.items():
         if not isinstance(entities, dict) or not kind.strip() or not is_text(kind):
-            raise UsageError(f"{place}的实体类型 {_shown(kind)} 应有一个“文字：位置”的对象。")
+            raise UsageError(f"{place}的实体类型 {shown(kind)} 应有一个“文字：位置”的对象。")
         for words, spans in entities.items():
             if not isinstance(spans, list):
-                raise UsageError(f"{place}的实体“{words}”应有位置的列表，却是 {_shown(spans)}。")
+                raise UsageError(
+                    f"{place}的实体 {shown(words)} 应有位置的列表，却是 {shown(spans)}。"
+                )
             for span in spans:
                 if not (isinstance(span, list) and len(span) == 2 and all(map(_is_position, span))):
-                    raise UsageError(f"{place}的位置 {_shown(span)} 应是 [起, 止] 两个整数。")
+                    raise UsageError(f"{place}的位置 {shown(span)} 应是 [起, 止] 两个整数。")
                 start, end = span[0], span[1] + 1
                 if not start < end <= len(text):
                     raise UsageError(f"{place}的实体 {span} 超出了 {len(text)} 个字的文本。")
                 if text[start:end] != words:
                     raise UsageError(
-                        f"{place}的位置 {span} 处是“{text[start:end]}”，不是“{words}”。"
+                        f"{place}的位置 {span} 处是 {shown(text[start:end])}，不是 {shown(words)}。"
                     )
                 yield start, end, kind
 
@@ -288,7 +293,7 @@ def _token_and_tag(line: str, place: str) -> tuple[str, str]:
     token, _, tag = line.rpartition(separator)
     token = token.strip() or token  # a blank is a token too
     if not token or len(token.split()) > 1:
-        raise PlugError(f"{place}应是“字 标签”两列，却是 {line[:40]!r}。")
+        raise PlugError(f"{place}应是“字 标签”两列，却是 {shown(line)}。")
     return token, tag
 
 
@@ -299,7 +304,7 @@ def read_labelling(path: Path, notes: Notes | None = None) -> Iterator[Labelling
     """
     for place, row in read_rows(path, notes):
         if "tokens" not in row:
-            raise UsageError(f"{place}没有“tokens”这一列，有的是 {sorted(row)}。")
+            raise UsageError(f"{place}没有“tokens”这一列，有的是 {shown(sorted(row), 200)}。")
         tokens = _list_of_text(row["tokens"], "tokens", place)
         tags = _list_of_text(row.get("tags", row.get("ner_tags")) or [], "tags", place)
         if tags and len(tags) != len(tokens):
@@ -313,7 +318,7 @@ def _list_of_text(value: object, column: str, place: str) -> tuple[str, ...]:
     if isinstance(value, str):
         value = value.split()
     if not isinstance(value, list):
-        raise UsageError(f"{place}的“{column}”应是列表，却是 {_shown(value)}。")
+        raise UsageError(f"{place}的“{column}”应是列表，却是 {shown(value)}。")
     if column == "tags":
         if all(each is None for each in value):  # -1 of a `ClassLabel`: not labelled
             return ()
@@ -326,7 +331,7 @@ def _list_of_text(value: object, column: str, place: str) -> tuple[str, ...]:
         value = [str(each) if type(each) is int else each for each in value]
     for each in value:
         if not is_text(each):
-            raise UsageError(f"{place}的“{column}”里有一项不是文字：{_shown(each)}。")
+            raise UsageError(f"{place}的“{column}”里有一项不是文字：{shown(each)}。")
     return tuple(each.strip() for each in value) if column == "tags" else tuple(value)
 
 
@@ -353,21 +358,25 @@ def read_squad(path: Path, notes: Notes | None = None) -> Iterator[ReadingExampl
             context = _text(paragraph, "context", where)
             for q, question in enumerate(_objects(paragraph, "qas", where), start=1):
                 name = _id(question.get("id"))
-                place = f"{where}第 {q} 问" if name is None else f"{path} 的问题 {name}"
+                place = f"{where}第 {q} 问" if name is None else f"{path} 的问题 {_plainly(name)}"
                 text = _text(question, "question", place)
                 if name is not None and asked.setdefault(str(name), (context, text)) != (
                     context,
                     text,
                 ):
-                    raise UsageError(f"{path} 里有两个不同的问题都叫 {name}，结果无法对应。")
+                    raise UsageError(
+                        f"{path} 里有两个不同的问题都叫 {_plainly(name)}，结果无法对应。"
+                    )
                 answers = _answers(question, place, notes)
-                start = None
+                texts, start = [answer for answer, _ in answers], None
                 if answers:
-                    start = _answer_start(context, *answers[0], place, notes)
+                    if texts[0] not in context:  # blanks around it are no part of it
+                        texts[0] = texts[0].strip()
+                    start = _answer_start(context, texts[0], answers[0][1], place, notes)
                 yield ReadingExample(
                     context=context,
                     question=text,
-                    answers=tuple(answer for answer, _ in answers),
+                    answers=tuple(texts),
                     start=start,
                     id="" if name is None else str(name),
                     place=place,
@@ -390,7 +399,7 @@ def _answers(question: dict[str, Any], place: str, notes: Notes) -> list[tuple[s
             raise UsageError(f"{place}的 answers 里 text 与 answer_start 应是一样长的列表。")
         found = [{"text": text, "answer_start": at} for text, at in zip(texts, starts, strict=True)]
     if not isinstance(found, list) or not all(isinstance(answer, dict) for answer in found):
-        raise UsageError(f"{place}的 answers 应是对象的列表，却是 {_shown(found)}。")
+        raise UsageError(f"{place}的 answers 应是对象的列表，却是 {shown(found)}。")
     if question.get("is_impossible") is True:
         return []
     answers = []
@@ -398,14 +407,11 @@ def _answers(question: dict[str, Any], place: str, notes: Notes) -> list[tuple[s
         text, start = answer.get("text"), _number(answer.get("answer_start"), place)
         text = str(text) if type(text) is int else text
         if not is_text(text):
-            raise UsageError(f"{place}的答案应是文字，却是 {_shown(text)}。")
-        bare = text.strip()
-        if not bare:
+            raise UsageError(f"{place}的答案应是文字，却是 {shown(text)}。")
+        if trim(text):
+            answers.append((text, start))
+        else:
             notes.add("空的答案按没有答案计", place)
-            continue
-        if start is not None:
-            start += len(text) - len(text.lstrip())
-        answers.append((bare, start))
     return answers
 
 
@@ -418,7 +424,7 @@ def _number(value: object, place: str) -> int | None:
     if value is None or value == "":
         return None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UsageError(f"{place}的 answer_start 应是整数，却是 {_shown(value)}。")
+        raise UsageError(f"{place}的 answer_start 应是整数，却是 {shown(value)}。")
     return value if value >= 0 else None
 
 
@@ -466,8 +472,10 @@ def read_kbqa(path: Path, notes: Notes | None = None) -> Iterator[GenerationExam
         line = line.strip()
         if set(line) == {"="}:
             if fields:
-                if not fields.get("triple"):
-                    raise PlugError(f"{place}之前的一段缺少 <triple>，有的是 {sorted(fields)}。")
+                if not fields.get("triple", "").strip():
+                    raise PlugError(
+                        f"{place}之前的一段缺少 <triple>，有的是 {shown(sorted(fields), 200)}。"
+                    )
                 triple, question = fields["triple"], fields.get("question") or None
                 yield GenerationExample(source=(triple,), target=question, place=place)
                 fields = {}
@@ -475,10 +483,12 @@ def read_kbqa(path: Path, notes: Notes | None = None) -> Iterator[GenerationExam
             head, _, text = line.partition("\t")
             name = head[1:-1].split()[:1]
             if not head.startswith("<") or not head.endswith(">") or not name:
-                raise PlugError(f"{place}应是“<question id=N>”、制表符和文字，却是 {line[:40]!r}。")
+                raise PlugError(f"{place}应是“<question id=N>”、制表符和文字，却是 {shown(line)}。")
             if name[0] in fields:
-                raise PlugError(f"{place}的 <{name[0]}> 在一段里出现两次。两段之间应有一行 ====。")
-            fields[name[0]] = text.strip()
+                raise PlugError(
+                    f"{place}的 <{_plainly(name[0])}> 在一段里出现两次。两段之间应有一行 ====。"
+                )
+            fields[name[0]] = text
 
 
 def read_kgclue(path: Path, notes: Notes | None = None) -> Iterator[GenerationExample]:

@@ -13,9 +13,11 @@ from plug.textfiles import (
     BYTE_ORDER_MARK,
     Notes,
     check_regular_file,
+    one_line,
     parse_json,
     plain_suffix,
     read_lines,
+    shown,
 )
 
 Row = tuple[str, dict[str, Any]]  # its place ("dev.json 第 3 行"), its columns
@@ -105,10 +107,14 @@ def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]], notes: Notes
             header = bare
             named = [name for name in header if name]
             if twice := sorted({name for name in named if named.count(name) > 1}):
-                raise PlugError(f"{place}的表头里 {twice} 出现了两次，不知道该用哪一列。")
+                raise PlugError(
+                    f"{place}的表头里 {shown(twice, 200)} 出现了两次，不知道该用哪一列。"
+                )
             continue
         if len(cells) != len(header):
-            raise PlugError(f"{place}有 {len(cells)} 列，表头却有 {len(header)} 列：{header}。")
+            raise PlugError(
+                f"{place}有 {len(cells)} 列，表头却有 {len(header)} 列：{shown(header, 200)}。"
+            )
         if bare == header:
             notes.add("跳过了重复的表头", place)
             continue
@@ -138,7 +144,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         after = f"（第 {number} 行之后）" if number else ""
-        raise PlugError(f"{path} 不是完整的 parquet 文件{after}：{error}") from None
+        raise PlugError(f"{path} 不是完整的 parquet 文件{after}：{one_line(error)}") from None
 
 
 def _dataset_rows(path: Path) -> Iterator[Row]:
@@ -173,8 +179,8 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
         raise
     except Exception as error:  # a network's, a hub's or a file's: all end here
         if number:
-            raise PlugError(f"{path} 第 {number} 条之后读不了：{error}") from None
-        raise UsageError(f"没有文件 {path}，也取不到这个名字的数据集：{error}") from None
+            raise PlugError(f"{path} 第 {number} 条之后读不了：{one_line(error)}") from None
+        raise UsageError(f"没有文件 {path}，也取不到这个名字的数据集：{one_line(error)}") from None
 
 
 def _with_class_names(

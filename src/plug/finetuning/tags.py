@@ -26,9 +26,7 @@ _BEHIND = re.compile(rf"(.+)[-_]([{_PREFIXES}])", re.IGNORECASE)
 _INSIDE, _END, _SINGLE = "IM", "EL", "SUW"
 
 
-def convert_to_bio(
-    examples: Sequence[LabellingExample], notes: Notes
-) -> list[LabellingExample]:
+def convert_to_bio(examples: Sequence[LabellingExample], notes: Notes) -> list[LabellingExample]:
     """The examples with tags in BIO; `scheme` is what the file had.
 
     Args:
@@ -63,7 +61,7 @@ def _recognise(
 ) -> tuple[str, dict[str, tuple[str, str]]]:
     """The scheme, and (prefix, type) of every tag; the prefix of O is O."""
     named = {tag for tag in found if tag.upper() != OUTSIDE}
-    outside = {tag: (OUTSIDE, "") for tag in found - named}
+    outside = dict.fromkeys(found - named, (OUTSIDE, ""))
     place = next((e.place for e in examples if named.intersection(e.tags or ())), "")
     if named and all(tag.isdecimal() for tag in named):
         raise UsageError(f"{place}的 tags 是编号（{_few(named)}），不知道它们的名字。")
