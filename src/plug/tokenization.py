@@ -90,7 +90,8 @@ class PlugTokenizer:
         directory = Path(directory)
         if (path := directory / "tokenizer.json").is_file():
             try:
-                return cls(Tokenizer.from_file(str(path)))
+                # `transformers` may have marked [MASK] as an ordinary token.
+                return cls._with_special_tokens(Tokenizer.from_file(str(path)))
             except UsageError:
                 raise
             except Exception as error:  # the library raises bare Exception
@@ -143,19 +144,27 @@ class PlugTokenizer:
         backend.add_special_tokens(known)
         return cls(backend)
 
-    def save(self, directory: Path | str) -> None:
-        """Write `tokenizer.json` and the `tokenizer_config.json` that `AutoTokenizer` reads."""
+    def save(self, directory: Path | str, *, model_max_length: int | None = None) -> None:
+        """Write `tokenizer.json` and the `tokenizer_config.json` that `AutoTokenizer` reads.
+
+        Args:
+            directory: exists.
+            model_max_length: tokens that the model reads, where `AutoTokenizer` truncates; None
+                where there is no model yet.
+        """
         directory = Path(directory)
         content = self.backend.to_str(pretty=True)  # not `save`: a full disk must be an OSError
         (directory / "tokenizer.json").write_text(content, encoding="utf-8")
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "PlugTokenizerFast",  # of `plug.hf`
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # "[SEP]" typed by a user stays text here too
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             **SPECIAL_TOKENS,
             "eos_token": SPECIAL_TOKENS["sep_token"],  # else old Trainers drop the model's end
         }
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
         (directory / "tokenizer_config.json").write_text(
             json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
         )

@@ -151,7 +151,7 @@ def import_original(
                     progress(done, total * num_shards)
         write_configs(temporary, config, specs)
         if tokenizer is not None:
-            tokenizer.save(temporary)
+            tokenizer.save(temporary, model_max_length=config.max_source_length)
     if differing:
         notes.append(
             f"{len(differing)} 个张量在各分片里本应相同，却不同，取第 0 片的值："
