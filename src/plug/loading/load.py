@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, weight_shapes
 from plug.checkpoints.weights import DTYPES, Place, TensorSpec, locate_weights, map_tensors
-from plug.distributed import plan
+from plug.distributed import tensor_parallel
 from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.loading.memory import STREAMED_AT_ONCE, Room, check_dtype, check_memory
@@ -48,8 +48,8 @@ def load(
         dtype: of all weights but those of quantised layers; None is float32 on the CPU and each
             tensor's saved dtype elsewhere.
         room: what must be free on ``device`` besides the weights; None is nothing.
-        processes: of several, each reads and gets its share of the model (`plug.distributed.plan`),
-            to write with; it cannot be trained or saved.
+        processes: of several, each reads and gets its shard of the model
+            (`plug.distributed.tensor_parallel`), to write with; it cannot be trained or saved.
         device_map: where layers of the encoder are kept that ``device`` has no memory for, until
             they are needed: "auto", or from names ("encoder.layers.23") to "cpu" (the file itself,
             by way of the system's page cache) or another card. Not to be trained or saved either.
@@ -75,10 +75,13 @@ def load(
     if processes is not None and processes.world_size > 1:
         if device_map is not None:
             raise UsageError("--device-map 和多个进程不能一起用。请只用其中一种。")
-        plan.check_divisible(model, processes.world_size)
-        regions = {name: plan.region(name, x.shape, processes) for name, x in specs.items()}
+        tensor_parallel.check_divisible(model, processes.world_size)
+        regions = {
+            name: tensor_parallel.shard_slices(name, x.shape, processes)
+            for name, x in specs.items()
+        }
         weights = _read(places, specs, regions, device, model, room)
-        plan.set_shares(model, weights, processes)
+        tensor_parallel.shard_model(model, weights, processes)
     elif device.type == "cpu" and not kept:
         is_mapped = True
         weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
@@ -139,7 +142,10 @@ def _read(
     besides: int = 0,
 ) -> dict[str, Tensor]:
     """Every tensor, or its region if it has one, once they and ``besides`` are found to fit."""
-    shapes = {name: plan.shape_of(regions.get(name, ()), x.shape) for name, x in specs.items()}
+    shapes = {
+        name: tensor_parallel.shard_shape(regions.get(name, ()), x.shape)
+        for name, x in specs.items()
+    }
     own = {name: spec._replace(shape=shapes[name]) for name, spec in specs.items()}
     table = specs["embeddings.word_embeddings.weight"].dtype
     scheme = scheme_of(model)
