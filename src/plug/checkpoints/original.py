@@ -25,6 +25,7 @@ from plug.checkpoints.directory import (
     replace_directory,
     write_configs,
 )
+from plug.checkpoints.headers import locate_weights
 from plug.checkpoints.original_shards import (
     SHARD_FILE,
     check_shards,
@@ -34,13 +35,7 @@ from plug.checkpoints.original_shards import (
     open_shard,
     write_shard,
 )
-from plug.checkpoints.weights import (
-    Region,
-    TensorSpec,
-    WeightWriter,
-    locate_weights,
-    write_json,
-)
+from plug.checkpoints.weights import Region, TensorSpec, WeightWriter, write_json
 from plug.errors import PlugError, UsageError
 from plug.model.configuration import PlugConfig
 from plug.tokenization import PlugTokenizer

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from plug.checkpoints.weights import check_finite
 from plug.errors import UsageError
 from plug.hf.config import PlugTransformersConfig
 from plug.model.configuration import PlugConfig
@@ -68,6 +69,19 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
     _input_embed_layer = "word_embeddings"
     _no_split_modules = ["PlugEncoderLayer", "PlugDecoderLayer"]  # noqa: RUF012
     accepts_loss_kwargs = False  # the Trainer divides by gradient accumulation steps itself
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; weights that are NaN or infinite are refused.
+
+        Raises:
+            PlugError: it names the tensors.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        on_device = ((name, x) for name, x in model.named_parameters() if not x.is_meta)
+        check_finite(model.name_or_path, on_device)
+        return loaded
 
     def build_encoder(self, config: PlugConfig) -> None:
         """The parts of an understanding model alone."""
