@@ -9,7 +9,6 @@ Both stand on the `tokenizers` library; `plug.pretraining.vocabulary` trains a n
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from tokenizers import (
 )
 
 from plug.errors import UsageError
+from plug.files import write_json, write_text
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -147,7 +147,7 @@ class PlugTokenizer:
         """Write `tokenizer.json` and the `tokenizer_config.json` that `AutoTokenizer` reads."""
         directory = Path(directory)
         content = self.backend.to_str(pretty=True)  # not `save`: a full disk must be an OSError
-        (directory / "tokenizer.json").write_text(content, encoding="utf-8")
+        write_text(directory / "tokenizer.json", content)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -156,9 +156,7 @@ class PlugTokenizer:
             **SPECIAL_TOKENS,
             "eos_token": SPECIAL_TOKENS["sep_token"],  # else old Trainers drop the model's end
         }
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(directory / "tokenizer_config.json", config)
 
     def encode(self, text: str, *, allow_special_tokens: bool = False) -> list[int]:
         """Ids of ``text``, without [CLS] and [SEP] around them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.weights import write_json
+from plug.files import write_json
 from plug.model.configuration import PlugConfig
 
 CONFIGURATION_FILE = "configuration.json"
