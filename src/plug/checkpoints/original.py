@@ -153,7 +153,7 @@ def write_imported(
                 progress(done, total * num_shards)
     write_configs(directory, original.config, specs)
     if original.tokenizer is not None:
-        original.tokenizer.save(directory)
+        original.tokenizer.save(directory, model_max_length=original.config.max_source_length)
     if differing:
         notes.append(
             f"{len(differing)} 个张量在各分片里本应相同，却不同，取第 0 片的值："

@@ -87,7 +87,7 @@ def quantize_directory(
                 progress(done, total)
         write_configs(temporary, config, specs, scheme.to_dict())
         if tokenizer is not None:
-            tokenizer.save(temporary)
+            tokenizer.save(temporary, model_max_length=config.max_source_length)
     return notes
 
 
