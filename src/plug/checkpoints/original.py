@@ -23,6 +23,7 @@ from plug.checkpoints.directory import (
     refuse_quantized,
     write_configs,
 )
+from plug.checkpoints.headers import locate_weights
 from plug.checkpoints.original_shards import (
     SHARD_FILE,
     check_shards,
@@ -32,12 +33,7 @@ from plug.checkpoints.original_shards import (
     open_shard,
     write_shard,
 )
-from plug.checkpoints.weights import (
-    Region,
-    TensorSpec,
-    WeightWriter,
-    locate_weights,
-)
+from plug.checkpoints.weights import Region, TensorSpec, WeightWriter
 from plug.errors import PlugError, UsageError
 from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.model.configuration import PlugConfig
