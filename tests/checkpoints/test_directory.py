@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from plug.checkpoints.directory import find_model_directory, generation_defaults
+from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.hub import SAMPLING
 from plug.generation.settings import GenerationSettings
-from plug.model.configuration import PlugConfig
 
 
 def test_a_directory_may_have_the_shipped_models_name(
@@ -27,10 +27,6 @@ def test_files_are_readable_as_any_new_file_is(model_directory: Path, tmp_path: 
         assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_saved_sampling_defaults_are_those_of_generate(config: PlugConfig) -> None:
-    defaults, settings = generation_defaults(config), GenerationSettings()
-    assert defaults["temperature"] == settings.temperature
-    assert defaults["top_k"] == settings.top_k
-    assert defaults["repetition_penalty"] == settings.penalty
-    assert defaults["max_new_tokens"] == settings.out_length
-    assert defaults["do_sample"] == settings.do_sample
+def test_the_sampling_told_to_modelscope_is_that_of_generate() -> None:
+    settings = GenerationSettings()
+    assert {name: getattr(settings, name) for name in SAMPLING} == SAMPLING

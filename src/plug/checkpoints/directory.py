@@ -103,24 +103,18 @@ def write_configs(
     if quantization is not None:
         bookkeeping["quantization"] = quantization
     write_json(directory / CONFIG_FILE, bookkeeping | config.to_dict())
-    defaults = generation_defaults(config)
     if config.num_decoder_layers:
-        write_json(directory / "generation_config.json", defaults)
-    sampling = {name: defaults[name] for name in ("temperature", "top_k")}
-    write_pretrained_configuration(directory, config, sampling)
+        write_json(directory / "generation_config.json", generation_config(config))
+    write_pretrained_configuration(directory, config)
 
 
-def generation_defaults(config: PlugConfig) -> dict[str, Any]:
-    """The sampling that models are saved with, in the names of transformers' GenerationConfig.
+def generation_config(config: PlugConfig) -> dict[str, Any]:
+    """The content of `generation_config.json`, which `generate` of transformers begins with.
 
-    Source: the original's `configuration.json` (temperature 0.9, top_k 20, no top_p).
+    It names ids alone, so that `generate` and `Seq2SeqTrainer` search and stop as they do with
+    BART. The sampling of `plug generate` is in `GenerationSettings`.
     """
     return {
-        "do_sample": True,
-        "temperature": 0.9,
-        "top_k": 20,
-        "repetition_penalty": 1.1,
-        "max_new_tokens": 256,
         "decoder_start_token_id": config.decoder_start_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,

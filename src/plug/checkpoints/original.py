@@ -23,6 +23,7 @@ from plug.checkpoints.directory import (
     refuse_quantized,
     write_configs,
 )
+from plug.checkpoints.headers import locate_weights
 from plug.checkpoints.original_shards import (
     SHARD_FILE,
     check_shards,
@@ -32,12 +33,7 @@ from plug.checkpoints.original_shards import (
     open_shard,
     write_shard,
 )
-from plug.checkpoints.weights import (
-    Region,
-    TensorSpec,
-    WeightWriter,
-    locate_weights,
-)
+from plug.checkpoints.weights import Region, TensorSpec, WeightWriter
 from plug.errors import PlugError, UsageError
 from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.model.configuration import PlugConfig
@@ -157,7 +153,7 @@ def write_imported(
                 progress(done, total * num_shards)
     write_configs(directory, original.config, specs)
     if original.tokenizer is not None:
-        original.tokenizer.save(directory)
+        original.tokenizer.save(directory, model_max_length=original.config.max_source_length)
     if differing:
         notes.append(
             f"{len(differing)} 个张量在各分片里本应相同，却不同，取第 0 片的值："

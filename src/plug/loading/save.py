@@ -65,4 +65,4 @@ def write_model(
     scheme = scheme_of(model)
     write_configs(directory, model.config, specs, None if scheme is None else scheme.to_dict())
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, model_max_length=model.config.max_source_length)
