@@ -89,12 +89,15 @@ def _layer_errors(out: int, inputs: int) -> dict[str, float]:
 
 def _on_cuda(layer: QuantizedLinear, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the engine makes of a step's rows and of a source's."""
-    from plug.kernels.products import Weight
+    from plug.kernels.packed_linear import PackedLinear
 
     layer.bias = layer.bias.bfloat16()
-    decoded = Weight(layer)(x.bfloat16())
+    decoded = PackedLinear(layer)(x.bfloat16())
     many = x.bfloat16().repeat(32, 1)  # more rows than count as few
-    return {"decoded": decoded.float(), "source": Weight(layer, for_sources=True)(many)[:4].float()}
+    return {
+        "decoded": decoded.float(),
+        "source": PackedLinear(layer, for_sources=True)(many)[:4].float(),
+    }
 
 
 def _nats(
@@ -129,7 +132,7 @@ def _nats(
 
 
 class _InFP8(torch.nn.Module):
-    """What `plug.kernels.products.Weight` computes of many rows."""
+    """What `plug.kernels.packed_linear.PackedLinear` computes of many rows."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
 """The fused model against the plain one, in float32; without a GPU, by Triton's interpreter.
 
-What stands in for the product of `few_rows.cu` here is PyTorch's; `tests/kernels/test_products.py`
-has that kernel itself, on a GPU.
+Here PyTorch's product takes the place of `skinny_gemm.cu`, which `tests/kernels` tries on a GPU.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def test_several_positions_at_once_are_those_of_the_plain_model(lively_model: Pl
 
 @torch.inference_mode()
 def test_quantized_weights_are_read_as_the_plain_model_reads_them(lively_model: Plug) -> None:
-    plain_model = quantized(lively_model, 8)  # tests/kernels/test_products.py has 4 bits
+    plain_model = quantized(lively_model, 8)  # tests/kernels/test_packed_linear.py has 4 bits
     plain, fused = Engine(plain_model), fused_engine(copy.deepcopy(plain_model))
     for engine in (plain, fused):
         engine.start([[2, *PROMPTS[0], 3]], capacity=1)

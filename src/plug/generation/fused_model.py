@@ -17,11 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.distributed.plan import Reduced, added_up, gathered, own_rows
+from plug.distributed.tensor_parallel import (
+    RowParallelLinear,
+    all_reduce,
+    gather_logits,
+    vocabulary_shard,
+)
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
-from plug.kernels.products import Weight
+from plug.kernels.packed_linear import PackedLinear
 from plug.kernels.rows import add_norm, embed
 from plug.loading.memory import TOKENS_AT_ONCE
 from plug.loading.offload import StreamedLayers
@@ -61,7 +66,7 @@ class FusedModel:
         ]
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
-        self._logits = gathered(model, self._head)
+        self._logits = gather_logits(model, self._head)
         steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
         for weight, following in pairwise([*steps, self._head, steps[0]]):
             weight.comes_before(following)
@@ -198,8 +203,8 @@ class _DecoderLayer:
         self.out = _summed(layer.self_attention.out_proj)
         self.cross_attention_norm = layer.cross_attention_norm
         cross = layer.cross_attention
-        self.source_query = Weight(cross.q_proj)
-        self.source_key_value = Weight(cross.k_proj, cross.v_proj, for_sources=True)
+        self.source_query = PackedLinear(cross.q_proj)
+        self.source_key_value = PackedLinear(cross.k_proj, cross.v_proj, for_sources=True)
         self.source_out = _summed(cross.out_proj)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
@@ -207,38 +212,42 @@ class _DecoderLayer:
         self.in_a_step += [self.fc1, self.fc2]
 
 
-def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Weight:
+def _query_key_value(attention: Attention, *, for_sources: bool = False) -> PackedLinear:
     layers = attention.q_proj, attention.k_proj, attention.v_proj
-    return Weight(*layers, for_sources=for_sources)
+    return PackedLinear(*layers, for_sources=for_sources)
 
 
-def _feed_forward(part: FeedForward, *, for_sources: bool = False) -> tuple[Weight, Weight]:
-    return Weight(part.fc1, for_sources=for_sources), _summed(part.fc2, for_sources=for_sources)
+def _feed_forward(
+    part: FeedForward, *, for_sources: bool = False
+) -> tuple[PackedLinear, PackedLinear]:
+    return PackedLinear(part.fc1, for_sources=for_sources), _summed(
+        part.fc2, for_sources=for_sources
+    )
 
 
-class _SummedWeight(Weight):
+class _RowParallelLinear(PackedLinear):
     """A layer parted by inputs, of which other processes have the rest."""
 
-    def _few_rows(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
-        return added_up(super()._few_rows(x, gelu=gelu, wide=wide))
+    def _skinny(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+        return all_reduce(super()._skinny(x, gelu=gelu, wide=wide))
 
     def _many_rows(self, x: Tensor) -> Tensor:
         result = super()._many_rows(x)
-        return result if self._in_fp8 else added_up(result)
+        return result if self._in_fp8 else all_reduce(result)
 
     def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return added_up(super()._multiply_fp8(rows, row_scale, dtype))
+        return all_reduce(super()._multiply_fp8(rows, row_scale, dtype))
 
 
-def _summed(layer: nn.Module, *, for_sources: bool = False) -> Weight:
-    if isinstance(layer, Reduced):
-        return _SummedWeight(cast(nn.Linear, layer.own), for_sources=for_sources)
-    return Weight(cast(nn.Linear, layer), for_sources=for_sources)
+def _summed(layer: nn.Module, *, for_sources: bool = False) -> PackedLinear:
+    if isinstance(layer, RowParallelLinear):
+        return _RowParallelLinear(cast(nn.Linear, layer.shard), for_sources=for_sources)
+    return PackedLinear(cast(nn.Linear, layer), for_sources=for_sources)
 
 
-def _head(model: Plug) -> Weight:
+def _head(model: Plug) -> PackedLinear:
     """The product with the word table; in a quantised model with its copy in 8 bits."""
-    table = own_rows(model, model.embeddings.word_embeddings.weight.detach())
+    table = vocabulary_shard(model, model.embeddings.word_embeddings.weight.detach())
     out_features, in_features = table.shape
     no_bias = table.new_zeros(out_features)
     layer: nn.Linear | QuantizedLinear
@@ -250,4 +259,4 @@ def _head(model: Plug) -> Weight:
         layer = QuantizedLinear(in_features, out_features, Scheme.of(8))
         tensors = Scheme.of(8).quantize(table) | {"bias": no_bias}
         layer.load_state_dict(tensors, assign=True)
-    return Weight(layer)
+    return PackedLinear(layer)

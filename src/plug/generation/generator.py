@@ -17,8 +17,8 @@ from torch import Tensor
 
 from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
-from plug.distributed.plan import is_shared_out
 from plug.distributed.processes import Processes, agree
+from plug.distributed.tensor_parallel import is_sharded
 from plug.errors import UsageError
 from plug.generation.beam import beam_search
 from plug.generation.detokenizer import RowStreams, text_stream
@@ -139,7 +139,7 @@ class Generator:
             reuse_bytes = REUSE_BYTES if on.type == "cpu" else 0
         with explain_out_of_memory(on, room.batch_size):
             self.engine = Engine(model.eval(), graphs=graphs, reuse_bytes=reuse_bytes)
-        self.is_shared_out = is_shared_out(model)
+        self.is_shared_out = is_sharded(model)
         self._writer: Writer | None = None
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         theirs = (self.config.decoder_start_token_id, self.config.eos_token_id)

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from plug.distributed.plan import gathered, own_rows
+from plug.distributed.tensor_parallel import gather_logits, vocabulary_shard
 from plug.generation.kv_cache import DecoderCache
 from plug.model import accounting
 from plug.model.layers import FeedForward, KeyValue, LayerNorm
@@ -132,11 +132,11 @@ def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
 
 def _head(model: Plug) -> Product:
     """The product with the word table; in a quantised model on a CPU with its copy in 8 bits."""
-    return gathered(model, _own_head(model))
+    return gather_logits(model, _own_head(model))
 
 
 def _own_head(model: Plug) -> Product:
-    table = own_rows(model, model.embeddings.word_embeddings.weight.detach())
+    table = vocabulary_shard(model, model.embeddings.word_embeddings.weight.detach())
     scheme = scheme_of(model)
     if scheme is not None and table.dtype == torch.float32:
         in_8_bits = Scheme.of(8).quantize(table)

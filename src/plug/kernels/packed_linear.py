@@ -1,8 +1,8 @@
-"""`Weight`: a weight on a CUDA device, multiplied with any number of rows by what is fastest there.
+"""`PackedLinear`: a linear layer on a CUDA device, computed by the fastest kernel for its rows.
 
-Few rows are a matter of reading the weight: `few_rows.cu`. Many are a matter of arithmetic: cuBLAS
-in half precision, or FP8 where the weight is quantised and the card has it. `docs/performance.md`
-has the measurements.
+With few rows the time is that of reading the weight: `skinny_gemm.cu`. With many rows it is that of
+the arithmetic: cuBLAS in half precision, or FP8 where the weight is quantised and the card has it.
+`docs/performance.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FEW_ROWS_OF_INTEGERS = 64
 # Bytes of the next product's weight to fetch ahead, a multiple of 64 * 16. A step of the 27B took
 # 2.5% less with 8 bits and 0.8% less with 16; with 4 bits it took longer, at any size.
 _FETCHED_AHEAD = {16: 2**23, 8: 2**23, 4: 0}
-# How a block of `few_rows.cu` is cut, by the bits and whether there are more than 8 rows; measured.
+# The shape of a block of `skinny_gemm.cu`, by bits and by whether there are more than 8 rows.
 _SHAPES = {
     (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 1},
     (8, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 2, "BLOCKS": 4},
@@ -36,7 +36,7 @@ _SHAPES = {
 }
 
 
-class Weight:
+class PackedLinear:
     """x W^T + b, of one linear layer or of several with the same input, stacked.
 
     Stacking moves the layers' tensors into one, of which they keep views: no weight is held twice.
@@ -73,20 +73,20 @@ class Weight:
     def __call__(self, x: Tensor, *, wide: bool = False) -> Tensor:
         """(rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
         if self._takes(x):
-            return self._few_rows(x, wide=wide)
+            return self._skinny(x, wide=wide)
         out = self._many_rows(x)
         return out.float() if wide else out
 
-    def comes_before(self, other: Weight) -> None:
+    def comes_before(self, other: PackedLinear) -> None:
         """Few rows will be multiplied with ``other`` next: have its first bytes fetched ahead."""
         size = other._weight.numel() * other._weight.element_size()
         most = _FETCHED_AHEAD[other._bits]
         self._next, self._next_bytes = other._weight, min(size // 1024 * 1024, most)
 
-    def after(self, first: Weight, x: Tensor) -> Tensor:
+    def after(self, first: PackedLinear, x: Tensor) -> Tensor:
         """A feed-forward layer: ``first``, the exact GELU, then this."""
         if first._takes(x):
-            return self(first._few_rows(x, gelu=True))
+            return self(first._skinny(x, gelu=True))
         inside = first._many_rows(x)
         if self._in_fp8:
             return self._multiply_fp8(*quantize_rows(inside, gelu=True), x.dtype)
@@ -96,7 +96,7 @@ class Weight:
         few = _FEW_ROWS_OF_HALF if self._bits == 16 else _FEW_ROWS_OF_INTEGERS
         return self._fits and len(x) <= few
 
-    def _few_rows(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
+    def _skinny(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
         dtype = torch.float32 if wide else x.dtype
         out = torch.empty(len(x), self.out_features, dtype=dtype, device=x.device)
         for rows, result in zip(x.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
@@ -167,7 +167,7 @@ def _stacked(layers: tuple[nn.Linear | QuantizedLinear, ...]) -> dict[str, Tenso
 
 
 def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
-    """Whether `few_rows.cu` takes the weight: integers or halves that go into whole pieces."""
+    """Whether `skinny_gemm.cu` takes the weight: integers or halves that go into whole pieces."""
     n_in = weight.shape[1] * (2 if bits == 4 else 1)
     whole = out_features % 64 == 0 and n_in % (512 // bits) == 0
     return weight.is_cuda and whole and weight.dtype not in (FP8, torch.float32)
@@ -179,7 +179,7 @@ def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[An
     shape = _SHAPES[bits, tiles > 1]
     settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
     defines = "".join(f"#define {name} {value}\n" for name, value in settings.items())
-    source = (files("plug.kernels") / "few_rows.cu").read_text(encoding="utf-8")
+    source = (files("plug.kernels") / "skinny_gemm.cu").read_text(encoding="utf-8")
     # PyTorch's own door to NVRTC, which comes with it: no compiler needs to be installed.
-    kernel = torch.cuda._compile_kernel(defines + source, "few_rows")
+    kernel = torch.cuda._compile_kernel(defines + source, "skinny_gemm")
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

@@ -1,4 +1,4 @@
-"""`Weight` against the product in float64 of the weights it stands for."""
+"""`PackedLinear` against the product in float64 of the weights it stands for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.kernels.products import Weight
+from plug.kernels.packed_linear import PackedLinear
 from plug.quantization.linear import QuantizedLinear
 from plug.quantization.scheme import Scheme
 
@@ -69,7 +69,7 @@ def test_any_number_of_rows(
     made = layers(bits, dtype, generator)
     x = torch.randn(rows, IN, generator=generator).to(dtype)
     expected = exact(x, made)
-    weight = Weight(*made)  # type: ignore[arg-type]
+    weight = PackedLinear(*made)  # type: ignore[arg-type]
 
     got = weight(x)
 
@@ -88,7 +88,7 @@ def test_a_feed_forward_layer(rows: int, bits: int, generator: torch.Generator) 
     x = torch.randn(rows, IN, generator=generator).bfloat16()
     expected = exact(F.gelu(exact(x, [first])), [second])
 
-    got = Weight(second).after(Weight(first), x)  # type: ignore[arg-type]
+    got = PackedLinear(second).after(PackedLinear(first), x)  # type: ignore[arg-type]
 
     in_fp8 = x.is_cuda and rows > 64 and bits < 16
     assert relative_error(got, expected) < (0.06 if in_fp8 else 0.006)
@@ -101,7 +101,7 @@ def test_stacked_layers_keep_their_own_weights(bits: int, generator: torch.Gener
     x = torch.randn(2, IN, generator=generator).bfloat16()
     before = [each(x) for each in made]
 
-    Weight(*made)  # type: ignore[arg-type]
+    PackedLinear(*made)  # type: ignore[arg-type]
 
     for each, expected in zip(made, before, strict=True):
         assert torch.equal(each(x), expected)
@@ -113,7 +113,7 @@ def test_stacked_layers_keep_their_own_weights(bits: int, generator: torch.Gener
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @torch.inference_mode()
 def test_a_rows_result_does_not_depend_on_the_others(bits: int, generator: torch.Generator) -> None:
-    weight = Weight(*layers(bits, torch.bfloat16, generator))  # type: ignore[arg-type]
+    weight = PackedLinear(*layers(bits, torch.bfloat16, generator))  # type: ignore[arg-type]
     x = torch.randn(8, IN, generator=generator).bfloat16()
 
     together = weight(x)
@@ -129,6 +129,6 @@ def test_sources_are_multiplied_in_fp8(bits: int, generator: torch.Generator) ->
     x = torch.randn(5, IN, generator=generator).bfloat16()
     expected = exact(x, made)
 
-    weight = Weight(*made, for_sources=True)  # type: ignore[arg-type]
+    weight = PackedLinear(*made, for_sources=True)  # type: ignore[arg-type]
 
     assert relative_error(weight._many_rows(x), expected) < 0.05

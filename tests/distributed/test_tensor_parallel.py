@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from plug.distributed import plan
 from plug.distributed.processes import Processes
+from plug.distributed.tensor_parallel import RowParallelLinear
 from plug.errors import UsageError
 from plug.generation.async_engine import AsyncEngine
 from plug.generation.generator import Generator, generate
@@ -103,7 +103,7 @@ def test_quantized_shares_are_parts_of_the_quantized_weights(
     for path, dimension in (("attention.k_proj", 0), ("feed_forward.fc2", 1)):
         expected = whole.get_submodule(path).dequantized(torch.float32)
         own = [share.get_submodule(path) for share in shares]
-        layers = [each.own if isinstance(each, plan.Reduced) else each for each in own]
+        layers = [each.shard if isinstance(each, RowParallelLinear) else each for each in own]
         parts = [layer.dequantized(torch.float32) for layer in layers]
         assert torch.cat(parts, dimension).equal(expected)
         bias = torch.cat([layer.bias for layer in layers])

@@ -115,7 +115,7 @@ __device__ __forceinline__ uint4 inputs(const u16* x, int row, int rows, int n_i
 // bfloat16 (n_out, n_in / 128); bias (n_out); out (rows, n_out), in float where wide.
 // What the next product will read can be named: its first bytes are fetched into the second cache
 // while the kernels in between leave the memory idle.
-extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) few_rows(
+extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny_gemm(
     const u16* x, const uint4* weight, const void* scale, const u16* center, const u16* bias,
     void* out, const char* next, int rows, int n_out, int n_in, int gelu, int wide, int next_bytes)
 {
