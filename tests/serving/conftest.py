@@ -185,7 +185,7 @@ def scripted_model(tiny_tokenizer: PlugTokenizer) -> Callable[..., ServedModel]:
         return ServedModel(
             name,
             tiny_tokenizer,
-            max_prompt_tokens=62,
+            max_source_tokens=62,
             token_count=tiny_tokenizer.vocab_size,
             engine=engine,
             encode_prompt=encode,

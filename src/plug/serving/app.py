@@ -11,13 +11,12 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
-from starlette.staticfiles import StaticFiles
 
 import plug
 from plug.serving import completions, protocol, understanding
 from plug.serving.body import body_of
 from plug.serving.errors import ApiError
-from plug.serving.guard import PAGE, Guard, error_response, record_of
+from plug.serving.guard import Guard, error_response, record_of
 from plug.serving.metrics import Metrics
 from plug.serving.models import ServedModel, check_names
 from plug.serving.protocol import Body
@@ -58,21 +57,23 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings) -> FastAP
     check_names(models)
     metrics = Metrics()
     service = Service(models, settings, metrics)
+    files = {f"/{path.name}": path for path in PAGE_DIRECTORY.iterdir() if path.is_file()}
+    files["/"] = PAGE_DIRECTORY / "index.html"
     app = FastAPI(
         title="PLUG",
         version=plug.__version__,
-        root_path=settings.root_path,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Guard, settings=settings, metrics=metrics)],
+        middleware=[Middleware(Guard, settings=settings, metrics=metrics, page=list(files))],
         exception_handlers={ApiError: _answer_api_error, HTTPException: _answer_http_error},
     )
     app.state.service = service
     for path, model, handler in ROUTES:
         _add_post(app, service, path, model, handler)
     _add_reads(app, service)
-    _add_page(app)
+    for path, file in files.items():
+        _add_file(app, path, file)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -133,21 +134,11 @@ def _add_reads(app: FastAPI, service: Service) -> None:
         return JSONResponse(found.describe())
 
 
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
+def _add_file(app: FastAPI, path: str, file: Path) -> None:
     async def page() -> Response:
-        return FileResponse(PAGE_DIRECTORY / "index.html", headers=PAGE_HEADERS)
+        return FileResponse(file, headers=PAGE_HEADERS)
 
-    app.mount(PAGE.rstrip("/"), _Page(directory=PAGE_DIRECTORY), name="page")
-
-
-class _Page(StaticFiles):
-    """The page's files, with its headers."""
-
-    def file_response(self, *args: Any, **options: Any) -> Response:
-        response = super().file_response(*args, **options)
-        response.headers.update(PAGE_HEADERS)
-        return response
+    app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(page)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

@@ -95,7 +95,7 @@ class Reply:
 async def complete(service: Service, request: Request, body: CompletionBody) -> Response:
     """Answer `/v1/completions`."""
     record = record_of(request.scope)
-    model = service.find(body.model, "completions", record)
+    model = service.find(body.model, "generate", record)
     prompts = body.prompts()
     best_of = body.best_of or body.n
     if best_of < body.n:
@@ -105,7 +105,7 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
     _check_count(service, len(prompts), best_of)
     # The best are told apart by their log-probabilities, even if nobody else asks for them.
     logprobs = body.logprobs if body.logprobs is not None or best_of == body.n else 0
-    settings = body.generation_settings(service.settings.max_tokens, logprobs)
+    settings = body.generation_settings(service.settings.max_output_tokens, logprobs)
     ids = [
         model.check_ids(each) if isinstance(each, list) else await service.encode(model, each)
         for each in prompts
@@ -135,7 +135,7 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
 async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     """Answer `/v1/chat/completions`."""
     record = record_of(request.scope)
-    model = service.find(body.model, "completions", record)
+    model = service.find(body.model, "generate", record)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs 要和 logprobs=true 一起用。", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -143,7 +143,7 @@ async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     prompt, stops = fold_messages(body.messages)
     if stops:
         body.add_stops(stops)
-    settings = body.generation_settings(service.settings.max_tokens, logprobs)
+    settings = body.generation_settings(service.settings.max_output_tokens, logprobs)
     ids = await service.encode(model, prompt)
     include, continuous = body.wants_usage()
     reply = Reply(
@@ -401,7 +401,7 @@ def _seeded(
 def _warn(reply: Reply, body: GenerationBody, prompts: Sequence[list[int]]) -> None:
     if ignored := body.ignored():
         reply.warnings.append(header_text(f"ignored fields: {', '.join(ignored)}"))
-    most = reply.model.max_prompt_tokens
+    most = reply.model.max_source_tokens
     longest = max(map(len, prompts))
     if longest > most:
         reply.warnings.append(f"prompt has {longest} tokens, the last {most} are read")

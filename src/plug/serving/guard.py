@@ -11,7 +11,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -28,8 +28,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/health", "/ready", "/")
-PAGE = "/page/"
+OPEN_PATHS = ("/health", "/ready")
 MAX_HEADER_BYTES = 32_768
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -39,21 +38,33 @@ class ClientGone(Exception):  # noqa: N818 (no error: the client left, and nothi
 
 
 class Guard:
-    """Lets a request through to ``app``, or answers it with an error."""
+    """Lets a request through to ``app``, or answers it with an error.
 
-    def __init__(self, app: App, settings: ServeSettings, metrics: Metrics) -> None:
+    Args:
+        app: the routes.
+        settings: of the server.
+        metrics: where requests are counted.
+        page: paths of the page's files.
+    """
+
+    def __init__(
+        self, app: App, settings: ServeSettings, metrics: Metrics, page: Sequence[str]
+    ) -> None:
         self._app = app
+        self._open = {*OPEN_PATHS, *page}
         self._settings = settings
         self._metrics = metrics
-        self._keys = [_digest(key.encode()) for key in settings.api_keys]
+        self._keys = [_digest(key.encode()) for key in settings.api_key]
         # A page that a browser was sent to can name any host (DNS rebinding); without keys only the
         # names of this machine are answered.
-        self._checks_host = not (settings.api_keys or settings.is_public or settings.uds)
+        self._checks_host = not (settings.api_key or settings.is_public or settings.uds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Set here and not by uvicorn, so that a proxy may take the prefix away or leave it.
+        scope["root_path"] = self._settings.root_path
         headers = Headers(scope=scope)
         record = Record(_request_id(headers), method=scope["method"])
         scope["state"] = {**scope.get("state", {}), "record": record}
@@ -119,11 +130,9 @@ class Guard:
         if not declared.isdigit() or int(declared[:18]) > self._settings.max_body_bytes:
             raise self._too_large()
 
-    @staticmethod
-    def _is_open(scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        is_read = scope["method"] in ("GET", "HEAD")
-        return is_read and (path in OPEN_PATHS or path.startswith(PAGE))
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope["root_path"])
+        return scope["method"] in ("GET", "HEAD") and path in self._open
 
     def _has_key(self, headers: Headers) -> bool:
         if not self._keys:

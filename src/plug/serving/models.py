@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import plug
 
 Capability = Literal[
-    "completions", "tokenize", "embeddings", "classify", "fill-mask", "tag", "answer", "questions"
+    "generate", "tokenize", "embeddings", "classify", "fill_mask", "tag", "answer", "questions"
 ]
 
 
@@ -28,7 +28,8 @@ class ServedModel:
     Attributes:
         name: what clients call it.
         tokenizer: its own.
-        max_prompt_tokens: of a prompt, the last ones are read.
+        max_source_tokens: of a prompt, the last ones are read.
+        window_tokens: written from one encoding at most; 0 where it does not write.
         token_count: ids below it can be given as a prompt.
         engine: writes.
         encode_prompt: text to ids, for writing.
@@ -41,8 +42,9 @@ class ServedModel:
 
     name: str
     tokenizer: PlugTokenizer
-    max_prompt_tokens: int
+    max_source_tokens: int
     token_count: int
+    window_tokens: int = 0
     engine: TextEngine | None = None
     encode_prompt: Callable[[str], list[int]] | None = None
     reader: plug.TextReader | None = None
@@ -57,9 +59,9 @@ class ServedModel:
         """What it can do, as `/v1/models` tells."""
         found: list[Capability] = ["tokenize"]
         if self.engine is not None:
-            found.insert(0, "completions")
+            found.insert(0, "generate")
         if self.reader is not None:
-            found += ["embeddings", "classify", "fill-mask"]
+            found += ["embeddings", "classify", "fill_mask"]
         if self.tuned_for is not None and self.tuned_for not in found:
             found.append(self.tuned_for)
         return tuple(found)
@@ -103,7 +105,7 @@ class ServedModel:
 
     def tokens_read(self, count: int) -> int:
         """Tokens that the encoder reads of so many."""
-        return min(count, self.max_prompt_tokens)
+        return min(count, self.max_source_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""
@@ -135,7 +137,8 @@ class ServedModel:
             "created": self.created,
             "owned_by": "plug",
             "capabilities": list(self.capabilities),
-            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_source_tokens": self.max_source_tokens,
+            "window_tokens": self.window_tokens,
             "vocab_size": self.token_count,
         }
 

@@ -52,7 +52,7 @@ def serve(models: Sequence[ServedModel], settings: ServeSettings) -> None:
             event="started",
             address=address(settings, listening),
             models=[model.name for model in models],
-            has_key=bool(settings.api_keys),
+            has_key=bool(settings.api_key),
         )
         server.run(sockets=[listening])
 

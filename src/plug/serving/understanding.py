@@ -68,8 +68,6 @@ async def classify(service: Service, request: Request, body: ClassifyBody) -> Re
     for text in (*texts, body.text_pair or ""):
         service.check_length(text, "input")
     if model.tuned_for == "classify":
-        if body.labels is not None:
-            raise bad_request(f"{model.name} 有自己的标签。请去掉 labels。", "labels")
         pair = [] if body.text_pair is None else [body.text_pair]
         return _json(await _tuned(service, model, [[text, *pair] for text in texts]), body)
     if body.labels is None:
@@ -107,7 +105,7 @@ async def fill_mask(service: Service, request: Request, body: FillMaskBody) -> R
     """What may stand at each [MASK]."""
     import plug
 
-    model = service.find(body.model, "fill-mask", record_of(request.scope))
+    model = service.find(body.model, "fill_mask", record_of(request.scope))
     service.check_length(body.input, "input")
     masks = await service.compute(
         model.tokens_read(len(body.input)),
@@ -116,11 +114,12 @@ async def fill_mask(service: Service, request: Request, body: FillMaskBody) -> R
     data = [
         {
             "index": index,
-            "fillings": [{"text": each.text, "probability": each.probability} for each in mask],
+            "candidates": [{"text": each.text, "probability": each.probability} for each in mask],
         }
         for index, mask in enumerate(masks)
     ]
-    return _json({"object": "list", "model": model.name, "data": data}, body)
+    found = [{"index": 0, "masks": data}]
+    return _json({"object": "list", "model": model.name, "data": found}, body)
 
 
 async def tag(service: Service, request: Request, body: TagBody) -> Response:
@@ -199,9 +198,9 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
     ids, offsets = await service.tokenize(work)
     found: dict[str, Any] = {
         "count": len(ids),
-        "max_model_len": model.max_prompt_tokens,
+        "max_model_len": model.max_source_tokens,
         "tokens": ids,
-        "first_read": max(0, len(ids) - model.max_prompt_tokens),
+        "first_read": max(0, len(ids) - model.max_source_tokens),
     }
     if body.return_token_strs:
         found["token_strs"] = [model.token_text(each) for each in ids]
