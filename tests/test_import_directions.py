@@ -34,8 +34,6 @@ LEVELS = {room: level for level, rooms in enumerate(LINES) for room in rooms}
 KNOWN: set[tuple[str, str]] = {
     ("distributed.tensor_parallel", "quantization"),
     ("evaluation.clue", "finetuning"),
-    ("finetuning.predict", "pretraining"),
-    ("finetuning.readers", "pretraining"),
     ("integrations.modelscope.base", "cli"),
 }
 
