@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from plug.serving.errors import ApiError
-from plug.serving.metrics import Metrics
+from plug.serving.metrics import OTHER, PAGE, Metrics
 from plug.serving.record import Record, log_failure
 from plug.serving.settings import ServeSettings, is_local
 
@@ -51,7 +51,8 @@ class Guard:
         self, app: App, settings: ServeSettings, metrics: Metrics, page: Sequence[str]
     ) -> None:
         self._app = app
-        self._open = {*OPEN_PATHS, *page}
+        self._page = frozenset(page)
+        self._open = self._page | set(OPEN_PATHS)
         self._settings = settings
         self._metrics = metrics
         self._keys = [_digest(key.encode()) for key in settings.api_key]
@@ -99,7 +100,8 @@ class Guard:
                 await error_response(answer)(scope, receive, send_with_id)
         finally:
             if (route := scope.get("route")) is not None:
-                record.route = getattr(route, "path", record.route)
+                path = getattr(route, "path", OTHER)
+                record.route = PAGE if path in self._page else path
             self._metrics.requests.labels(record.route, record.end()).inc()
             record.log()
 

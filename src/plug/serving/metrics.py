@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily
 # How a request ended. A stream that breaks has the status 200 of its first byte, and is no "ok".
 Outcome = Literal["ok", "refused", "rejected", "cancelled", "timeout", "failed"]
 OTHER = "other"  # the route of paths that no route has
+PAGE = "page"  # of the page's files
 
 _SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
