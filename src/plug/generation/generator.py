@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -181,7 +182,7 @@ class Generator:
         self, texts: Iterable[Prompt], settings: GenerationSettings | None = None, **options: Any
     ) -> list[GenerationResult]: ...
 
-    def __call__(  # type: ignore[misc]  # the overloads leave the options to this signature
+    def __call__(
         self,
         texts: str | Iterable[Prompt],
         settings: GenerationSettings | None = None,
@@ -227,7 +228,7 @@ class Generator:
         Arguments are checked at once. No lock is held between two pieces: other calls may be made
         meanwhile, from the same thread too. The iterator may be dropped at any time.
         """
-        settings = settings_of(settings, changes)
+        settings = GenerationSettings.of(settings, **changes)
         window = window_length(self.config, settings)
         if settings.num_beams > 1 and settings.out_length > window:
             raise UsageError(
@@ -276,25 +277,19 @@ class Generator:
         """Write one batch; results are numbered from ``first``."""
         began = time.perf_counter()
         pieces: list[Piece] = []
+
+        def add(index: int, text: str) -> None:
+            pieces.append(Piece(index, text))
+
         sequences = [
-            self.sequence(
-                prompt,
-                window,
-                settings,
-                seed,
-                lambda text, index=index: pieces.append(Piece(index, text)),
-            )
+            self.sequence(prompt, window, settings, seed, partial(add, index))
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), first)
         ]
         numbers = {sequence: index for index, sequence in enumerate(sequences, first)}
-        runner = self._runner(
-            Size(
-                len(sequences),
-                max(min(len(s.prompt) + s.rules.steps, prompt_limit(self.config)) for s in sequences)
-                + 2,
-                max(sequence.longest_window for sequence in sequences),
-            )
-        )
+        longest = max(len(each.prompt) + each.rules.steps for each in sequences)
+        source_length = min(longest, prompt_limit(self.config)) + 2
+        longest_window = max(sequence.longest_window for sequence in sequences)
+        runner = self._runner(Size(len(sequences), source_length, longest_window))
         scheduler = Scheduler(len(sequences), ahead=runner.ahead)
         for sequence in sequences:
             scheduler.join(sequence)
@@ -429,13 +424,6 @@ class Generator:
         return token_ids
 
 
-def settings_of(
-    settings: GenerationSettings | None, changes: dict[str, Any]
-) -> GenerationSettings:
-    """Return ``settings`` (None: the defaults) with ``changes``."""
-    return GenerationSettings.of(settings, **changes)
-
-
 def result_of(sequence: Sequence, began: float) -> GenerationResult:
     """Return the result of a finished sequence with a detokenizer.
 
@@ -457,14 +445,18 @@ def result_of(sequence: Sequence, began: float) -> GenerationResult:
 
 
 @overload
-def generate(texts: str, settings: GenerationSettings | None = None, **options: Any) -> GenerationResult: ...
+def generate(
+    texts: str, settings: GenerationSettings | None = None, **options: Any
+) -> GenerationResult: ...
 
 
 @overload
-def generate(texts: Iterable[Prompt], settings: GenerationSettings | None = None, **options: Any) -> list[GenerationResult]: ...
+def generate(
+    texts: Iterable[Prompt], settings: GenerationSettings | None = None, **options: Any
+) -> list[GenerationResult]: ...
 
 
-def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
+def generate(
     texts: str | Iterable[Prompt],
     settings: GenerationSettings | None = None,
     *,

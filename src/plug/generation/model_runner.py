@@ -69,7 +69,7 @@ class PreparedModel:
         self.lock = threading.RLock()
 
     def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
-        """Return what decoding needs of each source, as `PlainModel.encode`; not to be written to."""
+        """Return what decoding needs of each source, as `PlainModel.encode`; to be read only."""
         return self.encoder_cache.encode(sources, self.model.encode)
 
 
@@ -157,18 +157,17 @@ class ModelRunner:
             choice = self._sampler.plan(plan.steps, rows, plan.drafted)
             key = self._graph_key(choice, plan.drafted, plan.length)
             if key in self._graphs:
-                graph, chosen = self._graphs[key]
-                graph.replay()
+                captured, chosen = self._graphs[key]
+                captured.replay()
             else:
                 # A new graph's step runs twice: for its result, and to be captured.
-                new_graph = torch.cuda.CUDAGraph() if prepared.uses_graphs else None
-                for graph in (None, new_graph) if new_graph else (None,):
+                for graph in (None, torch.cuda.CUDAGraph()) if prepared.uses_graphs else (None,):
                     with self._capture(graph):
                         fed, positions = self._fed(rows, plan.drafted)
                         logits = model.decode(fed, positions, plan.length, cache)
                         output = self._choose(logits, choice, plan.drafted)
                     if graph is None:
-                        chosen = output.clone() if new_graph else output
+                        chosen = output.clone() if prepared.uses_graphs else output
                     else:
                         self._graphs[key] = graph, output
             fetched = FetchedIds(chosen[: len(plan.sequences)])
@@ -259,7 +258,7 @@ class ModelRunner:
         return torch.cat([tokens, drafts], 1).gather(1, ahead), positions + ahead
 
     def _choose(self, logits: Tensor, choice: Plan, drafted: int) -> Tensor:
-        """Choose from logits (rows, 1 + drafted, vocab) and make the buffers ready for the next step.
+        """Choose from logits (rows, 1 + drafted, vocab); make the buffers ready for the next step.
 
         Returns:
             Ids (rows,); with drafts (rows, 1 + drafted), perhaps fewer columns on a CPU. Columns

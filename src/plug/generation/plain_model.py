@@ -97,7 +97,7 @@ class PlainModel:
     def decode(
         self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
     ) -> Tensor:
-        """Feed tokens to the first rows; logits of what follows each, (rows, tokens, vocab) float32.
+        """Feed tokens to the first rows; float32 logits after each, (rows, tokens, vocab).
 
         Args:
             token_ids: (rows, tokens) on the device.

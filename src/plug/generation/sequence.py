@@ -74,7 +74,7 @@ class Sequence:
         return self.steps == self.rules.steps
 
     def begin_window(self) -> None:
-        """Make what was written part of the source, which the encoder reads before the next step."""
+        """Add what was written to the source, which the encoder reads before the next step."""
         self.source = self.rules.next_source(self)
         self.in_window = []
         self.is_due = True
