@@ -3,6 +3,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+from plug.serving.app import ROUTES
 from plug.serving.metrics import Metrics
 
 
@@ -52,7 +53,6 @@ def test_clients_cannot_make_series(client: Any) -> None:
 
 def test_there_are_at_most_250_series() -> None:
     metrics = Metrics()
-    from plug.serving.app import ROUTES
 
     others = [
         "/health",

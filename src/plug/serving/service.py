@@ -144,6 +144,9 @@ class Service:
         except PlugError as error:
             job.stop()
             raise as_api_error(error) from None
+        except BaseException:
+            job.stop()
+            raise
         spent = time.perf_counter() - record.began
         job.stop_at(max(0.0, self.settings.request_timeout - spent), self.timed_out())
         return job
