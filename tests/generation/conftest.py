@@ -118,6 +118,9 @@ class ScriptedIds:
     def read(self) -> list[list[int]]:
         return self.ids
 
+    def logprobs(self) -> None:
+        return None
+
 
 @pytest.fixture(scope="session")
 def write() -> Callable[..., None]:

@@ -246,7 +246,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     decode = generator.prepared.model.decode
     may_fail = threading.Event()
 
-    def fail_once(*inputs: Any) -> Tensor:
+    def fail_once(*_: Any) -> Tensor:
         generator.prepared.model.decode = decode  # type: ignore[method-assign]
         may_fail.wait(20)
         raise RuntimeError("设备坏了")
@@ -280,26 +280,29 @@ def test_what_goes_wrong_for_one_request_is_its_own(generator: Generator) -> Non
             return False
 
         broken._work.sequence.detokenizer.push = fail_later  # type: ignore
-        with pytest.raises(PlugError, match="ValueError：坏了.*不受影响"):
+        with pytest.raises(PlugError, match=r"ValueError：坏了.*不受影响"):
             broken.result()
         assert other.result().token_ids == expected.token_ids
 
 
-def test_no_more_tokens_to_choose_from_ends_the_text(generator: Generator) -> None:
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {}, {"top_k": 0}, {"prompt_lookup_num_tokens": 8}], ids=str
+)
+def test_a_request_that_forbids_every_token_fails_alone(
+    options: dict[str, Any], generator: Generator
+) -> None:
     """`no_repeat_ngram_size=1` forbids each id of a small vocabulary in turn."""
+    hostile = {"out_length": 400, "min_length": 400, "no_repeat_ngram_size": 1, "seed": 1}
     expected = generate("庙", model=generator, out_length=30, seed=3)
-    vocabulary = generator.config.num_emitted_tokens
-    for options in ({"do_sample": False}, {}, {"top_k": 0}, {"prompt_lookup_num_tokens": 8}):
-        with AsyncEngine(generator, rows=2) as engine:
-            hostile = engine.submit(
-                "山上", out_length=400, min_length=400, no_repeat_ngram_size=1, seed=1, **options
-            )
-            good = engine.submit("庙", out_length=30, seed=3)
-            assert good.result().token_ids == expected.token_ids
-            result = hostile.result()
-            assert len(set(result.token_ids)) == len(result.token_ids) < vocabulary
-            assert result.finish_reason == "stop"
-            assert engine.submit("庙", out_length=30, seed=3).result().text == expected.text
+    with AsyncEngine(generator, rows=2) as engine:
+        request = engine.submit("山上", **hostile, **options)
+        good = engine.submit("庙", out_length=30, seed=3)
+        assert good.result().token_ids == expected.token_ids
+        with pytest.raises(UsageError, match="禁止了所有的词元"):
+            request.result()
+        assert engine.submit("庙", out_length=30, seed=3).result().text == expected.text
+    with pytest.raises(UsageError, match="禁止了所有的词元"):
+        generate("山上", model=generator, **hostile, **options)
 
 
 def test_waiting_for_a_result_may_end_before_the_text(

@@ -251,7 +251,7 @@ class AsyncEngine:
                 f"window={asked} 超过缓存的长度 {self._size.window}。"
                 "请取更小的 window（out_length 不受限）。"
             )
-        window = min(window_length(generator.config, settings), self._size.window)
+        window = min(generator.window(settings), self._size.window)
         [checked_seed] = generator.seeds(seed, 1)
         prompt = generator.encode(text, allow_special_tokens)
         work = _Work(listener)

@@ -25,7 +25,7 @@ from plug.generation.beam import beam_size, write_by_beams
 from plug.generation.detokenizer import Detokenizer
 from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.generation.scheduler import Scheduler
-from plug.generation.sequence import Sequence
+from plug.generation.sequence import Sequence, TokenLogprobs
 from plug.generation.settings import GenerationSettings, check_int
 from plug.generation.window import (
     FinishReason,
@@ -59,13 +59,14 @@ class GenerationResult:
 
     Attributes:
         text: the continuation alone; without a stop string that ended it.
-        token_ids: all ids that were written, the final [SEP] left out; in original mode before
-            runs of [UNK] are made one.
+        token_ids: all ids that were written, those of a stop string too; without the final [SEP] or
+            stop id. In original mode before runs of [UNK] are made one.
         prompt_token_count: of the whole prompt, also where only its end was read.
-        finish_reason: "stop" where the model or a stop string ended the text, "length" at
-            ``out_length``.
+        finish_reason: "stop" where the model, a stop string or a stop id ended the text, "length"
+            at ``out_length``.
         seed: with it, the same text comes again.
         seconds: from the start of the batch that this text was part of to its own end.
+        logprobs: for each of ``token_ids``, where the settings ask for them.
     """
 
     text: str
@@ -74,6 +75,7 @@ class GenerationResult:
     finish_reason: FinishReason
     seed: int
     seconds: float
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -229,18 +231,16 @@ class Generator:
         meanwhile, from the same thread too. The iterator may be dropped at any time.
         """
         settings = GenerationSettings.of(settings, **changes)
-        window = window_length(self.config, settings)
-        if settings.num_beams > 1 and settings.out_length > window:
-            raise UsageError(
-                f"束搜索在一个窗口内进行：out_length={settings.out_length} 应不超过 {window}。"
-                "请减小 out_length，或用 num_beams=1。"
-            )
+        window = self.window(settings)
         check_int("batch_size", batch_size, 1)
         listed = [texts] if isinstance(texts, str) else list(texts)
         seeds = self.seeds(seed, len(listed))
         if self.is_sharded and seed is None:
             seeds = agree(seeds)
         prompts = [self.encode(text, allow_special_tokens) for text in listed]
+        if (count := settings.num_return_sequences) > 1:
+            prompts = [prompt for prompt in prompts for _ in range(count)]
+            seeds = [(each + number) % 2**63 for each in seeds for number in range(count)]
         return self._stream(prompts, seeds, window, settings, batch_size)
 
     def _stream(
@@ -366,8 +366,28 @@ class Generator:
             self.rules(window, settings),
             settings,
             seed,
-            Detokenizer(self.tokenizer, on_text),
+            Detokenizer(
+                self.tokenizer,
+                on_text,
+                stop=settings.stop,
+                min_length=settings.min_length or 0,
+            ),
         )
+
+    def window(self, settings: GenerationSettings) -> int:
+        """Return how many tokens are written from one encoding.
+
+        Raises:
+            UsageError: this model cannot do what ``settings`` ask for.
+        """
+        settings.check_token_ids(self.tokenizer.vocab_size)
+        window = window_length(self.config, settings)
+        if settings.num_beams > 1 and settings.out_length > window:
+            raise UsageError(
+                f"束搜索在一个窗口内进行：out_length={settings.out_length} 应不超过 {window}。"
+                "请减小 out_length，或用 num_beams=1。"
+            )
+        return window
 
     def rules(self, window: int, settings: GenerationSettings) -> Rules:
         """Return what may be written, and when a text ends."""
@@ -441,6 +461,7 @@ def result_of(sequence: Sequence, began: float) -> GenerationResult:
         finish_reason=sequence.finish_reason,
         seed=sequence.seed,
         seconds=time.perf_counter() - began,
+        logprobs=None if sequence.settings.logprobs is None else tuple(sequence.logprobs),
     )
 
 
@@ -489,7 +510,9 @@ def generate(
             ``settings``.
 
     Returns:
-        A result for a text, a list of results in the order of ``texts`` for a list.
+        A result for a text, a list of results in the order of ``texts`` for a list. With
+        ``num_return_sequences`` always a list, in which the results of a text follow each other;
+        the k-th has the seed of the text plus k, counted from 0.
 
     Raises:
         UsageError: a text without content, a value out of range, or a model that cannot write.

@@ -20,8 +20,9 @@ from plug.errors import UsageError
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel
-from plug.generation.sampling import Plan, Sampler
-from plug.generation.scheduler import StepPlan
+from plug.generation.sampling import Plan, Sampler, log_probabilities
+from plug.generation.scheduler import NO_CHOICE, StepPlan
+from plug.generation.sequence import TokenLogprobs
 from plug.generation.settings import MAX_LOOKUP_TOKENS
 from plug.loading.memory import explain_out_of_memory
 from plug.model.layers import KeyValue
@@ -134,7 +135,7 @@ class ModelRunner:
         self._positions = torch.zeros_like(self._tokens)
         # For each slot the number of drafted tokens, then these.
         self._drafts = self._tokens.new_zeros(size.slots, 1 + MAX_LOOKUP_TOKENS)
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         # The graphs of a runner share their memory.
         self._pool = torch.cuda.graph_pool_handle() if prepared.uses_graphs else None
 
@@ -167,10 +168,12 @@ class ModelRunner:
                         logits = model.decode(fed, positions, plan.length, cache)
                         output = self._choose(logits, choice, plan.drafted)
                     if graph is None:
-                        chosen = output.clone() if prepared.uses_graphs else output
+                        chosen = output
+                        if prepared.uses_graphs:  # the capture may use their memory
+                            chosen = tuple(each.clone() for each in output)
                     else:
                         self._graphs[key] = graph, output
-            fetched = FetchedIds(chosen[: len(plan.sequences)])
+            fetched = FetchedIds([each[: len(plan.sequences)] for each in chosen])
         self.is_intact = True
         return fetched
 
@@ -257,36 +260,47 @@ class ModelRunner:
         ahead = torch.arange(1 + drafted, device=tokens.device).clamp(max=counts)
         return torch.cat([tokens, drafts], 1).gather(1, ahead), positions + ahead
 
-    def _choose(self, logits: Tensor, choice: Plan, drafted: int) -> Tensor:
+    def _choose(self, logits: Tensor, choice: Plan, drafted: int) -> tuple[Tensor, ...]:
         """Choose from logits (rows, 1 + drafted, vocab); make the buffers ready for the next step.
 
         Returns:
-            Ids (rows,); with drafts (rows, 1 + drafted), perhaps fewer columns on a CPU. Columns
-            hold one choice after another while the last one was the draft's, then -1.
+            Ids (rows, 1 + drafted), perhaps fewer columns on a CPU. Columns hold one choice after
+            another while the last one was the draft's, then `NO_CHOICE`. Where a sequence asks for
+            them, the two parts of `LogProbabilities` follow, (rows, columns, 1 + count) each.
         """
         if not drafted:
             chosen = self._sampler.choose(logits[:, 0], choice)
             self._keep(chosen, None, choice)
-            return chosen
+            return self._with_logprobs(chosen[:, None], logits, choice)
         counts, drafts = self._drafts[: choice.rows].split([1, MAX_LOOKUP_TOKENS], 1)
         counted = torch.ones(choice.rows, dtype=torch.bool, device=logits.device)
         found = []
         for index in range(1 + drafted):
             chosen = self._sampler.choose(logits[:, index], choice, counted)
-            found.append(torch.where(counted, chosen, -1))
+            found.append(torch.where(counted, chosen, NO_CHOICE))
             shown, kept = self._keep(chosen, counted, choice)
             if index < drafted:
                 is_right = (shown == drafts[:, index]) & (index < counts[:, 0])
                 counted = kept & is_right
                 if counted.device.type == "cpu" and not counted.any():  # a GPU is not waited for
                     break
-        return torch.stack(found, 1)
+        return self._with_logprobs(torch.stack(found, 1), logits, choice)
+
+    @staticmethod
+    def _with_logprobs(ids: Tensor, logits: Tensor, choice: Plan) -> tuple[Tensor, ...]:
+        if choice.logprobs is None:
+            return (ids,)
+        columns = [
+            log_probabilities(logits[:, index], ids[:, index], choice.logprobs)
+            for index in range(ids.shape[1])
+        ]
+        return ids, *(torch.stack(parts, 1) for parts in zip(*columns, strict=True))
 
     def _keep(self, chosen: Tensor, counted: Tensor | None, choice: Plan) -> tuple[Tensor, Tensor]:
         """Do on the device what `Rules.accept` does on the host, for the next step.
 
-        An id of a padding row of the word table becomes [UNK]. [SEP] is not written: where it does
-        not end the text, the step comes again.
+        An id of a padding row of the word table becomes [UNK]. [SEP] and `NO_TOKEN` are not
+        written: where they do not end the text, the step comes again.
 
         Args:
             chosen: (rows,).
@@ -307,7 +321,8 @@ class ModelRunner:
                 end=end, num_emitted=emitted, unknown=unknown, last=last,
             )  # fmt: skip
         else:
-            kept = chosen != end if counted is None else counted & (chosen != end)
+            kept = (chosen != end) & (chosen >= 0)
+            kept = kept if counted is None else counted & kept
             shown = chosen.masked_fill(chosen >= emitted, unknown)
             tokens.copy_(torch.where(kept, shown, tokens))
             positions.add_(kept).clamp_(max=last)  # slots that nobody reads go on and on
@@ -364,19 +379,38 @@ class ModelRunner:
 
 
 class FetchedIds:
-    """Ids on their way to the host; a `plug.generation.scheduler.TokenIds`."""
+    """Ids on their way to the host; a `plug.generation.scheduler.TokenIds`.
 
-    def __init__(self, ids: Tensor) -> None:
-        self._on_cuda = ids.device.type == "cuda"
+    Args:
+        chosen: as `ModelRunner._choose` returns them.
+    """
+
+    def __init__(self, chosen: Sequence[Tensor]) -> None:
+        self._on_cuda = chosen[0].device.type == "cuda"
+        self._chosen = list(chosen)
         if self._on_cuda:
-            self._ids = torch.empty_like(ids, device="cpu", pin_memory=True)
-            self._ids.copy_(ids, non_blocking=True)
+            self._chosen = [
+                torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True)
+                for each in chosen
+            ]
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        else:
-            self._ids = ids
 
     def read(self) -> list[list[int]]:
         if self._on_cuda:
             self._arrived.synchronize()
-        return self._ids.view(len(self._ids), -1).tolist()
+        return self._chosen[0].tolist()
+
+    def logprobs(self) -> list[list[TokenLogprobs]] | None:
+        if len(self._chosen) == 1:
+            return None
+        if self._on_cuda:
+            self._arrived.synchronize()
+        _, values, ids = (each.tolist() for each in self._chosen)
+        return [
+            [
+                TokenLogprobs(of_place[0], tuple(zip(ids_of_place[1:], of_place[1:], strict=True)))
+                for of_place, ids_of_place in zip(of_row, ids_of_row, strict=True)
+            ]
+            for of_row, ids_of_row in zip(values, ids, strict=True)
+        ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from plug.generation.prompt_lookup import power_of_two
-from plug.generation.sequence import Sequence
+from plug.generation.sequence import Sequence, TokenLogprobs
 
 
 class Move(NamedTuple):
@@ -52,14 +52,21 @@ class StepPlan:
     length: int
 
 
+NO_CHOICE = -1  # fills up the lists of `TokenIds.read`
+
+
 class TokenIds(Protocol):
     """Ids that a step chose; they may still be on their way from the device."""
 
     def read(self) -> list[list[int]]:
         """Wait for them: for each sequence the id, then one for each right token of its draft.
 
-        Ids below 0 fill up the lists and mean nothing.
+        `NO_CHOICE` fills up the lists; `plug.generation.settings.NO_TOKEN` may be among the ids.
         """
+        ...
+
+    def logprobs(self) -> list[list[TokenLogprobs]] | None:
+        """Wait for the log-probabilities of these ids; None where no sequence asks for them."""
         ...
 
 
@@ -143,8 +150,10 @@ class Scheduler:
         )
         while len(self._begun) > (0 if must_wait else self._ahead):
             sequences, begun = self._begun.popleft()
-            for sequence, chosen in zip(sequences, begun.read(), strict=True):
-                sequence.take([token_id for token_id in chosen if token_id >= 0])
+            found, logprobs = begun.read(), begun.logprobs()
+            for index, sequence in enumerate(sequences):
+                chosen = [token_id for token_id in found[index] if token_id != NO_CHOICE]
+                sequence.take(chosen, None if logprobs is None else logprobs[index])
         for sequence in self.running:
             if not sequence.is_finished and sequence.has_no_steps_left:
                 sequence.finish("length")

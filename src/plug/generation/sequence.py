@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from plug.errors import UsageError
 from plug.generation.detokenizer import Detokenizer
 from plug.generation.prompt_lookup import PromptLookup
-from plug.generation.settings import GenerationSettings
+from plug.generation.settings import NO_TOKEN, GenerationSettings
 from plug.generation.window import FinishReason, Rules
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities (natural) at one place of the text, before any setting changes them.
+
+    Attributes:
+        logprob: of the token that was written.
+        top: the likeliest ids and theirs, likeliest first; as many as ``logprobs`` asks for.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +40,7 @@ class Sequence:
         source: what the encoder reads for the current window, with [CLS] and [SEP].
         written: ids written so far.
         in_window: the part of ``written`` since the last encoding.
+        logprobs: for each of ``written``, where the settings ask for them.
         finish_reason: None while it is being written.
         error: what went wrong on the host, for this sequence alone; it is then finished.
         slot: its place in the buffers of the runner; None before its first step.
@@ -43,6 +58,7 @@ class Sequence:
     source: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
     in_window: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     slot: int | None = None
@@ -89,36 +105,54 @@ class Sequence:
         left = min(self.rules.steps - self.steps, self.rules.window - self.steps_in_window)
         return self.lookup.draft(left)
 
-    def take(self, chosen: abc.Sequence[int]) -> None:
+    def take(
+        self, chosen: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs] | None = None
+    ) -> None:
         """Take the ids chosen in one step: one, and one more for each right token of its draft.
 
-        An exception of the detokenizer's callback finishes this sequence with ``error``.
+        An exception, such as one of the detokenizer's callback, finishes this sequence with
+        ``error``.
+
+        Args:
+            chosen: ids; `NO_TOKEN` where none could be chosen.
+            logprobs: one for each of ``chosen``; None where no sequence asks for them.
         """
         right = len(chosen) - 1
         self.steps += right
         self.steps_in_window += right
         try:
-            for token_id in chosen:
-                if not self.is_finished:
-                    self._take(token_id)
+            for index, token_id in enumerate(chosen):
+                if not self.is_finished and self._take(token_id) and logprobs is not None:
+                    self._take_logprobs(logprobs[index])
             if self.lookup is not None:
                 self.lookup.judge(right)
         except Exception as error:
             self.error = error
 
-    def _take(self, token_id: int) -> None:
+    def _take(self, token_id: int) -> bool:
+        """Take one id; True where it was written."""
+        if token_id == NO_TOKEN:
+            raise UsageError("这些设置禁止了所有的词元，或模型的输出不是数，写不下去。请放宽设置。")
         kept = self.rules.accept(token_id, self)
         if kept is None:
-            return
+            return False
         if not isinstance(kept, int):
             self.finish(kept)
-            return
+            return False
+        if kept in self.settings.stop_token_ids and len(self.written) >= self.rules.min_length:
+            self.finish("stop")
+            return False
         self.written.append(kept)
         self.in_window.append(kept)
         if self.lookup is not None:
             self.lookup.append(kept)
         if self.detokenizer is not None and self.detokenizer.push(kept):
             self.finish_reason = "stop"
+        return True
+
+    def _take_logprobs(self, found: TokenLogprobs) -> None:
+        if (count := self.settings.logprobs) is not None:  # others may ask for more
+            self.logprobs.append(TokenLogprobs(found.logprob, found.top[:count]))
 
     def finish(self, reason: FinishReason) -> None:
         """End the text, and give out what the detokenizer held back."""
