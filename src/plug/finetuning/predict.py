@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.finetuning.kind import Kind, OnProgress, make_kind
 from plug.finetuning.tasks import find_task, read_examples
-from plug.pretraining.corpus import read_lines
+from plug.textfiles import Notes, plain_suffix, read_lines, trim
 from plug.tokenization import PlugTokenizer
 
 RUN_FILE = "finetuning.json"
@@ -60,14 +61,26 @@ class Predictor:
     def read(self, path: Path) -> list[Any]:
         """Examples of a file to predict: the task's format, or `.txt`, one text a line.
 
-        In `.txt`, tabs separate the parts of an example.
+        In `.txt` a line is taken as it stands, and tabs separate the parts of an example. Empty
+        lines give no example; each example knows its line, and so does its record.
         """
-        if path.suffix != TEXT_SUFFIX:
+        if plain_suffix(path) != TEXT_SUFFIX:
             return read_examples(self.task, path, answered=False)
-        lines = [line for _, line in read_lines(path) if line]
-        if not lines:
+        notes, examples = Notes(), []
+        for number, line in read_lines(path, notes):
+            place = f"{path} 第 {number} 行"
+            if not trim(line):
+                notes.add("空行没有结果", place)
+                continue
+            try:
+                example = self.kind.example(line.split("\t"))
+            except UsageError as error:
+                raise UsageError(f"{place}：{error}") from None
+            examples.append(replace(example, place=place, line=number))
+        if not examples:
             raise UsageError(f"{path} 里没有文字。请一行写一段。")
-        return [self.kind.example(line.split("\t")) for line in lines]
+        notes.log()
+        return examples
 
 
 def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
@@ -106,6 +119,12 @@ def read_run(directory: Path) -> dict[str, Any]:
     return run
 
 
+def prediction_line(kind: Kind[Any, Any], example: Any, prediction: Any) -> str:
+    """A prediction as one line of JSON; of a `.txt` file with the number of its line."""
+    line = {} if example.line is None else {"line": example.line}
+    return json.dumps(line | kind.record(example, prediction), ensure_ascii=False)
+
+
 def write_predictions(
     path: Path, kind: Kind[Any, Any], examples: Sequence[Any], predictions: Sequence[Any]
 ) -> None:
@@ -114,8 +133,10 @@ def write_predictions(
     Raises:
         PlugError: the file cannot be written.
     """
-    records = map(kind.record, examples, predictions)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [
+        prediction_line(kind, example, prediction) + "\n"
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
     try:
         path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:

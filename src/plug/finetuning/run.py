@@ -41,11 +41,12 @@ from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.finetuning.kind import Collator, Kind, make_kind
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
-from plug.finetuning.readers import ClassificationExample, Example, LabellingExample
+from plug.finetuning.readers import OUTSIDE, ClassificationExample, Example, LabellingExample
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer
 from plug.model.configuration import PlugConfig
+from plug.textfiles import Notes
 from plug.tokenization import PlugTokenizer
 
 
@@ -94,9 +95,11 @@ def finetune(
     directory = find_model_directory(settings.model)
     config = PlugConfig.from_file(directory / CONFIG_FILE)
     settings.check_lengths(config.max_position_embeddings)
-    examples = read_examples(task, Path(settings.train), answered=True, at_least=2)
-    held_out = read_examples(task, Path(settings.eval), answered=True)
+    notes, eval_notes = Notes(), Notes()
+    examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
+    held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
     labels = _labels(task, settings, examples)
+    scheme = next((one.scheme for one in examples if isinstance(one, LabellingExample)), None)
     _check_earlier_labels(directory, settings, labels)
     tokenizer = PlugTokenizer.load(directory)
     kind = make_kind(
@@ -119,7 +122,7 @@ def finetune(
     set_seed(settings.seed)
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
     if is_main:
-        _write_run(output, settings, kind)
+        _write_run(output, settings, kind, scheme)
 
     def predict(model: Any) -> list[Any]:
         return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
@@ -149,7 +152,11 @@ def finetune(
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
         if is_main:
             model.save_pretrained(output)
-            tokenizer.save(output)
+            tokenizer.save(
+                output,
+                model_max_length=config.max_source_length,
+                by_character=task.kind == "labelling",
+            )
             write_finetuned_configuration(output, task.kind, settings.num_beams)
     except OSError as error:
         raise PlugError(
@@ -164,10 +171,14 @@ def finetune(
         **settings.to_dict(),
         "train_examples": len(examples),
         "eval_examples": len(held_out),
+        **({"train_notes": "".join(notes.lines())} if notes.lines() else {}),
+        **({"eval_notes": "".join(eval_notes.lines())} if eval_notes.lines() else {}),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
+        **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
+        **({"tag_scheme": scheme} if scheme else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -224,12 +235,15 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
 
 
-def _write_run(output: Path, settings: FinetuneSettings, kind: Kind[Any, Any]) -> None:
+def _write_run(
+    output: Path, settings: FinetuneSettings, kind: Kind[Any, Any], scheme: str | None
+) -> None:
     content = {
         "settings": settings.to_dict(),
         "labels": kind.labels,
         "label_names": kind.label_names,
         "pairs": kind.pairs,
+        **({"tag_scheme": scheme} if scheme else {}),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -252,7 +266,25 @@ def _labels(task: Task, settings: FinetuneSettings, examples: list[Example]) -> 
             found.update(example.tags or ())
     if len(found) < 2:
         raise UsageError(f"{settings.train} 里只有一种标签 {sorted(found)}，没有可学的。")
+    if task.kind == "labelling":  # B- and I- of every type: the evaluation file may have either
+        kinds = {tag[2:] for tag in found if tag != OUTSIDE}
+        return sorted({OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")})
+    _check_numbers(found, settings.train)
     return sorted(found)
+
+
+def _check_numbers(labels: set[str], train: str) -> None:
+    """Refuse "1" beside "1.0": two labels by name, surely one by meaning."""
+    values: dict[float, str] = {}
+    for label in sorted(labels):
+        try:
+            other = values.setdefault(float(label), label)
+        except ValueError:
+            continue
+        if other != label:
+            raise UsageError(
+                f"{train} 里 {other!r} 和 {label!r} 是两个标签，数值却相同。请统一写法。"
+            )
 
 
 def _label_names(examples: list[Example]) -> dict[str, str]:
