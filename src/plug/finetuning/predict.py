@@ -11,6 +11,7 @@ from typing import Any
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
+from plug.files import write_text
 from plug.finetuning.kind import Kind, OnProgress, make_kind
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task, read_examples
@@ -185,7 +186,4 @@ def write_predictions(
         prediction_line(kind, example, prediction) + "\n"
         for example, prediction in zip(examples, predictions, strict=True)
     ]
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
+    write_text(path, "".join(lines))
