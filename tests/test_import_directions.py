@@ -31,6 +31,7 @@ LINES = (
         "tokenization",
         "options",
         "shipped",
+        "interrupts",
         "textfiles",
         "jsonfiles",
         "files",
