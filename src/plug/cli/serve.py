@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from plug.cli.convert import Precision
-from plug.cli.options import SHIPPED, Device, Model, options_from
-from plug.errors import PlugError, UsageError
+from plug.cli.options import Device, Model, options_from
+from plug.errors import PlugError
 from plug.serving.settings import ServeSettings
+from plug.shipped import SHIPPED_MODEL
 
 
 @options_from(ServeSettings)
 def serve(
-    model: Model = SHIPPED,
+    model: Model = SHIPPED_MODEL,
     served_model_name: Annotated[
         str | None, typer.Option(help="客户端用的模型名（默认为目录名）。", show_default=False)
-    ] = None,
-    finetuned: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="名字=目录：同一进程里再加一个微调过的模型；可重复。", show_default=False
-        ),
     ] = None,
     *,
     settings: ServeSettings,
@@ -39,21 +35,15 @@ def serve(
         raise PlugError(
             f'缺少 {error.name}。请安装服务所需的包：pip install "plug-zh[serve]"'
         ) from None
-    from pathlib import Path
-
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
     from plug.serving.loading import load_model
 
-    place = find_device(device)
-    name = served_model_name or Path(model).expanduser().name
     served = load_model(
-        name,
+        served_model_name or Path(model).expanduser().resolve().name,
         model,
         rows=settings.max_num_seqs,
-        device=place,
+        device=find_device(device),
         dtype=None if dtype is None else DTYPES[dtype],
     )
-    if finetuned:
-        raise UsageError("尚未支持")
     run([served], settings)

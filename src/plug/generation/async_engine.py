@@ -21,6 +21,7 @@ from plug.generation.generator import GenerationResult, Generator, Prompt, resul
 from plug.generation.model_runner import ModelRunner, Size
 from plug.generation.scheduler import Scheduler
 from plug.generation.sequence import Sequence as WrittenSequence
+from plug.generation.sequence import TokenLogprobs
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import prompt_limit, window_length
 
@@ -103,7 +104,7 @@ class Progress(NamedTuple):
 
     text: str
     token_ids: Sequence[int] = ()
-    logprobs: Sequence[Any] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
     result: GenerationResult | None = None
     error: PlugError | None = None
 
@@ -149,7 +150,7 @@ class _Work:
         text = "".join(self._new_text)
         self._new_text.clear()
         sequence = self.sequence
-        return Progress(text, sequence.written[new], getattr(sequence, "logprobs", [])[new], result, error)
+        return Progress(text, sequence.written[new], sequence.logprobs[new], result, error)
 
     def finish(self) -> None:
         """Hand over the result of the finished sequence, or its error."""
