@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import SHIPPED, AsJson, Device, Model
+from plug.cli.options import AsJson, Device, Model
+from plug.shipped import SHIPPED_MODEL
 
 
 class Method(StrEnum):
@@ -30,7 +31,7 @@ def classify(
         typer.Option(help="提示：{text} 处放文字，末尾接标签。[默认：{text}这段话说的是]"),
     ] = None,
     method: Annotated[Method, typer.Option(help="用解码器或 masked-LM 头评分。")] = Method.DECODER,
-    model: Model = SHIPPED,
+    model: Model = SHIPPED_MODEL,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
