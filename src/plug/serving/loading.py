@@ -15,7 +15,7 @@ from plug.loading.memory import Room
 from plug.serving.engine import Engine
 from plug.serving.models import ServedModel
 from plug.tokenization import PlugTokenizer
-from plug.understanding.reader import TextReader
+from plug.zero_shot.encoder import TextEncoder
 
 
 def load_model(
@@ -48,7 +48,7 @@ def load_model(
         tokenizer,
         max_source_tokens=prompt_limit(config),
         token_count=min(tokenizer.vocab_size, config.vocab_size),
-        reader=TextReader(model, tokenizer),
+        encoder=TextEncoder(model, tokenizer),
     )
     if config.num_decoder_layers:
         add_engine(served, Generator(model, tokenizer), rows)

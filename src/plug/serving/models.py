@@ -33,7 +33,7 @@ class ServedModel:
         token_count: ids below it can be given as a prompt.
         engine: writes.
         encode_prompt: text to ids, for writing.
-        reader: for embeddings, zero-shot classification and masks.
+        encoder: for embeddings, zero-shot classification and masks.
         tuned: a fine-tuned model's predictions: parts of an example to a record.
         tuned_for: what those are.
         check_alive: False when the engine's thread has died.
@@ -47,7 +47,7 @@ class ServedModel:
     window_tokens: int = 0
     engine: TextEngine | None = None
     encode_prompt: Callable[[str], list[int]] | None = None
-    reader: plug.TextReader | None = None
+    encoder: plug.TextEncoder | None = None
     tuned: Callable[[Sequence[Sequence[str]]], list[dict[str, Any]]] | None = None
     tuned_for: Capability | None = None
     check_alive: Callable[[], bool] = lambda: True
@@ -60,7 +60,7 @@ class ServedModel:
         found: list[Capability] = ["tokenize"]
         if self.engine is not None:
             found.insert(0, "generate")
-        if self.reader is not None:
+        if self.encoder is not None:
             found += ["embeddings", "classify", "fill_mask"]
         if self.tuned_for is not None and self.tuned_for not in found:
             found.append(self.tuned_for)

@@ -42,10 +42,10 @@ def serve(models: Sequence[ServedModel], settings: ServeSettings) -> None:
     Raises:
         UsageError: the address or the path cannot be listened on.
     """
-    set_up_logs()
     _allow_many_connections()
     app = create_app(models, settings)
     with listen(settings) as listening:
+        set_up_logs()
         server = Server(app)
         log_event(
             logging.INFO,

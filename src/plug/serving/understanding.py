@@ -44,7 +44,7 @@ async def embeddings(service: Service, request: Request, body: EmbeddingsBody) -
     for text in texts:
         service.check_length(text, "input")
     vectors = await _in_parts(
-        service, model, texts, lambda part: plug.embed(part, model=model.reader).tolist()
+        service, model, texts, lambda part: plug.embed(part, model=model.encoder).tolist()
     )
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(each, body.encoding_format)}
@@ -60,7 +60,7 @@ async def embeddings(service: Service, request: Request, body: EmbeddingsBody) -
 async def classify(service: Service, request: Request, body: ClassifyBody) -> Response:
     """Labels of texts: those given, or a fine-tuned model's own."""
     import plug
-    from plug.understanding.classify import PROMPT
+    from plug.zero_shot.classify import PROMPT
 
     record = record_of(request.scope)
     model = service.find(body.model, "classify", record)
@@ -87,7 +87,7 @@ async def classify(service: Service, request: Request, body: ClassifyBody) -> Re
                     examples=examples,
                     prompt=body.prompt or PROMPT,
                     method=body.method,
-                    model=model.reader,
+                    model=model.encoder,
                 )
             ]
             for text in part
@@ -109,7 +109,7 @@ async def fill_mask(service: Service, request: Request, body: FillMaskBody) -> R
     service.check_length(body.input, "input")
     masks = await service.compute(
         model.tokens_read(len(body.input)),
-        lambda: plug.fill_mask(body.input, top_k=body.top_k, model=model.reader),
+        lambda: plug.fill_mask(body.input, top_k=body.top_k, model=model.encoder),
     )
     data = [
         {
