@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from plug.checkpoints.weights import check_finite
 from plug.errors import PlugError, UsageError
 from plug.hf.config import PlugTransformersConfig, local_path
 from plug.hf.recording import Wanted, recording
@@ -84,8 +85,8 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
         """As `PreTrainedModel.from_pretrained`; knows the name of the shipped model.
 
         Raises:
-            PlugError: the weights are those of another model, or of one with adapters in it, so
-                that parts of this one would begin with random values.
+            PlugError: weights are NaN or infinite; or they are those of another model, or of one
+                with adapters in it, so that parts of this one would begin with random values.
         """
         path = local_path(pretrained_model_name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -94,12 +95,16 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
         missing = [key for key in info["missing_keys"] if not key.startswith(_MAY_BE_NEW)]
         strange = [key for key in info["unexpected_keys"] if not key.startswith("classifier.")]
         if missing or strange:
-            shown = "、".join([*sorted(strange)[:3], *sorted(missing)[:3]])
+            told = [
+                f"{what}权重 {'、'.join(sorted(names)[:3])} 等 {len(names)} 个"
+                for what, names in (("缺少", missing), ("多出", strange))
+                if names
+            ]
             raise PlugError(
-                f"{path} 的权重与 {cls.__name__} 不符：多 {len(strange)} 个张量，"
-                f"少 {len(missing)} 个（{shown}）。"
+                f"{path} 与 {cls.__name__} 不符：{'；'.join(told)}。"
                 "如果是用 peft 训练的，请保存 merge_and_unload() 返回的模型。"
             )
+        check_finite(path, ((name, x) for name, x in model.named_parameters() if not x.is_meta))
         return loaded if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
