@@ -1,7 +1,7 @@
 """The fastest product of few rows with a weight, on each device. The decoding engine calls it.
 
-Quantised weights have a better one where `kernels/cpu` can be built: `QuantizedLinear` asks for that
-first.
+Quantised weights have a better one where `kernels/cpu` can be built; `QuantizedLinear` asks for
+that first.
 """
 
 from __future__ import annotations

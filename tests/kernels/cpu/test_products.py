@@ -12,7 +12,7 @@ from plug.quantization.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
-# (out, in): no multiples of a vector, of a tile or of what a thread takes; 4 bits want whole groups.
+# (out, in): no multiples of a vector or a tile; 4 bits want whole groups.
 SHAPES = [(1, 128), (7, 384), (77, 128), (64, 1280)]
 
 
