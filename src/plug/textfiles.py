@@ -8,7 +8,6 @@ line is no text: it is left off, and counted where it is not at the start of the
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import re
 import shlex
@@ -17,7 +16,6 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from plug.errors import PlugError, UsageError
 
@@ -122,39 +120,6 @@ def trim(text: str) -> str:
     return _EDGES.sub("", text)
 
 
-def parse_json(text: str) -> Any:
-    """The value that a JSON text holds.
-
-    Raises:
-        ValueError: the text is no JSON, nests too deeply, holds a number of thousands of digits,
-            or gives a key twice with different values. The message is Chinese.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        where = f"第 {error.colno} 个字符处" if error.lineno == 1 else f"第 {error.lineno} 行"
-        raise ValueError(f"不是完整的 JSON（{where}：{error.msg}）") from None
-    except RecursionError:
-        raise ValueError("JSON 嵌套太深") from None
-    except _RepeatedKeyError:
-        raise
-    except ValueError:
-        raise ValueError("JSON 里的整数太长") from None
-
-
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values and values[key] != value:
-            raise _RepeatedKeyError(f"JSON 里的键 {key!r} 出现两次，值不同")
-        values[key] = value
-    return values
-
-
 def is_text(value: object) -> bool:
     """Whether a value is a string that can be encoded: one without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
@@ -163,12 +128,6 @@ def is_text(value: object) -> bool:
 def one_line(error: BaseException) -> str:
     """A library's error message without line breaks, 300 characters at most."""
     return " ".join(str(error).split())[:300]
-
-
-def shown(value: object, length: int = 60) -> str:
-    """A value of a file as an error message quotes it: one line, not too long, all of it text."""
-    text = repr(value) if not isinstance(value, str) or is_text(value) else ascii(value)
-    return text if len(text) <= length else text[:length] + "…"
 
 
 def _decoded(path: Path, number: int, raw: bytes, notes: Notes | None) -> str:

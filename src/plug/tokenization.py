@@ -26,6 +26,7 @@ from tokenizers import (
 
 from plug.errors import UsageError
 from plug.files import write_json, write_text
+from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -54,12 +55,24 @@ PRE_TOKENIZATION = (
 class PlugTokenizer:
     """Text <-> ids on the `tokenizers` library; special tokens typed by a user stay text.
 
+    Any number of threads may use one object: no call changes what another one sees.
+
     Attributes are named as in `transformers`: `vocab_size`, `pad_token_id`, `unk_token_id`,
     `cls_token_id`, `sep_token_id`, `mask_token_id`.
+
+    Args:
+        backend: becomes this object's own. It neither pads nor cuts from then on, whatever its file
+            says, and reads special tokens as text.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         self.backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        # The library keeps this mode in the object, for all threads. So it is set once, and a
+        # second object, made when it is first needed, reads special tokens as such.
+        backend.encode_special_tokens = True
+        self._reading_special: Tokenizer | None = None
         self.vocab_size = backend.get_vocab_size()
         self.is_original = isinstance(backend.model, models.WordPiece)
         self.pad_token_id = self._special_id("pad_token")
@@ -83,12 +96,16 @@ class PlugTokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> PlugTokenizer:
-        """The tokenizer of a model directory: its `tokenizer.json`, or an original's `vocab.txt`.
+        """Return the tokenizer of a directory: its `tokenizer.json`, or an original's `vocab.txt`.
+
+        Args:
+            directory: a path, or the name of the shipped model.
 
         Raises:
             UsageError: neither file is there, or the file is not such a tokenizer.
         """
-        directory = Path(directory)
+        is_shipped = str(directory) == SHIPPED_MODEL
+        directory = SHIPPED_DIRECTORY if is_shipped else Path(directory).expanduser()
         if (path := directory / "tokenizer.json").is_file():
             try:
                 # `transformers` may have marked [MASK] as an ordinary token.
@@ -99,7 +116,11 @@ class PlugTokenizer:
                 raise UsageError(f"{path} 不是有效的分词器文件：{error}") from None
         if (path := directory / "vocab.txt").is_file():
             return cls.from_vocabulary_file(path)
-        raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。")
+        if not directory.is_dir():
+            raise UsageError(
+                f"找不到分词器 {directory}：它不是目录，也不是随附模型的名字 {SHIPPED_MODEL}。"
+            )
+        raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。请给出模型的目录。")
 
     @classmethod
     def from_vocabulary_file(cls, path: Path | str) -> PlugTokenizer:
@@ -196,13 +217,19 @@ class PlugTokenizer:
         """`encode` of each text, on all cores."""
         for text in texts:
             _check_surrogates(text)
-        self.backend.encode_special_tokens = not allow_special_tokens
-        return [one.ids for one in self.backend.encode_batch(texts, add_special_tokens=False)]
+        backend = self._backend_reading_special() if allow_special_tokens else self.backend
+        return [one.ids for one in backend.encode_batch(texts, add_special_tokens=False)]
+
+    def _backend_reading_special(self) -> Tokenizer:
+        if self._reading_special is None:  # two threads may make it at once, both alike
+            backend = Tokenizer.from_str(self.backend.to_str())
+            backend.encode_special_tokens = False
+            self._reading_special = backend
+        return self._reading_special
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the characters [start, end) of ``text`` that it covers."""
         _check_surrogates(text)
-        self.backend.encode_special_tokens = True
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 

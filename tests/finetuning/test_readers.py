@@ -246,7 +246,7 @@ def test_labels_of_many_types(
 @pytest.mark.parametrize("label", [[], ["好"], {"a": 1}, float("nan"), float("inf"), 0.5, "\ud800"])
 def test_what_is_no_label(label: object, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "好", "label": label}))
-    with pytest.raises(UsageError, match="第 1 行的标签应是文字或整数"):
+    with pytest.raises(PlugError, match=r"第 1 行(的标签应是文字或整数| 里有.*不是有限的数)"):
         read("classification", tmp_path / "a.jsonl", False)
 
 
@@ -358,7 +358,6 @@ def test_an_answer_that_stands_midway_between_two_places_is_not_learnt(
         {"text": "花", "answer_start": True},
         {"text": "花", "answer_start": 1.5},
         {"text": "花", "answer_start": "six"},
-        {"text": "花", "answer_start": float("inf")},
         {"text": None, "answer_start": 0},
         {"text": ["花"], "answer_start": 0},
         {"text": "", "answer_start": 0},
@@ -398,7 +397,7 @@ def test_a_column_file_is_converted_from_its_scheme(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ("tnews", "a.json", '{"sentence": "好", "label": "100"}\n{"sente', "第 2 行：不是完整的 JSON"),
+    ("tnews", "a.json", '{"sentence": "好", "label": "100"}\n{"sente', "第 2 行 不是有效的 JSON"),
     ("tnews", "a.json", "[1]", "第 1 行应是一个 JSON 对象"),
     ("tnews", "a.json", '{"text": "好", "label": "100"}', "第 1 行没有“sentence”这一列"),
     ("tnews", "a.json", '{"sentence": "好"}', "第 1 行没有答案（label）"),
@@ -411,7 +410,7 @@ BROKEN = [
     ("classification", "a.csv", "text,label\n" + "长" * 200_000 + ",1\n", "2 行起.*larger"),
     ("classification", "a.tsv", "text\tlabel\n好\n", "第 2 行有 1 列，表头却有 2 列"),
     ("classification", "a.csv", "好,1\n坏,0\n", "第 2 行没有“text”"),
-    ("classification", "a.json", '{"text": "好", "text": "坏", "label": 1}', "键 'text' 出现两次"),
+    ("classification", "a.json", '{"text": "好", "text": "坏", "label": 1}', "有两个键 'text'"),
     ("classification", "a.json", '{"text": "\\ud800", "label": 1}', "“text”应是文字"),
     ("classification", "a.json", '{"text": "\\u200b", "label": 1}', "“text”应是文字"),
     ("classification", "a.json", '{"a": ' + "[" * 99999, "嵌套太深"),
@@ -428,7 +427,7 @@ BROKEN = [
     ("labelling", "a.jsonl", '{"tokens": ["一", "二"], "tags": ["O"]}', "2 个 tokens.*1 个"),
     ("people_daily_ner", "a.txt", "中 O\n国\n", "第 2 行应是“字 标签”两列"),
     ("cluener2020", "a.json", '{"text": "甲", "label": {"x": {"甲乙": [[0, 1]]}}}', "超出了 1 个"),
-    ("cmrc2018", "a.json", '{"data": [', "a.json：不是完整的 JSON"),
+    ("cmrc2018", "a.json", '{"data": [', "a.json 不是有效的 JSON"),
     ("cmrc2018", "a.json", '{"data": [{}]}', "不是 SQuAD 格式"),
     ("kbqg", "a.txt", "你好\n====\n", "第 1 行应是“<question id=N>”"),
     (

@@ -40,6 +40,8 @@ _CODES = {
 }
 DTYPES_BY_CODE = {code: dtype for dtype, code in _CODES.items()}
 
+_WRITING_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "I/O error")
+
 Region = tuple[slice, ...] | EllipsisType
 
 
@@ -252,11 +254,20 @@ def check_names_and_shapes(
 
 def save_pickle(payload: object, path: Path) -> None:
     """Write as `torch.save` does. A write that fails is an OSError; torch raises a RuntimeError."""
-    with new_file(path, "wb") as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            raise OSError(None, str(error).split("\n")[0]) from error
+    with new_file(path, "wb") as file, writing_errors():
+        torch.save(payload, file)
+
+
+@contextlib.contextmanager
+def writing_errors() -> Iterator[None]:
+    """Raise an OSError where torch or safetensors say in their own way that they cannot write."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if not any(word in text for word in _WRITING_ERRORS):
+            raise
+        raise OSError(None, text.split("\n")[0]) from error
 
 
 def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from plug.finetuning.kind import (
     run_batches,
 )
 from plug.finetuning.readers import ClassificationExample
-from plug.textfiles import shown
+from plug.jsonfiles import shown
 
 MATRIX_LABELS = 20  # a confusion matrix of more labels is a picture only
 
@@ -186,6 +186,6 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
 
 
 def _few(labels: list[str]) -> str:
-    return shown("、".join(labels[:20]), 300)[1:-1] + (
+    return shown("、".join(labels[:20]))[1:-1] + (
         f" 等 {len(labels)} 个" if len(labels) > 20 else ""
     )

@@ -15,7 +15,8 @@ from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
 from plug.finetuning.readers import OUTSIDE, LabellingExample
 from plug.hf import IGNORE_INDEX
-from plug.textfiles import shown, trim
+from plug.jsonfiles import shown
+from plug.textfiles import trim
 
 Tags = tuple[str, ...]
 
@@ -40,8 +41,7 @@ class Labelling(Kind[LabellingExample, Tags]):
                 )
             if unknown := sorted(set(tags) - self.label_ids.keys()):
                 raise UsageError(
-                    f"{example.place}的标签 {shown(unknown)} 不在标签表里："
-                    f"{shown(self.labels, 300)}。"
+                    f"{example.place}的标签 {shown(unknown)} 不在标签表里：{shown(self.labels)}。"
                 )
 
     def features(self, examples: Sequence[LabellingExample]) -> list[Features]:

@@ -18,7 +18,8 @@ from typing import Any
 
 from plug.errors import PlugError, UsageError
 from plug.finetuning.rows import read_rows
-from plug.textfiles import Notes, is_text, parse_json, read_lines, shown, trim
+from plug.jsonfiles import parse_json, shown
+from plug.textfiles import Notes, is_text, read_lines, trim
 
 SEPARATOR = "[SEP]"  # in `src_txt`, between the parts of a source
 OUTSIDE = "O"
@@ -57,7 +58,7 @@ class LabellingExample(Placed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadingExample(Placed):
+class QuestionExample(Placed):
     """A question whose answer stands in the context."""
 
     context: str
@@ -75,7 +76,7 @@ class GenerationExample(Placed):
     target: str | None = None
 
 
-Example = ClassificationExample | LabellingExample | ReadingExample | GenerationExample
+Example = ClassificationExample | LabellingExample | QuestionExample | GenerationExample
 
 
 def _text(row: Mapping[str, Any], column: str, place: str) -> str:
@@ -85,7 +86,7 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
         UsageError: there is no such column, or it is empty, or no text.
     """
     if column not in row:
-        raise UsageError(f"{place}没有“{column}”这一列，有的是 {shown(sorted(row), 200)}。")
+        raise UsageError(f"{place}没有“{column}”这一列，有的是 {shown(sorted(row))}。")
     value = row[column]
     if not is_text(value) or not trim(value):
         raise UsageError(f"{place}的“{column}”应是文字，却是 {shown(value)}。")
@@ -141,8 +142,7 @@ def read_classification(
     for place, row in read_rows(path, notes):
         if not (columns or "text" in row or "text_a" in row):
             raise UsageError(
-                f"{place}没有“text”这一列，也没有“text_a”和“text_b”，"
-                f"有的是 {shown(sorted(row), 200)}。"
+                f"{place}没有“text”这一列，也没有“text_a”和“text_b”，有的是 {shown(sorted(row))}。"
             )
         if not columns and "text" in row and "text_a" in row:
             raise UsageError(f"{place}既有“text”又有“text_a”，不知道该用哪个。请只留其一。")
@@ -168,7 +168,7 @@ def read_cluewsc(path: Path, notes: Notes | None = None) -> Iterator[Classificat
     for place, row in read_rows(path, notes):
         text, target = _text(row, "text", place), row.get("target")
         if not isinstance(target, dict):
-            raise UsageError(f"{place}没有“target”这一列，有的是 {shown(sorted(row), 200)}。")
+            raise UsageError(f"{place}没有“target”这一列，有的是 {shown(sorted(row))}。")
         marks = []
         for number, (left, right) in enumerate((("[", "]"), ("_", "_")), start=1):
             word = _text(target, f"span{number}_text", place)
@@ -304,7 +304,7 @@ def read_labelling(path: Path, notes: Notes | None = None) -> Iterator[Labelling
     """
     for place, row in read_rows(path, notes):
         if "tokens" not in row:
-            raise UsageError(f"{place}没有“tokens”这一列，有的是 {shown(sorted(row), 200)}。")
+            raise UsageError(f"{place}没有“tokens”这一列，有的是 {shown(sorted(row))}。")
         tokens = _list_of_text(row["tokens"], "tokens", place)
         tags = _list_of_text(row.get("tags", row.get("ner_tags")) or [], "tags", place)
         if tags and len(tags) != len(tokens):
@@ -335,7 +335,7 @@ def _list_of_text(value: object, column: str, place: str) -> tuple[str, ...]:
     return tuple(each.strip() for each in value) if column == "tags" else tuple(value)
 
 
-def read_squad(path: Path, notes: Notes | None = None) -> Iterator[ReadingExample]:
+def read_squad(path: Path, notes: Notes | None = None) -> Iterator[QuestionExample]:
     """One JSON document: data, paragraphs, context, qas, answers (CMRC2018, DRCD, DuReader).
 
     An `answer_start` where the answer does not stand is replaced by the nearest place where it
@@ -343,12 +343,8 @@ def read_squad(path: Path, notes: Notes | None = None) -> Iterator[ReadingExampl
     kept for scoring, but not for training (`start` is None).
     """
     notes = notes or Notes()
-    try:
-        document = parse_json("\n".join(line for _, line in read_lines(path, notes)))
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise PlugError(f"{path}：{error}。") from None
+    content = "\n".join(line for _, line in read_lines(path, notes))
+    document = parse_json(content.encode(), path)
     asked: dict[str, tuple[str, str]] = {}
     for a, article in enumerate(_objects(document, "data", str(path)), start=1):
         for p, paragraph in enumerate(
@@ -373,7 +369,7 @@ def read_squad(path: Path, notes: Notes | None = None) -> Iterator[ReadingExampl
                     if texts[0] not in context:  # blanks around it are no part of it
                         texts[0] = texts[0].strip()
                     start = _answer_start(context, texts[0], answers[0][1], place, notes)
-                yield ReadingExample(
+                yield QuestionExample(
                     context=context,
                     question=text,
                     answers=tuple(texts),
@@ -474,7 +470,7 @@ def read_kbqa(path: Path, notes: Notes | None = None) -> Iterator[GenerationExam
             if fields:
                 if not fields.get("triple", "").strip():
                     raise PlugError(
-                        f"{place}之前的一段缺少 <triple>，有的是 {shown(sorted(fields), 200)}。"
+                        f"{place}之前的一段缺少 <triple>，有的是 {shown(sorted(fields))}。"
                     )
                 triple, question = fields["triple"], fields.get("question") or None
                 yield GenerationExample(source=(triple,), target=question, place=place)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from plug.errors import PlugError, UsageError
+from plug.jsonfiles import parse_json, shown
 from plug.textfiles import (
     BYTE_ORDER_MARK,
     Notes,
     check_regular_file,
     one_line,
-    parse_json,
     plain_suffix,
     read_lines,
-    shown,
 )
 
 Row = tuple[str, dict[str, Any]]  # its place ("dev.json 第 3 行"), its columns
@@ -61,12 +60,11 @@ def _json_rows(path: Path, notes: Notes) -> Iterator[Row]:
             continue
         place = f"{path} 第 {number} 行"
         try:
-            row = parse_json(line)
-        except ValueError as error:
-            advice = "应是一行一个 JSON 对象。"
-            if (number == 1 and line.strip() in ("[", "{")) or line.startswith("[{"):
-                advice = f"应是一行一个 JSON 对象。若是数组，可用 jq -c '.[]' {path} 转换。"
-            raise PlugError(f"{place}：{error}。{advice}") from None
+            row = parse_json(line.encode(), place)
+        except PlugError as error:
+            is_array = line.strip() == "[" or line.startswith("[{")
+            advice = f"若是数组，可用 jq -c '.[]' {path} 转换。" if is_array else ""
+            raise PlugError(f"{error}应是一行一个 JSON 对象。{advice}") from None
         if not isinstance(row, dict):
             raise PlugError(f"{place}应是一个 JSON 对象（{{…}}），却是 {type(row).__name__}。")
         yield place, row
@@ -107,13 +105,11 @@ def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]], notes: Notes
             header = bare
             named = [name for name in header if name]
             if twice := sorted({name for name in named if named.count(name) > 1}):
-                raise PlugError(
-                    f"{place}的表头里 {shown(twice, 200)} 出现了两次，不知道该用哪一列。"
-                )
+                raise PlugError(f"{place}的表头里 {shown(twice)} 出现了两次，不知道该用哪一列。")
             continue
         if len(cells) != len(header):
             raise PlugError(
-                f"{place}有 {len(cells)} 列，表头却有 {len(header)} 列：{shown(header, 200)}。"
+                f"{place}有 {len(cells)} 列，表头却有 {len(header)} 列：{shown(header)}。"
             )
         if bare == header:
             notes.add("跳过了重复的表头", place)

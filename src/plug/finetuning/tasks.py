@@ -20,6 +20,7 @@ from plug.finetuning.readers import (
     LabellingExample,
 )
 from plug.finetuning.tags import convert_to_bio
+from plug.jsonfiles import shown
 from plug.textfiles import Notes
 
 KindName = Literal["classification", "labelling", "reading", "generation"]
@@ -233,8 +234,8 @@ def find_task(name: str) -> Task:
     Raises:
         UsageError: there is none.
     """
-    if name not in TASKS:
-        raise UsageError(f"没有任务 {name!r}。可用：{'、'.join(TASKS)}。")
+    if not isinstance(name, str) or name not in TASKS:
+        raise UsageError(f"没有任务 {shown(name)}。可用：{'、'.join(TASKS)}。")
     return TASKS[name]
 
 
@@ -300,7 +301,7 @@ def _answer(example: Example) -> object:
             return example.label
         case LabellingExample():
             return example.tags
-        case readers.ReadingExample():
+        case readers.QuestionExample():
             return example.answers
         case readers.GenerationExample():
             return example.target

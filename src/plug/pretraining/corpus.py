@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plug.errors import PlugError, UsageError
-from plug.textfiles import BYTE_ORDER_MARK, Notes, is_text, parse_json, read_lines, trim
+from plug.jsonfiles import parse_json
+from plug.textfiles import BYTE_ORDER_MARK, Notes, is_text, read_lines, trim
 from plug.tokenization import SENTENCE_END
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
@@ -103,12 +104,10 @@ def _paragraph(line: str, place: str, notes: Notes) -> str:
 
 
 def _json_text(line: str, place: str, notes: Notes) -> str:
-    try:
-        text = parse_json(line)["text"]
-    except ValueError as error:
-        raise PlugError(f'{place}：{error}。应是带有 "text" 键的 JSON 对象。') from None
-    except (KeyError, TypeError):
-        raise PlugError(f'{place}不是带有 "text" 键的 JSON 对象。') from None
+    value = parse_json(line.encode(), place)
+    if not isinstance(value, dict) or "text" not in value:
+        raise PlugError(f'{place}不是带有 "text" 键的 JSON 对象。')
+    text = value["text"]
     if not isinstance(text, str):
         raise PlugError(f'{place}的 "text" 不是字符串。')
     if not is_text(text):
