@@ -1,7 +1,6 @@
 """The fastest product of few rows with a weight, on each device. The decoding engine calls it.
 
-Quantised weights have a better one where `kernels/cpu` can be built; `QuantizedLinear` asks for
-that first.
+On a CPU these serve where `kernels/cpu` cannot be built.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plug.kernels.cpu.build import library
-from plug.kernels.cpu.products import CpuProduct
 from plug.quantization.scheme import unpack_nibbles
 
 Product = Callable[[Tensor], Tensor]
@@ -27,9 +24,9 @@ def product(weight: Tensor, bias: Tensor | None, *, lossless: bool = True) -> Pr
     """A function from (…, in) to (…, out), `F.linear` with what the device does best.
 
     On a CPU, float32 weights that float16 holds without loss (all that were saved in bfloat16 or
-    float16) are kept in it: activations and sums stay in float32, half as much is read, and a
-    product with one row takes a fifth to a third of the time. Each row's sum is the same whatever
-    other rows there are. `kernels/cpu` has the product for AVX-512; FBGEMM for other processors.
+    float16) are packed in it for FBGEMM: activations and sums stay in float32, half as much is
+    read, and a product with one row takes a fifth to a third of the time. Each row's sum is the
+    same whatever other rows there are.
 
     Args:
         weight: (out, in).
@@ -38,8 +35,6 @@ def product(weight: Tensor, bias: Tensor | None, *, lossless: bool = True) -> Pr
     """
     weight = weight.detach()
     if _packs(weight, lossless):
-        if (found := library()) is not None and found.plug_instructions() == 512:
-            return CpuProduct(weight.half(), bias)
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         multiply = torch.ops.quantized.linear_dynamic_fp16.default._op
         return lambda x: multiply(x, packed)
@@ -102,10 +97,12 @@ def _has_fbgemm(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and supported
 
 
+def fits_halves(weight: Tensor) -> bool:
+    """Whether float16 holds float32 weights without loss, as all do that were saved in 16 bits."""
+    return bool((weight.half().float() - weight).abs_().max() <= _NEGLIGIBLE)
+
+
 def _packs(weight: Tensor, lossless: bool) -> bool:
     if not _has_fbgemm(weight) or weight.dtype != torch.float32:
         return False
-    half = weight.half()
-    if lossless:
-        return bool((half.float() - weight).abs_().max() <= _NEGLIGIBLE)
-    return bool(half.isfinite().all())
+    return fits_halves(weight) if lossless else bool(weight.half().isfinite().all())

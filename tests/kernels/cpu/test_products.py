@@ -1,4 +1,4 @@
-"""Products in 16, 8 and 4 bits against float64, and one row against many."""
+"""Products in 32, 16, 8 and 4 bits against float64, and one row against many."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ SHAPES = [(1, 128), (7, 384), (77, 128), (64, 1280)]
 
 def weight_in(bits: int, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors that `CpuProduct` takes, and the weight that they stand for in float64."""
-    if bits == 16:
-        return {"weight": weight.half()}, weight.half().double()
+    if bits >= 16:
+        plain = weight.half() if bits == 16 else weight
+        return {"weight": plain}, plain.double()
     scheme = Scheme.of(bits)
     tensors = scheme.quantize(weight)
     return tensors, scheme.dequantize(tensors, torch.float64)
@@ -27,14 +28,14 @@ def weight_in(bits: int, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 def rounded(x: Tensor, bits: int) -> Tensor:
     """Inputs as the product rounds them, in float64."""
-    if bits == 16:
+    if bits >= 16:
         return x.double()
     groups = x.unflatten(-1, (-1, 128 if bits == 4 else x.shape[-1]))
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     return ((groups / scale).round() * scale).flatten(-2).double()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize(("out", "inputs"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
 def test_a_product_is_that_of_float64(bits: int, out: int, inputs: int, rows: int) -> None:
@@ -46,11 +47,11 @@ def test_a_product_is_that_of_float64(bits: int, out: int, inputs: int, rows: in
 
     expected = rounded(x, bits) @ exact.T + bias
     # Float32 sums; an input that lies between two integers may fall to either (one in thousands).
-    size = 1e-5 if bits == 16 else 2e-3
+    size = 1e-5 if bits >= 16 else 2e-3
     assert ((found - expected).norm() / expected.norm()) < size
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_there_are(bits: int) -> None:
     torch.manual_seed(0)
     tensors, _ = weight_in(bits, torch.randn(70, 384))
@@ -80,7 +81,7 @@ def test_the_largest_integers_do_not_overflow(bits: int) -> None:
     torch.testing.assert_close(found.double(), x.double() @ exact.T, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_rows_of_zeros_and_no_rows(bits: int) -> None:
     tensors, _ = weight_in(bits, torch.randn(5, 128))
     bias = torch.randn(5)

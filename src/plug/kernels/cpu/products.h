@@ -2,7 +2,7 @@
 //
 //   y[row][o] = sum over i of x[row][i] * weight[o][i] + bias[o]
 //
-// 16 bits: float16 weights, float32 everything else.
+// 32, 16 bits: float32 or float16 weights, float32 everything else.
 // 8 bits:  the row is rounded to int8 by its own largest value; sums are exact in int32.
 // 4 bits:  each group of 128 inputs of the row is rounded so; sums of a group are exact, groups are added in float32.
 //
@@ -82,8 +82,11 @@ inline float from_bfloat16(uint16_t bits) {
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-template <int R, int O>
-inline void tile_16(const uint16_t* weight, const float* x, int64_t K, float (*y)[O]) {
+inline __m512 load(const float* weight, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, weight); }
+inline __m512 load(const uint16_t* weight, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, weight)); }
+
+template <int R, int O, typename Weight>
+inline void tile_float(const Weight* weight, const float* x, int64_t K, float (*y)[O]) {
   __m512 sums[R][O];
   UNROLL for (auto& row : sums)
     UNROLL for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -92,14 +95,14 @@ inline void tile_16(const uint16_t* weight, const float* x, int64_t K, float (*y
     __m512 inputs[R];
     UNROLL for (int r = 0; r < R; ++r) inputs[r] = _mm512_loadu_ps(x + r * K + k);
     UNROLL for (int o = 0; o < O; ++o) {
-      const __m512 w = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + o * K + k)));
+      const __m512 w = load(weight + o * K + k, 0xffff);
       UNROLL for (int r = 0; r < R; ++r) sums[r][o] = _mm512_fmadd_ps(inputs[r], w, sums[r][o]);
     }
   }
   if (whole < K) {
     const __mmask16 mask = (1u << (K - whole)) - 1;
     UNROLL for (int o = 0; o < O; ++o) {
-      const __m512 w = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, weight + o * K + whole));
+      const __m512 w = load(weight + o * K + whole, mask);
       UNROLL for (int r = 0; r < R; ++r)
         sums[r][o] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + r * K + whole), w, sums[r][o]);
     }
@@ -160,7 +163,9 @@ inline void tile_4(const uint8_t* weight, const float* scales, const int8_t* q, 
 
 #else  // what the compiler makes of it for AVX2, NEON, …
 
-inline float from_float16(uint16_t bits) {
+inline float widened(float weight) { return weight; }
+
+inline float widened(uint16_t bits) {  // float16
 #if defined(__FLT16_MANT_DIG__)
   _Float16 value;
   std::memcpy(&value, &bits, 2);
@@ -179,14 +184,14 @@ inline float from_float16(uint16_t bits) {
 #endif
 }
 
-template <int R, int O>
-inline void tile_16(const uint16_t* weight, const float* x, int64_t K, float (*y)[O]) {
+template <int R, int O, typename Weight>
+inline void tile_float(const Weight* weight, const float* x, int64_t K, float (*y)[O]) {
   for (int o = 0; o < O; ++o) {
     float sums[R][16] = {};
     for (int64_t k = 0; k < K; k += 16) {
       const int lanes = static_cast<int>(std::min<int64_t>(16, K - k));
       for (int lane = 0; lane < lanes; ++lane) {
-        const float w = from_float16(weight[o * K + k + lane]);
+        const float w = widened(weight[o * K + k + lane]);
         for (int r = 0; r < R; ++r) sums[r][lane] += x[r * K + k + lane] * w;
       }
     }
@@ -248,11 +253,11 @@ inline void tiles(int64_t from, int64_t to, int64_t rows, const Tile& tile) {
   }
 }
 
-template <int O>
-void outputs_16(const Product& p, const float* x, float* y, int64_t rows, int64_t from, int64_t to) {
+template <int O, typename Weight>
+void outputs_float(const Product& p, const float* x, float* y, int64_t rows, int64_t from, int64_t to) {
   tiles<O>(from, to, rows, [&]<int R>(int64_t r, int64_t o) {
     float found[R][O];
-    tile_16<R, O>(static_cast<const uint16_t*>(p.weight) + o * p.in, x + r * p.in, p.in, found);
+    tile_float<R, O>(static_cast<const Weight*>(p.weight) + o * p.in, x + r * p.in, p.in, found);
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < O; ++j) y[(r + i) * p.out + o + j] = found[i][j] + (p.bias ? p.bias[o + j] : 0);
   });
@@ -332,9 +337,12 @@ inline void make_ready(Rows& ready, int bits, const float* x, int64_t rows, int6
 // Outputs [from, to) of all rows. Four outputs share what is read of four rows; a single row streams its weights.
 inline void outputs(const Product& p, const Rows& ready, const float* x, float* y, int64_t rows, int64_t from, int64_t to) {
   const int64_t whole = rows < 4 ? from : from + (to - from) / 4 * 4;
-  if (p.bits == 16) {
-    outputs_16<4>(p, x, y, rows, from, whole);
-    outputs_16<1>(p, x, y, rows, whole, to);
+  if (p.bits == 32) {
+    outputs_float<4, float>(p, x, y, rows, from, whole);
+    outputs_float<1, float>(p, x, y, rows, whole, to);
+  } else if (p.bits == 16) {
+    outputs_float<4, uint16_t>(p, x, y, rows, from, whole);
+    outputs_float<1, uint16_t>(p, x, y, rows, whole, to);
   } else if (p.bits == 8) {
     outputs_8<4>(p, ready, y, rows, from, whole);
     outputs_8<1>(p, ready, y, rows, whole, to);

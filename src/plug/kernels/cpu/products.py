@@ -1,4 +1,4 @@
-"""`CpuProduct`: a weight in 16, 8 or 4 bits that multiplies float32 rows on a CPU."""
+"""`CpuProduct`: a weight in 32, 16, 8 or 4 bits that multiplies float32 rows on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CpuProduct:
     rounded to 8 bits, by the row's largest value and by that of each group of 128.
 
     Args:
-        weight: float16 (out, in), int8 (out, in) or `pack_nibbles` of (out, in), contiguous.
+        weight: (out, in) in float32, float16 or int8, or `pack_nibbles` of one; contiguous.
         scale: None, float32 (out,), or bfloat16 (out, in / 128).
         center: None, or bfloat16 as the scale of 4 bits.
         bias: float32 (out,) or None.
@@ -30,7 +30,7 @@ class CpuProduct:
         scale: Tensor | None = None,
         center: Tensor | None = None,
     ) -> None:
-        bits = {torch.float16: 16, torch.int8: 8, torch.uint8: 4}[weight.dtype]
+        bits = {torch.float32: 32, torch.float16: 16, torch.int8: 8, torch.uint8: 4}[weight.dtype]
         self._kept = [
             None if each is None else each.detach().contiguous()
             for each in (weight, scale, center, bias)
