@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
+from plug.traditional import as_read
 from plug.understanding.reader import TextReader, check_text
 
 
@@ -21,6 +22,7 @@ def embed(
     batch_size: int = 32,
     model: str | Path | Plug | TextReader | None = None,
     device: str | None = None,
+    simplify: bool = False,
 ) -> Tensor:
     """(texts, hidden) float32 on the CPU, of length 1: products are cosine similarities.
 
@@ -29,6 +31,7 @@ def embed(
         batch_size: texts encoded together.
         model: as in `plug.load`, or a `TextReader`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
+        simplify: convert traditional characters to simplified ones first (`plug.traditional`).
 
     Raises:
         UsageError: no text, or an empty one.
@@ -36,7 +39,8 @@ def embed(
     if not texts:
         raise UsageError("没有文字。请给出至少一段。")
     reader = model if isinstance(model, TextReader) else TextReader(model, device=device)
-    sources = list(map(reader.frame, reader.tokenizer.encode_batch(list(map(check_text, texts)))))
+    read = [as_read(check_text(text), simplify) for text in texts]
+    sources = list(map(reader.frame, reader.tokenizer.encode_batch(read)))
     vectors = []
     for first in range(0, len(sources), batch_size):
         encoded, mask = reader.encode(sources[first : first + batch_size])
