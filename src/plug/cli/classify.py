@@ -39,8 +39,8 @@ def classify(
     """不经微调的分类：比较各标签接在提示之后有多可能。"""
     from plug.errors import UsageError
     from plug.finetuning.readers import ClassificationExample, read_classification
-    from plug.understanding.classify import PROMPT
-    from plug.understanding.classify import classify as run
+    from plug.zero_shot.classify import PROMPT
+    from plug.zero_shot.classify import classify as run
 
     wanted = [label.strip() for label in labels.replace("，", ",").split(",")]
     shown = []

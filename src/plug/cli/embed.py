@@ -33,7 +33,7 @@ def embed(
         raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
     from plug.textfiles import read_lines, trim
-    from plug.understanding.embed import embed as run
+    from plug.zero_shot.embed import embed as run
 
     texts = text or []
     if file is not None:

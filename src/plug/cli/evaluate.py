@@ -150,7 +150,7 @@ def clue(
     """CLUE 各分类任务的准确率及其平均（Score）；--submit 写官方提交文件。"""
     from rich.console import Console
 
-    from plug.evaluation.clue import evaluate_clue, write_submission
+    from plug.finetuning.clue import evaluate_clue, write_submission
 
     tell = Console(stderr=True).print
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "on_task": tell}

@@ -20,7 +20,7 @@ def fill_mask(
     as_json: AsJson = False,
 ) -> None:
     """填空：每个 [MASK] 处最可能的字词。"""
-    from plug.understanding.fill_mask import fill_mask as run
+    from plug.zero_shot.fill_mask import fill_mask as run
 
     fillings = run(text, top_k=top_k, model=model, device=device, simplify=simplify)
     if as_json:

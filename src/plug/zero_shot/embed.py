@@ -12,7 +12,7 @@ from torch import Tensor
 from plug.errors import UsageError
 from plug.model.plug import Plug
 from plug.traditional import as_read
-from plug.understanding.reader import TextReader, check_text
+from plug.zero_shot.encoder import TextEncoder, check_text
 
 
 @torch.inference_mode()
@@ -20,7 +20,7 @@ def embed(
     texts: Sequence[str],
     *,
     batch_size: int = 32,
-    model: str | Path | Plug | TextReader | None = None,
+    model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
     simplify: bool = False,
 ) -> Tensor:
@@ -29,7 +29,7 @@ def embed(
     Args:
         texts: the last 510 tokens of each are read.
         batch_size: texts encoded together.
-        model: as in `plug.load`, or a `TextReader`.
+        model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
         simplify: convert traditional characters to simplified ones first (`plug.traditional`).
 
@@ -38,12 +38,12 @@ def embed(
     """
     if not texts:
         raise UsageError("没有文字。请给出至少一段。")
-    reader = model if isinstance(model, TextReader) else TextReader(model, device=device)
     read = [as_read(check_text(text), simplify) for text in texts]
-    sources = list(map(reader.frame, reader.tokenizer.encode_batch(read)))
+    encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
+    sources = list(map(encoder.frame, encoder.tokenizer.encode_batch(read)))
     vectors = []
     for first in range(0, len(sources), batch_size):
-        encoded, mask = reader.encode(sources[first : first + batch_size])
+        encoded, mask = encoder.encode(sources[first : first + batch_size])
         weights = mask[..., None].float()
         vectors.append((encoded.float() * weights).sum(1) / weights.sum(1))
     return F.normalize(torch.cat(vectors), dim=-1).cpu()
