@@ -27,7 +27,17 @@ LINES = (
     ("distributed",),
     ("checkpoints",),
     ("model",),
-    ("tokenization", "options", "textfiles", "jsonfiles", "files", "progress", "device", "errors"),
+    (
+        "tokenization",
+        "options",
+        "textfiles",
+        "tokenizer_files",
+        "jsonfiles",
+        "files",
+        "progress",
+        "device",
+        "errors",
+    ),
 )
 LEVELS = {room: level for level, rooms in enumerate(LINES) for room in rooms}
 # Imports that still go up, (file, room): shrink it to nothing.

@@ -26,14 +26,13 @@ from tokenizers import (
 
 from plug.errors import UsageError
 from plug.files import write_json, write_text
+from plug.tokenizer_files import (
+    SPECIAL_TOKENS,
+    check_components,
+    read_tokenizer_json,
+    read_vocabulary,
+)
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 _BYTES = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
 
@@ -95,38 +94,54 @@ class PlugTokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> PlugTokenizer:
-        """The tokenizer of a model directory: its `tokenizer.json`, or an original's `vocab.txt`.
+        """Return the tokenizer of a `tokenizer.json`, or of an original's `vocab.txt`.
 
         Raises:
             UsageError: neither file is there, or the file is not such a tokenizer.
         """
         directory = Path(directory)
         if (path := directory / "tokenizer.json").is_file():
-            try:
-                # `transformers` may have marked [MASK] as an ordinary token.
-                return cls._with_special_tokens(Tokenizer.from_file(str(path)))
-            except UsageError:
-                raise
-            except Exception as error:  # the library raises bare Exception
-                raise UsageError(f"{path} 不是有效的分词器文件：{error}") from None
+            return cls.from_tokenizer_file(path)
         if (path := directory / "vocab.txt").is_file():
             return cls.from_vocabulary_file(path)
         raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。")
 
     @classmethod
+    def from_tokenizer_file(cls, path: Path) -> PlugTokenizer:
+        """Build the tokenizer from the pieces and merges of a `tokenizer.json`.
+
+        The rest of the file must say what PLUG's tokenizers do; it is not read any further, since
+        the library takes much of what makes no sense, and other tokens without a word.
+
+        Raises:
+            UsageError: the file is damaged, or a tokenizer of another kind.
+        """
+        file = read_tokenizer_json(path)
+        try:
+            if file.merges is None:
+                tokenizer = cls._from_word_pieces(file.vocabulary)
+            else:
+                tokenizer = cls.from_pieces(file.vocabulary, file.merges)
+        except UsageError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(f"{path} 不是有效的分词器文件：{str(error)[:200]}") from None
+        check_components(file, tokenizer.backend, path)
+        return tokenizer
+
+    @classmethod
     def from_vocabulary_file(cls, path: Path | str) -> PlugTokenizer:
         """BERT WordPiece over a `vocab.txt`: one piece a line, the line number from 0 is its id.
 
+        Raises:
+            UsageError: the file cannot be read, or a piece stands there twice.
+
         Source: `BertTokenizer` of `transformers`, whose ids the reference uses.
         """
-        try:
-            pieces = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"读不了词表 {path}：{error}") from None
-        pieces = [piece.rstrip("\r") for piece in pieces]
-        while pieces and not pieces[-1]:
-            pieces.pop()
-        vocabulary = {piece: index for index, piece in enumerate(pieces)}
+        return cls._from_word_pieces(read_vocabulary(Path(path)))
+
+    @classmethod
+    def _from_word_pieces(cls, vocabulary: dict[str, int]) -> PlugTokenizer:
         backend = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
