@@ -211,7 +211,7 @@ def read_task(task: Task, path: Path, tokenizer: PlugTokenizer, answered: bool) 
 
 def _check_example(each: readers.Example) -> None:
     match each:
-        case readers.ReadingExample(start=int(start)):
+        case readers.QuestionExample(start=int(start)):
             if not each.answers[0] or not each.context.startswith(each.answers[0], start):
                 raise WrongAnswerError(f"{each.answers[0]!r} does not stand at {start}")
         case readers.LabellingExample(tags=tuple(tags)):

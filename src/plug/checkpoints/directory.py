@@ -20,10 +20,10 @@ from plug.checkpoints.weights import TensorSpec
 from plug.errors import UsageError
 from plug.files import recover, write_json
 from plug.model.configuration import PlugConfig, read_config_file
+from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
+from plug.tokenization import PlugTokenizer
 
-SHIPPED_MODEL = "plug-mini-zh"
 CONFIG_FILE = "config.json"
-_ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def find_model_directory(name_or_path: str | Path | None = None) -> Path:
@@ -33,7 +33,7 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
         UsageError: there is no such directory, it is empty, or it holds something else.
     """
     if name_or_path is None or str(name_or_path) == SHIPPED_MODEL:
-        directory = _ASSETS / SHIPPED_MODEL
+        directory = SHIPPED_DIRECTORY
         if not directory.is_dir():
             raise UsageError(
                 f"安装包里没有随附的模型 {SHIPPED_MODEL}。请重新安装 plug-zh，或用目录指定模型。"
@@ -119,3 +119,40 @@ def generation_config(config: PlugConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
+
+
+def load_tokenizer(directory: Path) -> PlugTokenizer:
+    """Return the tokenizer of a model directory.
+
+    Raises:
+        UsageError: there is none, or it is not the one of the directory's model.
+    """
+    tokenizer = PlugTokenizer.load(directory)
+    check_tokenizer(tokenizer, PlugConfig.from_file(directory / CONFIG_FILE), directory)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PlugTokenizer, config: PlugConfig, source: object) -> None:
+    """Raise a `UsageError` unless a tokenizer has the ids that a model's config says."""
+    found = (
+        tokenizer.vocab_size,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.mask_token_id,
+    )
+    wanted = (
+        config.num_emitted_tokens,
+        config.pad_token_id,
+        config.unk_token_id,
+        config.decoder_start_token_id,
+        config.eos_token_id,
+        config.mask_token_id,
+    )
+    if found != wanted:
+        raise UsageError(
+            f"{source} 的分词器与模型不配：词数和 [PAD] [UNK] [CLS] [SEP] [MASK] 的编号是"
+            f" {list(found)}，config.json 写的是 {list(wanted)}。"
+            "请用模型原来的分词器和 config.json。"
+        )

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.files import write_text
@@ -18,7 +18,6 @@ from plug.finetuning.tasks import find_task, read_examples
 from plug.jsonfiles import read_json, shown
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes, is_text, plain_suffix, read_lines, trim
-from plug.tokenization import PlugTokenizer
 
 RUN_FILE = "finetuning.json"
 TEXT_SUFFIX = ".txt"
@@ -94,7 +93,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
         PlugError: `finetuning.json` does not fit `config.json`.
     """
     run = read_run(directory)
-    settings = FinetuneSettings(**run["settings"])
+    settings = _settings_of(run)
     config = read_json(directory / CONFIG_FILE)
     named = config.get("id2label") if isinstance(config, dict) else None
     if run["labels"] and named != {str(i): label for i, label in enumerate(run["labels"])}:
@@ -105,7 +104,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
     settings.check_lengths(PlugConfig.from_file(directory / CONFIG_FILE).max_position_embeddings)
     return make_kind(
         find_task(settings.task).kind,
-        PlugTokenizer.load(directory),
+        load_tokenizer(directory),
         run["labels"],
         run["label_names"],
         source_length=settings.source_length,
@@ -133,7 +132,11 @@ def read_run(directory: Path) -> dict[str, Any]:
     return run
 
 
-_NEEDED = ("task", "train", "eval", "output", "source_length", "target_length", "num_beams")
+_NEEDED = ("task", "source_length", "target_length", "num_beams")  # to predict
+
+
+def _settings_of(run: dict[str, Any]) -> FinetuneSettings:
+    return FinetuneSettings(**{"train": "", "eval": "", "output": ""} | run["settings"])
 
 
 def _problem(run: Any) -> str:
@@ -146,7 +149,7 @@ def _problem(run: Any) -> str:
     if unknown := settings.keys() - {field.name for field in fields(FinetuneSettings)}:
         return f"settings 里多出 {shown(sorted(unknown))}"
     try:
-        read = FinetuneSettings(**settings)
+        read = _settings_of(run)
     except UsageError as error:
         return str(error).rstrip("。")
     if changed := [name for name, value in settings.items() if getattr(read, name) != value]:
