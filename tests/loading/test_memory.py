@@ -138,16 +138,16 @@ def test_memory_that_ends_while_writing_is_one_clear_failure(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 79 * GB)
     generator = Generator(tiny_model, tiny_tokenizer)
     expected = generator(["山上"], seed=1)[0].token_ids
-    read = generator.engine.read
+    encode = generator.prepared.encode
 
     def fail(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(generator.engine, "read", fail)
+    monkeypatch.setattr(generator.prepared, "encode", fail)
     with pytest.raises(PlugError, match=f"共 80.0 GB，本程序占着 79.0 GB.*{says}"):
         generator(["山上"] * batch_size, seed=1)
 
-    monkeypatch.setattr(generator.engine, "read", read)
+    monkeypatch.setattr(generator.prepared, "encode", encode)
     assert generator(["山上"], seed=1)[0].token_ids == expected  # it still works
 
 

@@ -30,6 +30,7 @@ from plug.cli import (
     predict,
     pretrain,
     quantize,
+    serve,
 )
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
@@ -68,6 +69,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.command()(classify.classify)
 app.command()(fill_mask.fill_mask)
 app.command()(embed.embed)
+app.command()(serve.serve)
 app.command()(info.info)
 
 

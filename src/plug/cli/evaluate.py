@@ -102,11 +102,11 @@ def task(
 ) -> None:
     import shlex
 
-    from plug.cli.progress import counter
     from plug.errors import UsageError
     from plug.evaluation.report import write_report
     from plug.finetuning.predict import Predictor
     from plug.finetuning.tasks import read_examples
+    from plug.progress import counter
 
     name = str(context.info_name)
     if report is not None and report.exists() and not report.is_dir():

@@ -19,6 +19,7 @@ from modelscope.utils.config import Config
 from plug.checkpoints.directory import CONFIG_FILE, load_tokenizer
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
+from plug.files import write_text
 from plug.finetuning.kind import make_kind
 from plug.finetuning.readers import read_generation
 from plug.finetuning.run import finetune
@@ -258,8 +259,7 @@ class PlugTrainer(BaseTrainer):
                     f"数据与中断的训练不同（那时的在 {path}）。请用原来的，或换 work_dir。"
                 )
             if self.processes.is_main_process:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
+                write_text(path, text)
         except OSError as error:
             raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
         self.processes.wait_for_everyone()
