@@ -34,6 +34,7 @@ LINES = (
         "traditional",
         "interrupts",
         "textfiles",
+        "tokenizer_files",
         "jsonfiles",
         "files",
         "progress",

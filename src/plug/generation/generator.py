@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import torch
 
-from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.directory import find_model_directory, load_tokenizer
 from plug.device import find_device
 from plug.distributed.processes import Processes, agree
 from plug.distributed.tensor_parallel import is_sharded
@@ -143,7 +143,7 @@ class Generator:
                 raise UsageError("model 是 Plug 对象时，还要给 tokenizer（PlugTokenizer）。")
         else:
             directory = find_model_directory(model)
-            tokenizer = tokenizer or PlugTokenizer.load(directory)
+            tokenizer = tokenizer or load_tokenizer(directory)
             chosen = find_device(device) if processes is None else processes.device
             with explain_out_of_memory(chosen, room.batch_size):
                 model = load(
