@@ -233,7 +233,7 @@ def try_format(each: Format, count: int, folder: Path) -> Counts:
         each.read(path)
 
     seed = SEED + zlib.crc32(each.name.encode())
-    return campaign(each.mutate(each.content, seed, count), read)
+    return campaign(each.mutate(each.content, seed, count), read, seconds=60)
 
 
 def main() -> int:
