@@ -31,6 +31,7 @@ LINES = (
         "tokenization",
         "options",
         "shipped",
+        "traditional",
         "interrupts",
         "textfiles",
         "tokenizer_files",
