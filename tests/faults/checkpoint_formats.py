@@ -111,7 +111,7 @@ def formats(folder: Path) -> dict[str, Format]:
     single = folder / "one" / "model.safetensors"
     several = folder / "several" / "model.safetensors.index.json"
     found = {
-        "model.safetensors": XX,
+        "model.safetensors": Format(single, safetensors_mutations, weights),
         "model.safetensors.index.json": Format(several, json_mutations, index),
         "config.json": Format(folder / "one/config.json", json_mutations, config),
         "tokenizer.json": Format(folder / "one/tokenizer.json", json_mutations, tokens),
