@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from campaign import HANG, LOADED, REFUSED, TRACEBACK, WRONG, Counts, WrongAnswerError, campaign
-from mutate import json_mutations, mutations, zip_mutations
+from mutate import json_mutations, mutations, safetensors_mutations, zip_mutations
 
 from plug.checkpoints.directory import check_tokenizer, load_tokenizer
 from plug.checkpoints.original import OriginalReader, export_original
