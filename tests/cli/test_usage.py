@@ -29,7 +29,11 @@ class Complaint:
         ("Invalid value for '--top-p': 'x' is not a valid float.", "--top-p 应是一个数。"),
         (
             "Invalid value for '--batch-size': 0 is not in the range x>=1.",
-            "--batch-size=0 应在 x>=1 之内。",
+            "--batch-size=0 应不小于 1。",
+        ),
+        (
+            "Invalid value for '--bits': 9 is not in the range 4<=x<=8.",
+            "--bits=9 应在 4 到 8 之间。",
         ),
         ("something\n  new", "something new"),
     ],
