@@ -22,6 +22,9 @@ TunedBeams = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="一次算几个。")]
 Device = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
+Simplify = Annotated[
+    bool, typer.Option("--simplify", help="先把繁体转成简体（要装 plug-zh[opencc]）。")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="输出 JSON。")]
 
 

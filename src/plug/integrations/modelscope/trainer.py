@@ -16,7 +16,7 @@ from modelscope.trainers.base import BaseTrainer
 from modelscope.trainers.builder import TRAINERS
 from modelscope.utils.config import Config
 
-from plug.checkpoints.directory import CONFIG_FILE
+from plug.checkpoints.directory import CONFIG_FILE, load_tokenizer
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.files import write_text
@@ -28,7 +28,6 @@ from plug.generation.settings import WINDOW
 from plug.integrations.modelscope.base import device_of, find_directories, read_configuration
 from plug.integrations.modelscope_hub import training_sections
 from plug.model.configuration import PlugConfig
-from plug.tokenization import PlugTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class PlugTrainer(BaseTrainer):
             self.cfg.train.max_epochs = max_epochs
         self.seed = seed
         self.datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self.tokenizer = PlugTokenizer.load(self.directory)
+        self.tokenizer = load_tokenizer(self.directory)
         chosen = find_device(self.device)
         self.processes = PartialState(cpu=chosen.type == "cpu")
         # The model card gives each process a work_dir of its own. All must have one.
@@ -156,7 +155,7 @@ class PlugTrainer(BaseTrainer):
         settings = self._settings()
         kind = make_kind(
             "generation",
-            PlugTokenizer.load(directory),
+            load_tokenizer(directory),
             source_length=settings.source_length,
             target_length=settings.target_length,
             num_beams=settings.num_beams,
