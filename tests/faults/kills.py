@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Kill every writing command at every file event, fill its disk, and start it twice.
 
     python tests/faults/kills.py [--most N] [--only NAME]
@@ -443,7 +442,7 @@ def again(bench: Bench, command: Command, target: Path, expected: object) -> str
 
 def try_kills(
     bench: Bench, command: Command, folder: Path, most: int
-) -> tuple[int, list[str], list[str]]:
+) -> tuple[str, list[str], list[str]]:
     target = folder / "first" / command.target
     target.parent.mkdir(parents=True)
     ran = bench.run(command, target, traced=True)
@@ -451,7 +450,8 @@ def try_kills(
     expected = command.check(target)
     points = events(ran.trace, target.parent)
     order = unsynced(ran.trace, target.parent)
-    step = max(1, len(points) / most) if most else 1
+    total = len(points)
+    step = max(1, total / most) if most else 1
     points = [points[int(i * step)] for i in range(int(len(points) / step))]
     faults = []
     for number, (call, when) in enumerate(points):
@@ -463,7 +463,7 @@ def try_kills(
         elif problem := again(bench, command, target, expected):
             faults.append(f"{call} {when}: {problem}")
         shutil.rmtree(target.parent)
-    return len(points), faults, order
+    return f"{len(points)} of {total}", faults, order
 
 
 @contextlib.contextmanager
