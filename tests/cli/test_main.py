@@ -23,6 +23,7 @@ COMMANDS = [
     "classify",
     "fill-mask",
     "embed",
+    "serve",
     "info",
     "pretrain",
     "evaluate",
