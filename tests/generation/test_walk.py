@@ -13,6 +13,8 @@ from typing import Any
 
 import plug
 from plug.generation.generator import Generator
+from plug.generation.plain_model import PlainModel
+from plug.model.plug import Plug
 
 SOURCE = str(Path(plug.__file__).parent)
 MOST_CALLS, MOST_FILES, MOST_LINES = 6, 20, 4100
@@ -29,8 +31,9 @@ def names_on_stack(frame: FrameType | None) -> list[str]:
 
 
 def test_a_prompt_enters_few_files_and_reaches_the_product_in_few_calls(
-    generator: Generator,
+    generator: Generator, lively_model: Plug
 ) -> None:
+    generator.prepared.model = PlainModel(lively_model)  # `CpuModel` has one call for a whole step
     entered: set[str] = set()
     walks: list[list[str]] = []
 
