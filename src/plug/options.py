@@ -138,15 +138,19 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A string, such as a path or a name."""
+    """A string, perhaps empty."""
 
+    longest: int
     word_type = str
     is_repeated = False
-    limits = ""
+
+    @property
+    def limits(self) -> str:
+        return f"≤ {self.longest} characters"
 
     def check(self, name: str, value: object) -> str:
-        if not isinstance(value, str) or "\0" in value:
-            raise UsageError(f"{name}={_shown(value)} 应是文字。")
+        if not isinstance(value, str) or len(value) > self.longest or "\0" in value:
+            raise UsageError(f"{name}={_shown(value)} 应是至多 {self.longest} 个字的文字。")
         return value
 
 
@@ -320,6 +324,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read, or is no TOML.
     """
+    if not path.exists():
+        raise UsageError(f"设置文件 {path} 不存在。")
     content = read_bytes(path, UsageError)
     try:
         return tomllib.loads(content.decode("utf-8"))

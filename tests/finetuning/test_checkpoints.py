@@ -87,8 +87,13 @@ class Stop(TrainerCallback):
 
 
 def test_a_run_killed_anywhere_in_its_final_save_is_resumed(
-    settings: Make, data: Callable[..., Path], tmp_path: Path, kill: Callable[..., bool]
+    settings: Make,
+    data: Callable[..., Path],
+    tmp_path: Path,
+    kill: Callable[..., bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("plug.evaluation.report.find_spec", lambda _: None)  # plots take seconds
     run = settings("classification", data("classification"))
     with pytest.raises(KeyboardInterrupt):
         finetune(run, device="cpu", callbacks=[Stop()])

@@ -53,7 +53,7 @@ def test_what_a_task_decides_is_filled_in() -> None:
         ({"task": "tnews"}, "缺少 --train、--eval、--output。"),
         ({"train": "a", "eval": "b", "output": "c"}, "缺少 任务名。"),
         (NEEDED | {"epoch": 3}, "没有选项 epoch。是否想用 epochs？"),
-        (NEEDED | {"train": 3}, "train=3 应是文字"),
+        (NEEDED | {"train": 3}, "train=3 应是至多 4096 个字的文字"),
     ],
 )
 def test_mappings_that_make_no_settings(values: dict[str, Any], complaint: str) -> None:

@@ -52,19 +52,18 @@ def lm(
     """续写能力：每词元、每字的负对数似然（奈特）。文件名去掉 -00 一类编号即领域名。"""
     from itertools import chain, islice
 
-    from plug.checkpoints.directory import find_model_directory
+    from plug.checkpoints.directory import find_model_directory, load_tokenizer
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
     from plug.evaluation.language_model import default_lengths, evaluate_language_model
     from plug.loading.load import load
     from plug.pretraining.corpus import domain_name, expand_paths, read_documents
-    from plug.tokenization import PlugTokenizer
 
     domains: dict[str, list[Path]] = {}
     for path in expand_paths([*text, *(more or [])]):
         domains.setdefault(domain_name(path), []).append(path)
     directory = find_model_directory(model)
-    tokenizer = PlugTokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     wanted = None if dtype is None else DTYPES[dtype.value]
     network = load(directory, device=find_device(device), dtype=wanted)
     default_source, default_target = default_lengths(network.config)
@@ -103,11 +102,11 @@ def task(
 ) -> None:
     import shlex
 
-    from plug.cli.progress import counter
     from plug.errors import UsageError
     from plug.evaluation.report import write_report
     from plug.finetuning.predict import Predictor
     from plug.finetuning.tasks import read_examples
+    from plug.progress import counter
 
     name = str(context.info_name)
     if report is not None and report.exists() and not report.is_dir():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plug.cli.options import Device, options_from
+from plug.cli.options import Device, options_from, tells_of_interruption
 from plug.finetuning.settings import FLAGS, FinetuneSettings
 from plug.finetuning.tasks import TASKS
 from plug.options import options_of
@@ -40,7 +40,8 @@ def finetune(
     if task is not None:
         values["task"] = task
     settings = FinetuneSettings.of(values)
-    result = run(settings, device=device, resume=resume)
+    with tells_of_interruption():
+        result = run(settings, device=device, resume=resume)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one tells
         return
     for name, value in result.metrics.items():

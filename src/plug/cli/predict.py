@@ -36,8 +36,8 @@ def predict(
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
-    from plug.cli.progress import counter
     from plug.finetuning.predict import Predictor, prediction_line, write_predictions
+    from plug.progress import counter
 
     predictor = Predictor(model, device, num_beams)
     if text:

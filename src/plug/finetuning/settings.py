@@ -50,22 +50,22 @@ class FinetuneSettings:
         UsageError: a value is of another type, outside its limits, or excludes another option.
     """
 
-    task: str = option(REQUIRED, Text(), "任务名。", "a name in `finetuning/tasks.py`")
+    task: str = option(REQUIRED, Text(4096), "任务名。", "a name in `finetuning/tasks.py`")
     train: str = option(
-        REQUIRED, Text(),
+        REQUIRED, Text(4096),
         "训练数据文件（可 .gz、.zst），或 datasets 的 名字:划分。",
         "file to learn from, or `NAME:SPLIT` of `datasets`",
     )  # fmt: skip
     eval: str = option(
-        REQUIRED, Text(), "评测数据，用来选出最好的一轮。", "file that chooses the best epoch"
+        REQUIRED, Text(4096), "评测数据，用来选出最好的一轮。", "file that chooses the best epoch"
     )
     output: str = option(
-        REQUIRED, Text(),
+        REQUIRED, Text(4096),
         "输出目录：模型、设置、报告。须不存在或为空。",
         "directory of the run: model, settings, report; new or empty",
     )  # fmt: skip
     model: str = option(
-        SHIPPED_MODEL, Text(),
+        SHIPPED_MODEL, Text(4096),
         "从哪个模型开始：名字或目录。",
         "where to start: a name or directory, as `plug.load` takes it",
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plug.device import has_kernels
 from plug.errors import UsageError
+from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel
@@ -80,6 +81,8 @@ def _prepare(model: Plug, granularity: int) -> PlainModel | FusedModel:
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model)
+    if CpuModel.can_run(model):
+        return CpuModel(model)
     return PlainModel(model, granularity)
 
 
