@@ -254,7 +254,7 @@ class AsyncEngine:
             )
         window = min(generator.window(settings), self._size.window)
         [checked_seed] = generator.seeds(seed, 1)
-        prompt = generator.encode(text, allow_special_tokens)
+        prompt = generator.encode(text, allow_special_tokens, settings.simplify)
         work = _Work(listener)
         work.sequence = generator.sequence(prompt, window, settings, checked_seed, work.add_text)
         with self._changed:
