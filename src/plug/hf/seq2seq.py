@@ -27,7 +27,6 @@ from transformers.utils.generic import ModelOutput
 
 from plug.errors import UsageError
 from plug.hf.base import (
-    IGNORE_INDEX,
     PlugPreTrainedModel,
     cross_entropy,
     returns_output,
@@ -36,6 +35,7 @@ from plug.hf.base import (
 from plug.hf.config import PlugTransformersConfig
 from plug.hf.recording import Wanted, recording
 from plug.model.attention import causal_mask, padding_mask
+from plug.model.heads import IGNORE_INDEX
 from plug.model.layers import KeyValue
 
 logger = logging.getLogger(__name__)
@@ -437,7 +437,11 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
         """
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
-                raise UsageError("需要 decoder_input_ids 或 labels；要续写文本请用 generate()。")
+                raise UsageError(
+                    "需要 decoder_input_ids 或 labels；要续写文本请用 generate()。"
+                    "用 Trainer 的 label_smoothing_factor 时，"
+                    "请用 DataCollatorForSeq2Seq(tokenizer, model)。"
+                )
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         wanted = self.wanted(output_hidden_states, output_attentions)
         cache = self.chosen_cache(
