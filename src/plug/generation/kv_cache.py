@@ -49,6 +49,11 @@ class DecoderCache:
         self._first_slots = heads.view(rows, self._heads) * capacity
         self._opened, self._shut = like.new_zeros(()), like.new_full((), float("-inf"))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for pair in (*self.own, *self.sources) for buffer in pair)
+
     def put_source(self, row: int, key_values: Sequence[KeyValue]) -> None:
         """Keep what ``row`` reads: a pair a layer, each (heads, attended positions, head_dim)."""
         length = key_values[0][0].shape[1]
