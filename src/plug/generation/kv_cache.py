@@ -2,8 +2,8 @@
 
 It has two halves, as `transformers`' EncoderDecoderCache: self-attention keys and values, filled
 one position at a time, and cross-attention keys and values, projected from the encoder's output
-once a window. Both are fixed buffers that are allocated once. A step writes into them in place, so its
-shapes and addresses stay the same, and a CUDA graph can replay it.
+once a window. Both are fixed buffers that are allocated once. A step writes into them in place, so
+its shapes and addresses stay the same, and a CUDA graph can replay it.
 """
 
 from __future__ import annotations
