@@ -156,6 +156,8 @@ class FusedModel:
         """
         rows = len(token_ids)
         columns = positions.t().contiguous()
+        # No kernel of this step has made the positions, or will put a token where others look.
+        early = len(columns) == 1 and columns.data_ptr() == positions.data_ptr()
         hidden = embed(token_ids.t().contiguous().view(-1), columns.view(-1), self._embeddings)
         delta = None
         for index, layer in enumerate(self._decoder_layers):
@@ -163,7 +165,7 @@ class FusedModel:
             query_key_value = layer.query_key_value(normalized)
             keys, values = cache.own[index]
             context = _joined(
-                append_and_attend(new, keys, values, where)
+                append_and_attend(new, keys, values, where, early=early)
                 for new, where in zip(query_key_value.split(rows), columns, strict=True)
             )
             hidden, normalized = add_norm(hidden, layer.out(context), layer.cross_attention_norm)

@@ -8,13 +8,13 @@ the arithmetic: cuBLAS in half precision, or FP8 where the weight is quantised a
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.kernels.launch import compile_kernel, launch
 from plug.kernels.rows import FP8, FP8_MAX, gelu_, quantize_rows, unpack_4bit
 from plug.quantization.linear import QuantizedLinear
 
@@ -28,12 +28,15 @@ _FEW_ROWS_OF_INTEGERS = 64
 _FETCHED_AHEAD = {16: 2**23, 8: 2**23, 4: 0}
 # The shape of a block of `skinny_gemm.cu`, by bits and by whether there are more than 8 rows.
 _SHAPES = {
-    (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 1},
+    (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 2},
     (8, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 2, "BLOCKS": 4},
     (4, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 4},
     (8, True): {"PIECES": 2, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 1},
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }
+# What a block fetches before its inputs are there: the first step's weights into registers, and
+# bytes of each output's weights into the second cache.
+_EARLY, _PREFETCH = 1, 2048
 
 
 class PackedLinear:
@@ -102,15 +105,12 @@ class PackedLinear:
         for rows, result in zip(x.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
             tiles = 1 if len(rows) <= 8 else 2 if len(rows) <= 16 else 4
             kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
-            kernel(
-                grid=(self.out_features // outputs, 1, 1),
-                block=(threads, 1, 1),
-                args=[
-                    *(rows, self._weight, self._scale, self._center, self._bias, result),
-                    *(self._next, len(rows), self.out_features, x.shape[1]),
-                    *(int(gelu), int(wide), self._next_bytes),
-                ],
-            )
+            arguments = [
+                *(rows, self._weight, self._scale, self._center, self._bias, result),
+                *(self._next, len(rows), self.out_features, x.shape[1]),
+                *(int(gelu), int(wide), self._next_bytes),
+            ]
+            launch(kernel, self.out_features // outputs, threads, arguments)
         return out
 
     @property
@@ -178,8 +178,6 @@ def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[An
     """The compiled kernel for the current device, its outputs and its threads a block."""
     shape = _SHAPES[bits, tiles > 1]
     settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
-    defines = "".join(f"#define {name} {value}\n" for name, value in settings.items())
-    source = (files("plug.kernels") / "skinny_gemm.cu").read_text(encoding="utf-8")
-    # PyTorch's own door to NVRTC, which comes with it: no compiler needs to be installed.
-    kernel = torch.cuda._compile_kernel(defines + source, "skinny_gemm")
+    settings |= {"EARLY": _EARLY, "PREFETCH": _PREFETCH}
+    kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from plug.kernels.launch import overlap
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
@@ -42,6 +44,7 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tenso
         HAS_DELTA=delta is not None,
         BLOCK=triton.next_power_of_2(size),
         num_warps=_warps(size),
+        **overlap(x.device),
     )
     return total, out
 
@@ -64,6 +67,7 @@ def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
         size,
         BLOCK=triton.next_power_of_2(size),
         num_warps=_warps(size),
+        **overlap(out.device),
     )
     return out
 
@@ -131,10 +135,26 @@ def _normalized(value, inside, weight, bias, eps, size):
 
 @triton.jit
 def _add_norm(
-    x, delta, weight, bias, total, out, eps, size, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    delta,
+    weight,
+    bias,
+    total,
+    out,
+    eps,
+    size,
+    HAS_DELTA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK)
     inside = i < size
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    b = tl.load(bias + i, mask=inside, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * size + i
     loaded = tl.load(x + at, mask=inside, other=0.0)
     value = loaded.to(tl.float32)
@@ -142,8 +162,6 @@ def _add_norm(
         value += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
         value = value.to(loaded.dtype).to(tl.float32)  # what the next layer will see
         tl.store(total + at, value, mask=inside)
-    w = tl.load(weight + i, mask=inside, other=0.0)
-    b = tl.load(bias + i, mask=inside, other=0.0)
     tl.store(out + at, _normalized(value, inside, w, b, eps, size), mask=inside)
 
 
@@ -160,17 +178,22 @@ def _embed(
     eps,
     size,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < size
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    b = tl.load(bias + i, mask=inside, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     word = tl.load(token_ids + row).to(tl.int64)
     place = tl.load(positions + row).to(tl.int64)
     value = tl.load(words + word * size + i, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(places + place * size + i, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(types + i, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + i, mask=inside, other=0.0)
-    b = tl.load(bias + i, mask=inside, other=0.0)
     tl.store(out + row * size + i, _normalized(value, inside, w, b, eps, size), mask=inside)
 
 

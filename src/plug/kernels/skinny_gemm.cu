@@ -111,6 +111,46 @@ __device__ __forceinline__ uint4 inputs(const u16* x, int row, int rows, int n_i
     return ((const uint4*)(x + (u64)row * n_in + at))[i];
 }
 
+// A step's weights of a lane: those of outputs g and g + 8 of each piece.
+__device__ __forceinline__ void load(uint4 w[PIECES][2], const uint4* mine, u64 stride, int s) {
+    #pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+        w[p][0] = passing(mine + p * 16 * stride + s * 4);
+        w[p][1] = passing(mine + (p * 16 + 8) * stride + s * 4);
+    }
+}
+
+// Programmatic dependent launch: the next kernel may start on multiprocessors that have room. It
+// fetches its own weights, which no kernel writes, and then waits for the kernels before it.
+__device__ __forceinline__ void before_the_inputs(
+    const uint4* weight, const void* scale, const u16* center, int n_in)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#if PREFETCH
+    int row = threadIdx.x;
+    if (row < OUTPUTS) {
+        u64 n = (u64)blockIdx.x * OUTPUTS + row;
+        int bytes = n_in / PER * 16;
+        const char* from = (const char*)weight + n * bytes;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                     :: "l"(from), "r"(bytes < PREFETCH ? bytes : PREFETCH) : "memory");
+#if BITS == 4
+        u64 group = n * (n_in / SPAN) * 2;
+        asm volatile("prefetch.global.L2 [%0];" :: "l"((const char*)scale + group));
+        asm volatile("prefetch.global.L2 [%0];" :: "l"((const char*)center + group));
+#endif
+    }
+#endif
+#endif
+}
+
+__device__ __forceinline__ void wait_for_the_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // x (rows, n_in); weight (n_out, n_in), packed; 8 bits: scale float (n_out); 4 bits: scale and center
 // bfloat16 (n_out, n_in / 128); bias (n_out); out (rows, n_out), in float where wide.
 // What the next product will read can be named: its first bytes are fetched into the second cache
@@ -128,14 +168,23 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
     const uint4* mine = weight + n * stride + t;
     float total[PIECES][TILES][4] = {};
 
+    before_the_inputs(weight, scale, center, n_in);
+#if EARLY
+    uint4 following[PIECES][2];
+    load(following, mine, stride, along < steps ? along : 0);
+#endif
+    wait_for_the_inputs();
+
     #pragma unroll UNROLL
     for (int s = along; s < steps; s += ALONG) {
         uint4 w[PIECES][2];
+#if EARLY
         #pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            w[p][0] = passing(mine + p * 16 * stride + s * 4);
-            w[p][1] = passing(mine + (p * 16 + 8) * stride + s * 4);
-        }
+        for (int p = 0; p < PIECES; p++) w[p][0] = following[p][0], w[p][1] = following[p][1];
+        if (s + ALONG < steps) load(following, mine, stride, s + ALONG);
+#else
+        load(w, mine, stride, s);
+#endif
 #if BITS == 4
         float sums[TILES][4] = {}, products[PIECES][TILES][4] = {};
 #endif
