@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -162,6 +166,62 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
         }
 
     return read
+
+
+FILE_EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
+Kill = Callable[[Callable[[], object], int], bool]
+
+
+def _is_file_event(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event == "open":
+        flags = arguments[2]
+        return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+    return event in FILE_EVENTS
+
+
+@pytest.fixture
+def kill() -> Kill:
+    """`kill(action, 3)`: the action's process dies, as by `kill -9`, at its third file event.
+
+    It is a forked process, none of whose `finally` runs. True if it died; False if it ended before.
+    Events are files opened to be written, renames, removals and new directories (what Python tells
+    an audit hook), and syncs. `tests/faults/kills.py` counts system calls instead.
+    """
+
+    def run(action: Callable[[], object], number: int) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
+            child = os.fork()
+        if child:
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (0, 9), f"the action failed before event {number}: see its traceback"
+            return status == 9
+        count = 0
+
+        def count_event() -> None:
+            nonlocal count
+            count += 1
+            if count == number:
+                os._exit(9)
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if _is_file_event(event, arguments):
+                count_event()
+
+        def counted_sync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+            count_event()
+            fsync(descriptor)
+
+        os.fsync = counted_sync
+        sys.addaudithook(hook)
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    return run
 
 
 class Ran(NamedTuple):

@@ -27,7 +27,7 @@ LINES = (
     ("distributed",),
     ("checkpoints",),
     ("model",),
-    ("tokenization", "textfiles", "progress", "device", "errors"),
+    ("tokenization", "options", "textfiles", "progress", "device", "errors"),
 )
 LEVELS = {room: level for level, rooms in enumerate(LINES) for room in rooms}
 # Imports that still go up, (file, room): shrink it to nothing.

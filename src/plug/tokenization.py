@@ -9,10 +9,10 @@ Both stand on the `tokenizers` library; `plug.pretraining.vocabulary` trains a n
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     Regex,
@@ -25,6 +25,7 @@ from tokenizers import (
 )
 
 from plug.errors import UsageError
+from plug.files import write_json, write_text
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -90,7 +91,8 @@ class PlugTokenizer:
         directory = Path(directory)
         if (path := directory / "tokenizer.json").is_file():
             try:
-                return cls(Tokenizer.from_file(str(path)))
+                # `transformers` may have marked [MASK] as an ordinary token.
+                return cls._with_special_tokens(Tokenizer.from_file(str(path)))
             except UsageError:
                 raise
             except Exception as error:  # the library raises bare Exception
@@ -143,22 +145,38 @@ class PlugTokenizer:
         backend.add_special_tokens(known)
         return cls(backend)
 
-    def save(self, directory: Path | str) -> None:
-        """Write `tokenizer.json` and the `tokenizer_config.json` that `AutoTokenizer` reads."""
+    def save(
+        self,
+        directory: Path | str,
+        *,
+        model_max_length: int | None = None,
+        by_character: bool = False,
+    ) -> None:
+        """Write `tokenizer.json` and the `tokenizer_config.json` that `AutoTokenizer` reads.
+
+        Args:
+            directory: exists.
+            model_max_length: tokens that the model reads, where `AutoTokenizer` truncates; None
+                where there is no model yet.
+            by_character: let `AutoTokenizer` cut a text into characters, for a model that labels
+                them. This class is told by its callers (`encode_characters`, `encode_each`).
+        """
         directory = Path(directory)
         content = self.backend.to_str(pretty=True)  # not `save`: a full disk must be an OSError
-        (directory / "tokenizer.json").write_text(content, encoding="utf-8")
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+        write_text(directory / "tokenizer.json", content)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PlugTokenizerFast",  # of `plug.hf`
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # "[SEP]" typed by a user stays text here too
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             **SPECIAL_TOKENS,
             "eos_token": SPECIAL_TOKENS["sep_token"],  # else old Trainers drop the model's end
         }
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        if by_character:
+            config["by_character"] = True
+        write_json(directory / "tokenizer_config.json", config)
 
     def encode(self, text: str, *, allow_special_tokens: bool = False) -> list[int]:
         """Ids of ``text``, without [CLS] and [SEP] around them.

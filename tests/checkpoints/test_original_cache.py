@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def test_two_at_once_make_it_once(original: Path) -> None:
             if "另一个进程" in record.getMessage():
                 waits.set()
 
-    logger = logging.getLogger("plug.checkpoints.original_cache")
+    logger = logging.getLogger("plug.files")
     logger.addHandler(listener := Listener())
     conversions = Conversions(before=lambda: waits.wait(30))  # until the other one waits
     found: list[Path] = []
@@ -155,3 +156,19 @@ def test_where_nothing_can_be_written_beside_it_the_users_cache_has_it(
     assert converted(original, conversions) == result
     assert conversions.count == 1
     assert sorted(path.name for path in original.parent.iterdir()) == ["original"]
+
+
+def test_a_conversion_killed_at_any_event_is_made_anew(
+    original: Path, kill: Callable[..., bool], tiny_model: Plug
+) -> None:
+    """The record was written after the rest: killed between them, it was refused for ever."""
+    number, alive = 0, False
+    while not alive:
+        number += 3  # of some 60 events
+        alive = not kill(lambda: converted(original, Conversions()), number)
+        result = converted(original, Conversions())
+        torch.testing.assert_close(load(result).state_dict(), tiny_model.state_dict())
+        left = {path.name for path in original.parent.iterdir()}
+        assert {name for name in left if not name.endswith(".lock")} == {"original", result.name}
+        shutil.rmtree(result)
+    assert number > 20

@@ -1,4 +1,4 @@
-"""Model directories as files: find one, write its configs, and replace one without ever losing it.
+"""Model directories as files: find one, and write its configs.
 
 A directory holds `config.json`, `generation_config.json`, `model*.safetensors` and tokenizer
 files; `transformers` loads it too. `plug.loading` turns one into a model and back. The original's
@@ -7,11 +7,8 @@ checkpoints are in `original.py`.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ import torch
 from torch import nn
 
 from plug.checkpoints.hub import write_pretrained_configuration
-from plug.checkpoints.weights import TensorSpec, write_json
-from plug.errors import PlugError, UsageError
+from plug.checkpoints.weights import TensorSpec
+from plug.errors import UsageError
+from plug.files import recover, write_json
 from plug.model.configuration import PlugConfig, read_config_file
 
 SHIPPED_MODEL = "plug-mini-zh"
@@ -42,6 +40,7 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
             )
     else:
         directory = Path(name_or_path).expanduser()
+        recover(directory)
     if not directory.exists():
         raise UsageError(
             f"找不到模型 {name_or_path}：它不是目录，也不是随附模型的名字 {SHIPPED_MODEL}。"
@@ -69,12 +68,6 @@ def refuse_quantized(directory: Path) -> None:
     """Raise a `UsageError` where a directory's weights are integers, and floats are needed."""
     if read_config_file(directory / CONFIG_FILE).get("quantization") is not None:
         raise UsageError(f"{directory} 是量化过的，只能用来写作和评测。请改用量化之前的模型。")
-
-
-def refuse_used(target: Path) -> None:
-    """Raise a `UsageError` unless ``target`` is free to be written."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} 已经存在，不会覆盖。请换一个目录，或先删去它。")
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -110,72 +103,19 @@ def write_configs(
     if quantization is not None:
         bookkeeping["quantization"] = quantization
     write_json(directory / CONFIG_FILE, bookkeeping | config.to_dict())
-    defaults = generation_defaults(config)
     if config.num_decoder_layers:
-        write_json(directory / "generation_config.json", defaults)
-    sampling = {name: defaults[name] for name in ("temperature", "top_k")}
-    write_pretrained_configuration(directory, config, sampling)
+        write_json(directory / "generation_config.json", generation_config(config))
+    write_pretrained_configuration(directory, config)
 
 
-def generation_defaults(config: PlugConfig) -> dict[str, Any]:
-    """The sampling that models are saved with, in the names of transformers' GenerationConfig.
+def generation_config(config: PlugConfig) -> dict[str, Any]:
+    """The content of `generation_config.json`, which `generate` of transformers begins with.
 
-    Source: the original's `configuration.json` (temperature 0.9, top_k 20, no top_p).
+    It names ids alone, so that `generate` and `Seq2SeqTrainer` search and stop as they do with
+    BART. The sampling of `plug generate` is in `GenerationSettings`.
     """
     return {
-        "do_sample": True,
-        "temperature": 0.9,
-        "top_k": 20,
-        "repetition_penalty": 1.1,
-        "max_new_tokens": 256,
         "decoder_start_token_id": config.decoder_start_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-
-
-@contextlib.contextmanager
-def replace_directory(directory: str | Path) -> Iterator[Path]:
-    """A new directory beside ``directory`` to fill, which takes its place when the block ends well.
-
-    If the block fails, the new one is removed and the old one is as it was. An old directory must
-    be empty or hold a `config.json`: nothing but a model or a checkpoint is ever replaced.
-
-    Raises:
-        UsageError: ``directory`` is a file, or holds something else.
-        PlugError: the disk is full, or cannot be written.
-    """
-    target = Path(directory).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} 是一个文件，不能写成目录。请换一个路径。")
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).is_file():
-        raise UsageError(f"目录 {target} 里有别的东西，不会覆盖。请换一个目录。")
-    temporary, old = (
-        target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "old")
-    )
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync(temporary)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise PlugError(
-            f"没能写入 {target}：{error.strerror or error}。原有内容没有改动；"
-            "请检查磁盘空间和权限后重试。"
-        ) from error
-    finally:
-        if old.exists() and not target.exists():  # stopped between the two renames
-            old.rename(target)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

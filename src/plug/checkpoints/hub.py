@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.weights import write_json
+from plug.files import write_json
 from plug.model.configuration import PlugConfig
 
 CONFIGURATION_FILE = "configuration.json"
 GENERATION = ("text-generation", "plug-generation")
+# The released model's own options (its `configuration.json`), which `plug generate` has too.
+SAMPLING = {"top_p": 0.0, "temperature": 0.9, "top_k": 20}
 PIPELINES = {  # kind of fine-tuning -> ModelScope's task, and the name of our pipeline for it
     "generation": GENERATION,
     "classification": ("text-classification", "plug-text-classification"),
@@ -31,22 +33,19 @@ def configuration(task: str, pipeline: str, options: dict[str, Any]) -> dict[str
     }
 
 
-def write_pretrained_configuration(
-    directory: Path, config: PlugConfig, sampling: dict[str, Any]
-) -> None:
-    """The file of a model that was not fine-tuned.
+def write_pretrained_configuration(directory: Path, config: PlugConfig) -> None:
+    """Write the file of a model that was not fine-tuned.
 
     Args:
         directory: of the model.
         config: of the model; without a decoder it can fill masks alone.
-        sampling: the model's sampling defaults.
     """
     if not config.num_decoder_layers:
         content = configuration("fill-mask", GENERATION[1], {})
     else:
         # Two passes mark a model imported from the original, whose rules it then writes by.
         mode = "original" if config.encoder_final_norm_passes == 2 else "plug"
-        content = configuration(*GENERATION, {"mode": mode, "top_p": 0.0, **sampling})
+        content = configuration(*GENERATION, {"mode": mode, **SAMPLING})
     write_json(directory / CONFIGURATION_FILE, content)
 
 

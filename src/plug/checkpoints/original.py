@@ -21,8 +21,6 @@ from plug.checkpoints.directory import (
     CONFIG_FILE,
     find_model_directory,
     refuse_quantized,
-    refuse_used,
-    replace_directory,
     write_configs,
 )
 from plug.checkpoints.original_shards import (
@@ -39,9 +37,9 @@ from plug.checkpoints.weights import (
     TensorSpec,
     WeightWriter,
     locate_weights,
-    write_json,
 )
 from plug.errors import PlugError, UsageError
+from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.model.configuration import PlugConfig
 from plug.tokenization import PlugTokenizer
 
@@ -116,9 +114,20 @@ def import_original(
     """
     refuse_used(target)
     original = OriginalReader(source)
-    config, notes, tokenizer = original.config, original.notes, original.tokenizer
-    shards, table, dtypes = original.shards, original.table, original.shard_dtypes
-    num_shards = len(shards)
+    with new_directory(target) as temporary:
+        return write_imported(original, temporary, dtype=dtype, progress=progress)
+
+
+def write_imported(
+    original: OriginalReader,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda _done, _total: None,
+) -> list[str]:
+    """Write what `import_original` writes into an empty directory that is there."""
+    notes, table, dtypes = original.notes, original.table, original.shard_dtypes
+    num_shards = len(original.shards)
     specs = {
         ours: TensorSpec(dtype or dtypes[name], entry.shape)
         for name, entry in table.items()
@@ -130,28 +139,25 @@ def import_original(
     done = 0
     digests: dict[str, bytes] = {}  # of tensors that are whole on every rank
     differing: set[str] = set()
-    with replace_directory(target) as temporary:
-        with WeightWriter(temporary, specs) as writer:
-            for rank, path in enumerate(shards):
-                state = open_shard(path)[0]
-                check_tied_table(path, state)
-                for name, entry in table.items():
-                    tensor = state[name]
-                    check_values(f"{path} 的 {name}", tensor, dtype)
-                    digest = _digest(tensor) if entry.axis is None else b""
-                    if digests.setdefault(name, digest) != digest:
-                        differing.add(name)
-                    if entry.axis is not None or rank == 0:
-                        region = entry.region(rank, num_shards)
-                        for ours, part in zip(
-                            entry.ours, tensor.chunk(len(entry.ours)), strict=True
-                        ):
-                            writer.write(ours, part, region)
-                    done += tensor.nbytes
-                    progress(done, total * num_shards)
-        write_configs(temporary, config, specs)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+    with WeightWriter(directory, specs) as writer:
+        for rank, path in enumerate(original.shards):
+            state = open_shard(path)[0]
+            check_tied_table(path, state)
+            for name, entry in table.items():
+                tensor = state[name]
+                check_values(f"{path} 的 {name}", tensor, dtype)
+                digest = _digest(tensor) if entry.axis is None else b""
+                if digests.setdefault(name, digest) != digest:
+                    differing.add(name)
+                if entry.axis is not None or rank == 0:
+                    region = entry.region(rank, num_shards)
+                    for ours, part in zip(entry.ours, tensor.chunk(len(entry.ours)), strict=True):
+                        writer.write(ours, part, region)
+                done += tensor.nbytes
+                progress(done, total * num_shards)
+    write_configs(directory, original.config, specs)
+    if original.tokenizer is not None:
+        original.tokenizer.save(directory, model_max_length=original.config.max_source_length)
     if differing:
         notes.append(
             f"{len(differing)} 个张量在各分片里本应相同，却不同，取第 0 片的值："
@@ -194,7 +200,7 @@ def export_original(
         for entry in table.values()
     )
     done = 0
-    with replace_directory(target) as temporary:
+    with new_directory(target) as temporary:
         (temporary / "model").mkdir()
         for rank in range(num_shards):
             state: dict[str, Tensor] = {}
@@ -302,4 +308,4 @@ def _write_vocabulary(source: Path, target: Path, notes: list[str]) -> None:
         return
     pieces = tokenizer.backend.get_vocab()
     lines = "".join(f"{piece}\n" for piece in sorted(pieces, key=pieces.__getitem__))
-    (target / "vocab.txt").write_text(lines, encoding="utf-8")
+    write_text(target / "vocab.txt", lines)

@@ -2,7 +2,8 @@
 
 Where its parent directory cannot be written, the user's cache takes it. A file in the converted
 directory records what it was made from; it is made anew when that has changed, or when one of its
-own files is missing or cut off. Processes that start at once wait for the first.
+own files is missing or cut off. The record is written with the rest, so a conversion that was
+killed leaves nothing that counts. Processes that start at once wait for the first.
 """
 
 from __future__ import annotations
@@ -11,19 +12,16 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from plug.checkpoints.directory import CONFIG_FILE
-from plug.checkpoints.original import Progress, import_original
+from plug.checkpoints.original import OriginalReader, Progress, write_imported
 from plug.checkpoints.original_shards import find_shards
-from plug.checkpoints.weights import write_json
 from plug.errors import PlugError, UsageError
+from plug.files import remove_directory, replace_directory, wait_for, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,7 @@ def converted(source: Path, progress: Callable[[], AbstractContextManager[Progre
     if _is_current(target, source):
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        with wait_for(target):
             if not _is_current(target, source):
                 _convert(source, target, progress)
     except OSError as error:
@@ -67,21 +64,9 @@ def _place(source: Path) -> Path:
     return cache / "plug" / f"{source.name}-{digest}.plug"
 
 
-def _lock(target: Path) -> AbstractContextManager[object]:
-    """Held by the one process that converts; the system lets go of it when that process dies."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("另一个进程正在转换到 %s，等它完成。", target)
-        return lock.acquire()
-
-
 def _convert(
     source: Path, target: Path, progress: Callable[[], AbstractContextManager[Progress]]
 ) -> None:
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     if target.exists():
         if not (target / RECORD_FILE).is_file():
             raise UsageError(
@@ -89,15 +74,16 @@ def _convert(
                 f"请把它移开，或自己转换：plug convert --from {source} --to 新目录"
             )
         logger.warning("%s 与 %s 不符或已损坏，重新转换。", target, source)
-        shutil.rmtree(target)
+        remove_directory(target)  # first: the disk may not hold both
     logger.warning("%s 是原版的权重，转换一次到 %s，以后直接使用。", source, target)
     made_from = _sizes_and_times(source)
-    with progress() as advance:
-        notes = import_original(source, target, progress=advance)
+    original = OriginalReader(source)
+    with replace_directory(target, RECORD_FILE) as temporary, progress() as advance:
+        notes = write_imported(original, temporary, progress=advance)
+        record = {"format": FORMAT, "source": made_from, "files": _sizes(temporary)}
+        write_json(temporary / RECORD_FILE, record)
     for note in notes:
         logger.info(note)
-    record = {"format": FORMAT, "source": made_from, "files": _sizes(target)}
-    write_json(target / RECORD_FILE, record)
 
 
 def _is_current(target: Path, source: Path) -> bool:

@@ -9,6 +9,7 @@ The layout is the one `transformers` uses: `model.safetensors`, or numbered file
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plug.errors import PlugError
+from plug.files import new_file, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SINGLE_FILE = "model.safetensors"
@@ -159,7 +161,8 @@ class WeightWriter:
 
     def _close(self) -> None:
         for file, mapped in self._files:
-            mapped.close()
+            with contextlib.suppress(BufferError):  # an error's traceback still holds a view of it
+                mapped.close()
             file.close()
         self._files.clear()
         self._views.clear()
@@ -267,24 +270,13 @@ def check_names_and_shapes(
         )
 
 
-def write_json(path: Path, values: object) -> None:
-    """Write a JSON file, flushed to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(values, file, ensure_ascii=False, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def save_pickle(payload: object, path: Path) -> None:
-    """`torch.save`, flushed to the disk; a write that fails is an OSError (torch: RuntimeError)."""
-    with path.open("wb") as file:
+    """Write as `torch.save` does. A write that fails is an OSError; torch raises a RuntimeError."""
+    with new_file(path, "wb") as file:
         try:
             torch.save(payload, file)
         except RuntimeError as error:
             raise OSError(None, str(error).split("\n")[0]) from error
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ from plug.cli import (
     fill_mask,
     finetune,
     generate,
+    help,
     info,
     predict,
     pretrain,
@@ -91,13 +92,17 @@ def _run() -> int:
     # text that takes 5 s then took 40. Read by OpenMP when torch is imported, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        command = typer.main.get_command(app)
+        help.use_on(command)
+        status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except PlugError as error:
         return _say(str(error), error.exit_code)
     except WrongUsage as error:
-        message = in_chinese(error)  # empty where typer showed the help instead
-        return _say(message, 2) if message else 2
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group alone: this is its help
+            print(error)
+            return 2
+        return _say(in_chinese(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:

@@ -12,69 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plug.cli.convert import Precision
+from plug.cli.options import options_from
 from plug.errors import UsageError
-from plug.generation.settings import (
-    MAX_BEAMS,
-    MAX_LOOKUP_TOKENS,
-    MAX_OUT_LENGTH,
-    SAMPLING_PENALTY,
-    WINDOW,
-    GenerationSettings,
-)
+from plug.generation.settings import WINDOW, GenerationSettings
 
 if TYPE_CHECKING:
     from plug.generation.generator import GenerationResult
 
-_DEFAULTS = GenerationSettings()
 
-
+@options_from(GenerationSettings)
 def generate(
     text: Annotated[str | None, typer.Argument(help="要续写的文字。")] = None,
     model: Annotated[
         str, typer.Option(help="plug-mini-zh（随附的模型）或模型目录。")
     ] = "plug-mini-zh",
-    out_length: Annotated[
-        int, typer.Option(help=f"最多写多少个词元，1 到 {MAX_OUT_LENGTH}。")
-    ] = _DEFAULTS.out_length,
-    mode: Annotated[
-        str, typer.Option(help="plug；或 original：原版 27B 的写法。")
-    ] = _DEFAULTS.mode,
-    temperature: Annotated[
-        float, typer.Option(help="越高越随意，0 为贪心（总取最可能的）。")
-    ] = _DEFAULTS.temperature,
-    top_k: Annotated[
-        int, typer.Option(help="只在最可能的这么多个词元里抽，0 为不限。")
-    ] = _DEFAULTS.top_k,
-    top_p: Annotated[
-        float, typer.Option(help="只在概率合计达到它的最可能的词元里抽，0 为不限。")
-    ] = _DEFAULTS.top_p,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help=f"大于 1 时，写过的词元更难再写（默认 {SAMPLING_PENALTY}，贪心为 1）。"),
-    ] = _DEFAULTS.repetition_penalty,
-    no_repeat_ngram_size: Annotated[
-        int, typer.Option(help="连续这么多个词元不写第二遍，0 为不限。")
-    ] = _DEFAULTS.no_repeat_ngram_size,
-    num_beams: Annotated[
-        int, typer.Option(help=f"大于 1 时用束搜索，不再抽样；至多 {MAX_BEAMS}。")
-    ] = _DEFAULTS.num_beams,
-    min_length: Annotated[
-        int | None, typer.Option(help="至少写多少个词元才可结束（默认 0，束搜索 5）。")
-    ] = _DEFAULTS.min_length,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="写满多少个词元后，编码器重读已写的内容"
-            f"（默认 {WINDOW['plug']}，original 为 {WINDOW['original']}）。"
-        ),
-    ] = _DEFAULTS.window,
-    prompt_lookup_num_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help=f"从已有的文字里抄来猜后面至多这么多个词元，1 到 {MAX_LOOKUP_TOKENS}："
-            "写出的不变，照抄多时更快（默认不猜）。"
-        ),
-    ] = _DEFAULTS.prompt_lookup_num_tokens,
+    *,
+    settings: GenerationSettings,
     seed: Annotated[int | None, typer.Option(help="随机种子：同样的种子写出同样的文字。")] = None,
     allow_special_tokens: Annotated[
         bool, typer.Option("--allow-special-tokens", help="把文字里的 [SEP] 等当作特殊符号。")
@@ -100,19 +53,6 @@ def generate(
     ] = False,
 ) -> None:
     """续写一段文字，边写边显示。"""
-    settings = GenerationSettings(
-        out_length=out_length,
-        mode=mode,  # type: ignore[arg-type]  # the settings check it
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        num_beams=num_beams,
-        min_length=min_length,
-        window=window,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-    )
     texts = _texts(text, file)
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")

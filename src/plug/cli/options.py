@@ -1,10 +1,15 @@
-"""Options that several commands share, so that they read alike."""
+"""Options that several commands share, and options made from a settings dataclass."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+from plug.options import Option, merge, options_of
 
 SHIPPED = "plug-mini-zh"
 
@@ -16,3 +21,54 @@ TunedBeams = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="一次算几个。")]
 Device = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
 AsJson = Annotated[bool, typer.Option("--json", help="输出 JSON。")]
+
+
+def options_from(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator: the command's parameter ``settings`` becomes an option for each field.
+
+    The command is called with a checked object of this class.
+
+    Args:
+        settings: a dataclass whose fields are made by `plug.options.option`.
+    """
+    parameters = [_parameter(name, *found) for name, found in options_of(settings).items()]
+    names = [parameter.name for parameter in parameters]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        shown: list[inspect.Parameter] = []
+        for each in signature.parameters.values():
+            shown += parameters if each.name == "settings" else [each]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            chosen = {name: values.pop(name) for name in names}
+            command(settings=merge(settings, None, chosen), **values)
+
+        in_order = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
+        run.__signature__ = signature.replace(parameters=in_order)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in shown}
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, default: Any, option: Option) -> inspect.Parameter:
+    kind = option.kind
+    text = option.chinese
+    if option.unset[0]:
+        text += f"（默认{option.unset[0]}）"
+    elif not kind.is_repeated and kind.word_type is not bool:
+        text += f"（默认 {default:g}）" if isinstance(default, float) else f"（默认 {default}）"
+    flag = "--" + name.replace("_", "-")
+    if kind.word_type is bool and default is True:
+        flag += f"/--no-{name.replace('_', '-')}"
+    annotation: Any = list[kind.word_type] if kind.is_repeated else kind.word_type  # type: ignore[name-defined]
+    if default is None or kind.is_repeated:
+        annotation, default = annotation | None, None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, typer.Option(flag, help=text, show_default=False)],
+    )

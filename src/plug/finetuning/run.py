@@ -149,7 +149,11 @@ def finetune(
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
         if is_main:
             model.save_pretrained(output)
-            tokenizer.save(output)
+            tokenizer.save(
+                output,
+                model_max_length=config.max_source_length,
+                by_character=task.kind == "labelling",
+            )
             write_finetuned_configuration(output, task.kind, settings.num_beams)
     except OSError as error:
         raise PlugError(

@@ -1,19 +1,37 @@
-"""`GenerationSettings`: how to write. The one home of the defaults; imports no torch."""
+"""`GenerationSettings`: how a text is generated. The one home of these options; imports no torch.
+
+The command line (`cli/generate.py`), the table in `docs/generation.md` and the checks are made
+from the fields. To add an option, add a field, and its effect in `sampling.py` or `scheduler.py`.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from plug.errors import UsageError
+from plug.options import (
+    Biases,
+    Bool,
+    Choice,
+    Float,
+    Int,
+    Strings,
+    TokenIds,
+    check_options,
+    merge,
+    option,
+)
+from plug.options import check_int as check_int
 
 Mode = Literal["plug", "original"]
 
 MAX_OUT_LENGTH = 100_000  # tokens; a limit against typing errors, not of the model
 MAX_BEAMS = 64
-MAX_LOOKUP_TOKENS = 32  # of a draft of prompt lookup; more are seldom right, and cost
+MAX_LOOKUP_TOKENS = 32  # of a draft of prompt lookup; longer drafts are seldom right
 MAX_PROMPT_TOKENS = 510  # read at most, as in the reference; [CLS] and [SEP] come on top
+MAX_LOGPROBS = 20  # alternatives a token, as in vLLM and OpenAI's API
 WINDOW = {"plug": 384, "original": 128}  # tokens written from one encoding
 SAMPLING_PENALTY = 1.1  # of repeated tokens; docs/experiments.md has what it does
 BEAM_MIN_LENGTH = 5  # the reference's default of its beam search
@@ -21,71 +39,186 @@ BEAM_MIN_LENGTH = 5  # the reference's default of its beam search
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSettings:
-    """What `generate` can be asked; `docs/generation.md` explains each.
+    """What `generate` can be asked. Each field's metadata has its help text and its limits.
 
-    Attributes:
-        out_length: tokens to write at most, 1 … 100,000.
-        mode: "plug", or "original" for the loop of the released 27B.
-        do_sample: draw by probability; False takes the likeliest token (greedy).
-        temperature: divides the logits, 0.01 … 100; 0 is greedy.
-        top_k: draw among this many of the likeliest tokens; 0 among all.
-        top_p: draw among the likeliest tokens that together reach this probability; 0 and 1: off.
-        repetition_penalty: above 1 makes tokens already written less likely (Keskar et al. 2019);
-            None is 1.1 when drawing in mode "plug" (a small model loops without), otherwise 1.
-        no_repeat_ngram_size: no n tokens in a row are written twice; 0: off.
-        num_beams: above 1, beam search as the reference's; the sampling settings play no part.
-        length_penalty: exponent of ((5 + n) / 6) in the score of beams.
-        min_length: tokens before the end may come; None is 0, and 5 with beams.
-        window: tokens written before the encoder reads again what was written; None is 384,
-            128 in original mode, and no more than the model has positions for.
-        prompt_lookup_num_tokens: guess up to so many next tokens, 1 … 32, by copying what followed
-            where the text last ended like now, and check them in one step: the same text, sooner
-            where it repeats its prompt or itself. None: off.
+    Names and meanings are those of `transformers.GenerationConfig` and vLLM's `SamplingParams`;
+    `docs/generation.md` has the table, and says where they differ.
+
+    Raises:
+        UsageError: a value is of another type, outside its limits, or excludes another option.
     """
 
-    out_length: int = 256
-    mode: Mode = "plug"
-    do_sample: bool = True
-    temperature: float = 0.9
-    top_k: int = 20
-    top_p: float = 0.0
-    repetition_penalty: float | None = None
-    no_repeat_ngram_size: int = 0
-    num_beams: int = 1
-    length_penalty: float = 0.6
-    min_length: int | None = None
-    window: int | None = None
-    prompt_lookup_num_tokens: int | None = None
+    out_length: int = option(
+        256, Int(1, MAX_OUT_LENGTH),
+        f"最多写多少个词元，1 到 {MAX_OUT_LENGTH}。",
+        "tokens to write at most",
+    )  # fmt: skip
+    mode: Mode = option(
+        "plug", Choice(("plug", "original")),
+        "plug；或 original：原版 27B 的写法。",
+        "`original`: the loop of the released 27B",
+    )  # fmt: skip
+    do_sample: bool = option(
+        True, Bool(),
+        "按概率抽样；--no-do-sample 为贪心（总取最可能的词元）。",
+        "draw by probability; False takes the likeliest token (greedy)",
+    )  # fmt: skip
+    temperature: float = option(
+        0.9, Float(0.01, 100, zero=True),
+        "越高越随意，0.01 到 100；0 为贪心。",
+        "divides the logits; 0 is greedy",
+    )  # fmt: skip
+    top_k: int = option(
+        20, Int(0, 2**31 - 1),
+        "只在最可能的这么多个词元里抽，0 为不限。",
+        "draw among this many of the likeliest tokens; 0: among all",
+    )  # fmt: skip
+    top_p: float = option(
+        0.0, Float(0, 1),
+        "只在概率合计达到它的最可能的词元里抽，0 和 1 为不限。",
+        "draw among the likeliest tokens that together reach this probability, applied after "
+        "`top_k` as in `transformers`; 0 and 1: off",
+    )  # fmt: skip
+    min_p: float = option(
+        0.0, Float(0, 1),
+        "不抽概率小于“最可能的词元的概率 × 它”的词元，0 为不限。",
+        "never draw a token less likely than this times the likeliest one, applied after `top_p` "
+        "as in `transformers`; 0: off",
+    )  # fmt: skip
+    repetition_penalty: float | None = option(
+        None, Float(0.01, 100),
+        "大于 1 时，写过的词元更难再写。",
+        "above 1 makes tokens that this call has written less likely (Keskar et al. 2019); the "
+        "prompt does not count",
+        unset=(f" {SAMPLING_PENALTY}，贪心、束搜索和 original 为 1",
+               f"{SAMPLING_PENALTY} when drawing in mode `plug`, else 1"),
+    )  # fmt: skip
+    presence_penalty: float = option(
+        0.0, Float(-2, 2),
+        "写过的词元的 logit 减去它，-2 到 2。",
+        "subtracted from the logits of tokens that this call has written, as in vLLM",
+    )  # fmt: skip
+    frequency_penalty: float = option(
+        0.0, Float(-2, 2),
+        "写过的词元的 logit 减去“次数 × 它”，-2 到 2。",
+        "subtracted from the logits once for each time this call has written the token, as in "
+        "vLLM",
+    )  # fmt: skip
+    no_repeat_ngram_size: int = option(
+        0, Int(0, MAX_OUT_LENGTH),
+        "连续这么多个词元不写第二遍，0 为不限。",
+        "no so many tokens in a row are written twice by this call, across windows; 0: off",
+    )  # fmt: skip
+    logit_bias: Mapping[int, float] = option(
+        {}, Biases(1024, 100),
+        "词元编号=数：加到这个词元的 logit 上，-100 到 100；可重复。",
+        "added to the logits of these token ids before everything else, as in vLLM",
+    )  # fmt: skip
+    num_beams: int = option(
+        1, Int(1, MAX_BEAMS),
+        f"大于 1 时用束搜索，不再抽样；至多 {MAX_BEAMS}。",
+        "above 1: beam search as in the reference; it does not draw",
+    )  # fmt: skip
+    length_penalty: float = option(
+        0.6, Float(-10, 10),
+        "束搜索里长度的指数，越大越偏向长的。",
+        "exponent of ((5 + n) / 6) in the score of beams",
+    )  # fmt: skip
+    num_return_sequences: int = option(
+        1, Int(1, 64),
+        "每段文字写几种续写，各用自己的种子。",
+        "texts written for each prompt, each with its own seed",
+    )  # fmt: skip
+    min_length: int | None = option(
+        None, Int(0, MAX_OUT_LENGTH),
+        "至少写多少个词元才可结束。",
+        "tokens before the end may come",
+        unset=(f" 0，束搜索为 {BEAM_MIN_LENGTH}", f"0 (beams: {BEAM_MIN_LENGTH})"),
+    )  # fmt: skip
+    ignore_eos: bool = option(
+        False, Bool(),
+        "不让模型自己结束，写满为止。",
+        "the model never ends the text: `[SEP]` cannot be chosen (as in llama.cpp; vLLM writes it "
+        "and goes on)",
+    )  # fmt: skip
+    stop: tuple[str, ...] = option(
+        (), Strings(16, 200),
+        "写出这串文字就停，结果里不含它；可重复。",
+        "end where one of these strings appears; the text ends before it, as in vLLM",
+    )  # fmt: skip
+    stop_token_ids: tuple[int, ...] = option(
+        (), TokenIds(1024),
+        "写出这个编号的词元就停，结果里不含它；可重复。",
+        "end where one of these ids is chosen; it is left out, like `[SEP]`",
+    )  # fmt: skip
+    logprobs: int | None = option(
+        None, Int(0, MAX_LOGPROBS),
+        f"给出所写词元和每步最可能的这么多个词元的对数概率，0 到 {MAX_LOGPROBS}（见 --json）。",
+        "give the log-probability of each written token and of so many of the likeliest ones, "
+        "before any setting changes them (vLLM's `raw_logprobs`)",
+        unset=("不给", "None: off"),
+    )  # fmt: skip
+    window: int | None = option(
+        None, Int(1, MAX_OUT_LENGTH),
+        "写满多少个词元后，编码器重读已写的内容。",
+        "tokens written before the encoder reads again what was written; at most as many as the "
+        "model has positions",
+        unset=(f" {WINDOW['plug']}，original 为 {WINDOW['original']}",
+               f"{WINDOW['plug']} (original: {WINDOW['original']})"),
+    )  # fmt: skip
+    prompt_lookup_num_tokens: int | None = option(
+        None, Int(1, MAX_LOOKUP_TOKENS),
+        f"从已有的文字里抄来猜后面至多这么多个词元，1 到 {MAX_LOOKUP_TOKENS}："
+        "写出的不变，照抄多时更快。",
+        "guess up to so many next tokens by copying from prompt and text: the same text, sooner "
+        "where it repeats; see [prompt lookup](#prompt-lookup)",
+        unset=("不猜", "None: off"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.mode not in WINDOW:
-            raise UsageError(f"mode={self.mode!r} 只能是 'plug' 或 'original'。")
-        check_int("out_length", self.out_length, 1, MAX_OUT_LENGTH)
-        if self.temperature != 0:
-            _check_float("temperature", self.temperature, 0.01, 100)
-        check_int("top_k", self.top_k, 0)
-        _check_float("top_p", self.top_p, 0, 1)
-        if self.repetition_penalty is not None:
-            _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
-        check_int("num_beams", self.num_beams, 1, MAX_BEAMS)
-        _check_float("length_penalty", self.length_penalty, -10, 10)
-        if self.min_length is not None:
-            check_int("min_length", self.min_length, 0, self.out_length)
-            if self.mode == "original" and self.num_beams == 1:
-                raise UsageError(
-                    "mode='original' 由原版的规则决定何时结束（写满 out_length 的 80% 之后），"
-                    "不能再给 min_length。请去掉它，或用 mode='plug'。"
-                )
-        if self.window is not None:
-            check_int("window", self.window, 1)
-        if (lookup := self.prompt_lookup_num_tokens) is not None:
-            check_int("prompt_lookup_num_tokens", lookup, 1, MAX_LOOKUP_TOKENS)
-            if self.num_beams > 1:
-                raise UsageError(
-                    f"prompt_lookup_num_tokens={lookup} 不能与束搜索（num_beams="
-                    f"{self.num_beams}）同用。请去掉其中一个。"
-                )
+        check_options(self)
+        if self.min_length is not None and self.min_length > self.out_length:
+            raise UsageError(
+                f"min_length={self.min_length} 应不超过 out_length={self.out_length}。"
+            )
+        if self.mode == "original" and self.num_beams == 1:
+            self._refuse(
+                "mode='original' 由原版的规则决定何时结束（写满 out_length 的 80% 之后），不能再给",
+                "请去掉它，或用 mode='plug'。",
+                min_length=self.min_length is not None,
+                ignore_eos=self.ignore_eos,
+            )
+        if self.num_beams > 1:
+            self._refuse(
+                f"束搜索（num_beams={self.num_beams}）不支持",
+                "请去掉其中一个。",
+                prompt_lookup_num_tokens=self.prompt_lookup_num_tokens is not None,
+                presence_penalty=self.presence_penalty != 0,
+                frequency_penalty=self.frequency_penalty != 0,
+                logit_bias=bool(self.logit_bias),
+                num_return_sequences=self.num_return_sequences > 1,
+                ignore_eos=self.ignore_eos,
+                stop=bool(self.stop),
+                stop_token_ids=bool(self.stop_token_ids),
+                logprobs=self.logprobs is not None,
+            )
+        if self.num_return_sequences > 1 and self.greedy:
+            raise UsageError(
+                f"贪心只有一种续写，num_return_sequences={self.num_return_sequences} 没有意义。"
+                "请去掉它，或让 temperature 大于 0。"
+            )
+
+    @classmethod
+    def of(
+        cls, settings: GenerationSettings | Mapping[str, Any] | None = None, **changes: Any
+    ) -> GenerationSettings:
+        """Return ``settings`` (None: the defaults) with ``changes``.
+
+        Raises:
+            UsageError: a name is unknown (the message names the nearest one), or a value is not
+                accepted.
+        """
+        return merge(cls, settings, changes)
 
     @property
     def greedy(self) -> bool:
@@ -100,21 +233,27 @@ class GenerationSettings:
         return SAMPLING_PENALTY if draws else 1.0
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether tokens written more than once are penalised by their number."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def has_penalties(self) -> bool:
-        return self.penalty != 1 or self.no_repeat_ngram_size > 0
+        """Whether a choice depends on what was written before."""
+        return self.penalty != 1 or self.no_repeat_ngram_size > 0 or self.counts_tokens
 
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise a `UsageError` where an option names a token id that the vocabulary lacks."""
+        named = {"logit_bias": self.logit_bias, "stop_token_ids": self.stop_token_ids}
+        for name, token_ids in named.items():
+            for token_id in token_ids:
+                if token_id >= vocab_size:
+                    raise UsageError(
+                        f"{name} 的词元编号 {token_id} 应小于词表的大小 {vocab_size}。"
+                    )
 
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise a `UsageError` that names the limits unless ``value`` is an integer within them."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{name}={value!r} 应是整数。")
-    if value < low or (high is not None and value > high):
-        limits = f"不小于 {low}" if high is None else f"在 {low} 到 {high} 之间"
-        raise UsageError(f"{name}={value} 应{limits}。")
-
-
-def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UsageError(f"{name}={value!r} 应是一个数。")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise UsageError(f"{name}={value} 应在 {low:g} 到 {high:g} 之间。")
+    @staticmethod
+    def _refuse(reason: str, way_out: str, **given: bool) -> None:
+        for name, is_given in given.items():
+            if is_given:
+                raise UsageError(f"{reason} {name}。{way_out}")

@@ -20,7 +20,6 @@ try:
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
         AutoTokenizer,
-        PreTrainedTokenizerFast,
     )
 except ModuleNotFoundError as error:
     if error.name != "transformers":
@@ -37,6 +36,7 @@ from plug.hf.seq2seq import (
     PlugForPreTrainingOutput,
     PlugModel,
 )
+from plug.hf.tokenizer import PlugTokenizerFast
 from plug.hf.understanding import (
     PlugForMaskedLM,
     PlugForQuestionAnswering,
@@ -55,12 +55,13 @@ __all__ = [
     "PlugForTokenClassification",
     "PlugModel",
     "PlugPreTrainedModel",
+    "PlugTokenizerFast",
     "PlugTransformersConfig",
 ]
 
 AutoConfig.register("plug", PlugTransformersConfig, exist_ok=True)
 AutoTokenizer.register(
-    PlugTransformersConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True
+    PlugTransformersConfig, fast_tokenizer_class=PlugTokenizerFast, exist_ok=True
 )
 for _auto, _model in (
     (AutoModel, PlugModel),

@@ -1,7 +1,8 @@
-"""What all classes share: `PlugPreTrainedModel`, its layers and the loss."""
+"""What all classes share: `PlugPreTrainedModel`, its layers, its checks of inputs and the loss."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -15,13 +16,16 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from plug.errors import UsageError
-from plug.hf.config import PlugTransformersConfig
+from plug.hf.config import PlugTransformersConfig, local_path
+from plug.hf.recording import Wanted, recording
 from plug.model.configuration import PlugConfig
 from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer
 from plug.model.plug import Encoder, PlugParts, initialize_weights
 
 IGNORE_INDEX = -100
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
 
 
 def returns_output(forward: Forward) -> Forward:
@@ -48,13 +52,17 @@ class EncoderOfIds(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        **_flags: Any,  # `return_dict` and the `output_…` that `generate` always adds
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,  # noqa: ARG002 (`generate` always asks for a dict)
     ) -> BaseModelOutput:
-        return BaseModelOutput(
-            last_hidden_state=self.model.encode(input_ids, attention_mask, token_type_ids)
+        wanted = self.model.wanted(output_hidden_states, output_attentions)
+        return self.model.run_encoder(
+            input_ids, attention_mask, token_type_ids, inputs_embeds, wanted
         )
 
 
@@ -69,8 +77,13 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
     _no_split_modules = ["PlugEncoderLayer", "PlugDecoderLayer"]  # noqa: RUF012
     accepts_loss_kwargs = False  # the Trainer divides by gradient accumulation steps itself
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; knows the name of the shipped model."""
+        return super().from_pretrained(local_path(pretrained_model_name_or_path), *args, **kwargs)
+
     def build_encoder(self, config: PlugConfig) -> None:
-        """The parts of an understanding model alone."""
+        """Make the parts of an understanding model alone."""
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
@@ -97,6 +110,133 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:  # noqa: ARG002
         return EncoderOfIds(self)
+
+    def word_table(self) -> Tensor:
+        """As in `PlugParts`; where an adapter wraps the table, with what the adapter adds.
+
+        Inputs and outputs share the table, so an adapter moves both, as merging it will.
+        """
+        table = self.embeddings.word_embeddings
+        if isinstance(table, nn.Embedding):
+            return table.weight
+        return table(torch.arange(self.config.vocab_size, device=table.weight.device))
+
+    def wanted(self, output_hidden_states: bool | None, output_attentions: bool | None) -> Wanted:
+        """What to record: as asked, else as the config says."""
+        states, attentions = output_hidden_states, output_attentions
+        return Wanted(
+            bool(self.config.output_hidden_states if states is None else states),
+            bool(self.config.output_attentions if attentions is None else attentions),
+        )
+
+    def run_encoder(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        wanted: Wanted,
+    ) -> BaseModelOutput:
+        """`encode`, its inputs checked, and what is wanted of its layers.
+
+        Args:
+            input_ids: (batch, src); or ``inputs_embeds``, not both.
+            attention_mask: (batch, src), 1 on real tokens; None: all but [PAD].
+            token_type_ids: (batch, src); None is type 0.
+            inputs_embeds: (batch, src, hidden), in place of the words' embeddings.
+            wanted: of the layers.
+
+        Raises:
+            UsageError: a wrong shape, too many positions, or (on a CPU) an unknown id.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UsageError("input_ids 和 inputs_embeds 要给其中一个，且只给一个。")
+        self.check_inputs("input_ids", input_ids, inputs_embeds, attention_mask)
+        self.check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size)
+        self._warn_of_half_precision()
+        attention_mask = self.known_mask(input_ids, attention_mask)
+        with recording(self.encoder, wanted) as recorded:
+            encoded = self.encode(input_ids, attention_mask, token_type_ids, inputs_embeds)
+        return BaseModelOutput(
+            last_hidden_state=cast(torch.FloatTensor, encoded),
+            hidden_states=with_last(recorded.hidden_states, encoded, wanted),
+            attentions=tuple(recorded.attentions) if wanted.attentions else None,
+        )
+
+    def known_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask that was given; else 1 where ``input_ids`` are not [PAD]; else None."""
+        if attention_mask is not None or input_ids is None:
+            return attention_mask
+        return (input_ids != self.config.pad_token_id).long()
+
+    def check_inputs(
+        self,
+        name: str,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        past: int = 0,
+    ) -> None:
+        """Refuse ids or embeddings that the tables have no rows for, and a mask of another shape.
+
+        Args:
+            name: of the ids, in the message.
+            ids: (batch, positions).
+            embeds: (batch, positions, hidden), where there are no ids.
+            mask: (batch, past + positions).
+            past: positions before these, in a cache.
+        """
+        given = ids if embeds is None else embeds
+        assert given is not None
+        inner = () if embeds is None else (self.config.hidden_size,)
+        if given.dim() < 2 or given.shape[2:] != inner or not given.numel():
+            shape = ", ".join(map(str, ("batch", "词元数", *inner)))
+            raise UsageError(
+                f"{name} 的形状是 {tuple(given.shape)}，应为 ({shape})，且一个词元都没有也不行。"
+            )
+        longest, length = self.config.max_position_embeddings, past + given.shape[1]
+        if length > longest:
+            raise UsageError(
+                f"{name} 有 {length} 个词元，模型最多读 {longest} 个。请截短：truncation=True。"
+            )
+        self.check_ids(name, ids, self.config.vocab_size)
+        if mask is not None and mask.shape != (given.shape[0], length):
+            raise UsageError(
+                f"{name} 的掩码形状是 {tuple(mask.shape)}，应为 {(given.shape[0], length)}。"
+            )
+
+    def check_ids(self, name: str, ids: Tensor | None, size: int) -> None:
+        """Refuse ids from ``size`` on, on a CPU alone: a GPU would have to be waited for."""
+        if ids is None or torch.compiler.is_compiling():
+            return
+        if ids.is_floating_point():
+            raise UsageError(f"{name} 的类型是 {ids.dtype}，应为整数。")
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise UsageError(
+                f"{name} 里有 {int(ids.min())}…{int(ids.max())}，模型只有 0…{size - 1}。"
+                "请检查分词器与模型是否配套。"
+            )
+
+    def _warn_of_half_precision(self) -> None:
+        """Say once that an optimizer's small steps vanish in half-precision weights."""
+        if not self.training or self._told_of_half_precision or torch.compiler.is_compiling():
+            return
+        self._told_of_half_precision = True
+        dtypes = {each.dtype for each in self.parameters() if each.requires_grad}
+        for dtype in dtypes & {torch.bfloat16, torch.float16}:
+            logger.warning(
+                "正在训练的权重是 %s：学习率小时，多数更新小于它能表示的最小变化，会被舍去。"
+                "请用 from_pretrained(…, dtype=torch.float32) 载入；"
+                "要快，再加 TrainingArguments(bf16=True)。",
+                str(dtype).removeprefix("torch."),
+            )
+
+    _told_of_half_precision = False
+
+
+def with_last(states: list[Tensor], last: Tensor, wanted: Wanted) -> tuple[Any, ...] | None:
+    """Hidden states of the layers and the final norm's, if they are wanted."""
+    return (*states, last) if wanted.hidden_states else None
 
 
 def cross_entropy(

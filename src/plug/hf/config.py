@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from plug.checkpoints.directory import SHIPPED_MODEL, find_model_directory
 from plug.errors import UsageError
 from plug.model.configuration import PlugConfig
 
@@ -15,6 +17,15 @@ from plug.model.configuration import PlugConfig
 _CONFIG_ARGUMENTS = frozenset(
     ["attn_implementation", "experts_implementation", "name_or_path", "quantization_config"]
 )
+
+
+def local_path(name_or_path: Any) -> Any:
+    """The directory of the model that ships with the package; any other name as it is.
+
+    Without this, `from_pretrained("plug-mini-zh")` would look for the name on the network.
+    """
+    is_shipped = str(name_or_path) == SHIPPED_MODEL and not Path(SHIPPED_MODEL).exists()
+    return str(find_model_directory(SHIPPED_MODEL)) if is_shipped else name_or_path
 
 
 class PlugTransformersConfig(PreTrainedConfig):
@@ -25,7 +36,8 @@ class PlugTransformersConfig(PreTrainedConfig):
     """
 
     model_type = "plug"
-    keys_to_ignore_at_inference = ("past_key_values", "cache", "losses")
+    # A list: the Trainer adds "loss" to it.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "losses"]  # noqa: RUF012
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
 
@@ -45,6 +57,11 @@ class PlugTransformersConfig(PreTrainedConfig):
                 "请用 plug.load 或 plug generate，或用未量化的模型。"
             )
         super().__post_init__(**kwargs | PlugConfig.from_dict(checked).to_dict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_pretrained`; knows the name of the shipped model."""
+        return super().from_pretrained(local_path(pretrained_model_name_or_path), *args, **kwargs)
 
     def to_plug_config(self) -> PlugConfig:
         """The shape alone; attributes changed since construction are checked here."""

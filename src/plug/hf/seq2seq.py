@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -16,7 +17,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
 from transformers.utils.generic import ModelOutput
 
 from plug.errors import UsageError
@@ -25,11 +31,14 @@ from plug.hf.base import (
     PlugPreTrainedModel,
     cross_entropy,
     returns_output,
+    with_last,
 )
 from plug.hf.config import PlugTransformersConfig
+from plug.hf.recording import Wanted, recording
 from plug.model.attention import causal_mask, padding_mask
 from plug.model.layers import KeyValue
-from plug.model.plug import PlugParts
+
+logger = logging.getLogger(__name__)
 
 # Newer versions of transformers say `cache`, older ones `past_key_values`.
 _CACHE_NAME = next(
@@ -53,45 +62,99 @@ class _Seq2Seq(PlugPreTrainedModel):
         shifted[..., 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == IGNORE_INDEX, self.config.pad_token_id)
 
-    def decode_from_cache(
+    def get_output_embeddings(self) -> nn.Module:
+        """The word table, which is the output layer too (peft asks for it)."""
+        return self.embeddings.word_embeddings
+
+    def encoder_outputs(
         self,
-        decoder_input_ids: Tensor,
-        encoder_hidden_states: Tensor,
+        given: tuple[Any, ...] | BaseModelOutput | None,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        wanted: Wanted,
+    ) -> BaseModelOutput:
+        """What the encoder gave already, else what it gives now."""
+        if given is None:
+            return self.run_encoder(
+                input_ids, attention_mask, token_type_ids, inputs_embeds, wanted
+            )
+        if isinstance(given, BaseModelOutput):
+            return given
+        return BaseModelOutput(*given[:3])
+
+    def run_decoder(
+        self,
+        decoder_input_ids: Tensor | None,
+        encoded: Tensor,
+        attention_mask: Tensor | None,
+        wanted: Wanted,
         decoder_attention_mask: Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
-    ) -> Tensor:
+        decoder_inputs_embeds: Tensor | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         """`Plug.decode` of the positions after those in ``cache``, which takes the new ones in.
 
         Args:
-            decoder_input_ids: (batch, tgt) new ids.
-            encoder_hidden_states: (batch, src, hidden).
+            decoder_input_ids: (batch, tgt) new ids; or ``decoder_inputs_embeds``, not both.
+            encoded: (batch, src, hidden), the encoder's output.
             attention_mask: (batch, src), 1 on real tokens, or None.
+            wanted: of the layers.
             decoder_attention_mask: (batch, past + tgt), 1 on real tokens, or None.
             cache: kept keys and values; those of the encoder's output are projected once.
+            decoder_inputs_embeds: (batch, tgt, hidden), in place of the words' embeddings.
 
-        Returns:
-            (batch, tgt, hidden).
+        Raises:
+            UsageError: a wrong shape, too many positions, (on a CPU) an unknown id, or no decoder.
         """
         if self.decoder is None:
             raise UsageError("这个模型只有编码器（num_decoder_layers=0），不能解码。")
-        if cache is None and decoder_attention_mask is None:
-            return self.decode(decoder_input_ids, encoder_hidden_states, attention_mask)
-        new, device = decoder_input_ids.shape[1], decoder_input_ids.device
+        if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
+            raise UsageError(
+                "decoder_input_ids 和 decoder_inputs_embeds 要给其中一个，且只给一个。"
+            )
         past = 0 if cache is None else int(cache.get_seq_length())
-        mask = causal_mask(new, past + new, device)
-        if (padding := padding_mask(decoder_attention_mask)) is not None:
-            mask = mask & padding
-        if cache is not None:  # a static cache returns room that is not yet written
-            room = int(cache.get_mask_sizes(new, 0)[0]) - past - new
-            mask = F.pad(mask, (0, room))
-        position_ids = torch.arange(past, past + new, device=device)
-        return self.decoder(
-            self.embeddings(decoder_input_ids, position_ids=position_ids),
-            self._encoder_key_values(encoder_hidden_states, cache),
-            attention_mask,
-            mask,
-            None if cache is None else cache.self_attention_cache,
+        self.check_inputs(
+            "decoder_input_ids",
+            decoder_input_ids,
+            decoder_inputs_embeds,
+            decoder_attention_mask,
+            past,
+        )
+        if attention_mask is not None and attention_mask.shape != encoded.shape[:2]:
+            raise UsageError(
+                f"attention_mask 的形状是 {tuple(attention_mask.shape)}，"
+                f"应与编码器的输出一致：{tuple(encoded.shape[:2])}。"
+            )
+        new = cast(
+            Tensor, decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        ).shape[1]
+        mask = None
+        if cache is not None or decoder_attention_mask is not None:
+            mask = causal_mask(new, past + new, encoded.device)
+            if (padding := padding_mask(decoder_attention_mask)) is not None:
+                mask = mask & padding
+            if cache is not None:  # a static cache returns room that is not yet written
+                room = int(cache.get_mask_sizes(new, 0)[0]) - past - new
+                mask = F.pad(mask, (0, room))
+        with recording(self.decoder, wanted) as recorded:
+            decoded = self.decoder(
+                self.embeddings(
+                    decoder_input_ids,
+                    position_ids=torch.arange(past, past + new, device=encoded.device),
+                    inputs_embeds=decoder_inputs_embeds,
+                ),
+                self._encoder_key_values(encoded, cache),
+                attention_mask,
+                mask,
+                None if cache is None else cache.self_attention_cache,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=decoded,
+            hidden_states=with_last(recorded.hidden_states, decoded, wanted),
+            attentions=tuple(recorded.attentions) if wanted.attentions else None,
+            cross_attentions=tuple(recorded.cross_attentions) if wanted.attentions else None,
         )
 
     def _encoder_key_values(
@@ -113,7 +176,7 @@ class _Seq2Seq(PlugPreTrainedModel):
     def create_masks_for_generate(
         attention_mask: Tensor | None = None, **_others: Any
     ) -> Tensor | None:
-        """`generate` hands on the padding mask as it is; `decode_from_cache` makes the rest."""
+        """`generate` hands on the padding mask as it is; `run_decoder` makes the rest."""
         return attention_mask
 
 
@@ -127,14 +190,39 @@ class PlugModel(_Seq2Seq):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
-        encoder_outputs: tuple[Tensor, ...] | BaseModelOutput | None = None,
+        encoder_outputs: tuple[Any, ...] | BaseModelOutput | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> Seq2SeqModelOutput:
-        encoded = _encoded(self, input_ids, attention_mask, token_type_ids, encoder_outputs)
-        hidden_states = None
-        if decoder_input_ids is not None:
-            hidden_states = self.decode_from_cache(decoder_input_ids, encoded, attention_mask)
+        """Hidden states of the encoder, and of the decoder where it is given ids.
+
+        Arguments as in `PlugForConditionalGeneration.forward`.
+        """
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        attention_mask = self.known_mask(input_ids, attention_mask)
+        encoder = self.encoder_outputs(
+            encoder_outputs, input_ids, attention_mask, token_type_ids, inputs_embeds, wanted
+        )
+        cache = chosen_cache(cache, past_key_values, use_cache)
+        decoder = BaseModelOutputWithPastAndCrossAttentions()
+        if decoder_input_ids is not None or decoder_inputs_embeds is not None:
+            decoder = self.run_decoder(
+                decoder_input_ids,
+                encoder[0],
+                attention_mask,
+                wanted,
+                decoder_attention_mask,
+                cache,
+                decoder_inputs_embeds,
+            )
         return Seq2SeqModelOutput(
-            last_hidden_state=hidden_states, encoder_last_hidden_state=encoded
+            last_hidden_state=decoder.last_hidden_state, **_inside(encoder, decoder, cache)
         )
 
 
@@ -149,6 +237,8 @@ class PlugForPreTrainingOutput(ModelOutput):
         mlm_logits: (batch, src, vocab).
         sentence_logits: (batch, 3).
         encoder_last_hidden_state: (batch, src, hidden).
+        decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states,
+        encoder_attentions: as in `Seq2SeqLMOutput`, where asked for.
     """
 
     loss: Tensor | None = None
@@ -156,7 +246,12 @@ class PlugForPreTrainingOutput(ModelOutput):
     logits: Tensor | None = None
     mlm_logits: Tensor | None = None
     sentence_logits: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
 
 
 class PlugForPreTraining(_Seq2Seq):
@@ -165,7 +260,7 @@ class PlugForPreTraining(_Seq2Seq):
     @returns_output
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
@@ -173,28 +268,41 @@ class PlugForPreTraining(_Seq2Seq):
         mlm_labels: Tensor | None = None,
         word_labels: Tensor | None = None,
         sentence_labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> PlugForPreTrainingOutput:
         """Logits of every head, and the losses whose labels are given; -100 is ignored.
 
         Args:
-            input_ids: (batch, src).
-            attention_mask: (batch, src), 1 on real tokens; None is all.
+            input_ids: (batch, src); or ``inputs_embeds``.
+            attention_mask: (batch, src), 1 on real tokens; None is all but [PAD].
             token_type_ids: (batch, src); None is type 0.
             decoder_input_ids: (batch, tgt); None is ``labels`` shifted right.
             labels: (batch, tgt), what the decoder is to write.
             mlm_labels: (batch, src), the original tokens under the masks.
             word_labels: (batch, src), the original tokens at shuffled positions; the same head.
             sentence_labels: (batch,), 0 another document, 1 the next segment, 2 the previous one.
+            inputs_embeds: (batch, src, hidden), in place of the words' embeddings.
+            decoder_attention_mask: (batch, tgt), 1 on real tokens; None is all.
+            output_attentions: return the attention probabilities of every layer.
+            output_hidden_states: return the input of every layer and the last output.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids)
-        mlm_logits = self.mlm_logits(encoded)
-        sentence_logits = self.sentence_logits(encoded)
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        attention_mask = self.known_mask(input_ids, attention_mask)
+        encoder = self.run_encoder(input_ids, attention_mask, token_type_ids, inputs_embeds, wanted)
+        mlm_logits = self.mlm_logits(encoder[0])
+        sentence_logits = self.sentence_logits(encoder[0])
         logits = None
+        decoder = BaseModelOutputWithPastAndCrossAttentions()
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is not None:
-            decoded = self.decode_from_cache(decoder_input_ids, encoded, attention_mask)
-            logits = self.lm_logits(decoded)
+            decoder = self.run_decoder(
+                decoder_input_ids, encoder[0], attention_mask, wanted, decoder_attention_mask
+            )
+            logits = self.lm_logits(decoder[0])
         losses = {
             name: cross_entropy(some_logits, some_labels)
             for name, some_logits, some_labels in (
@@ -211,7 +319,7 @@ class PlugForPreTraining(_Seq2Seq):
             logits=logits,
             mlm_logits=mlm_logits,
             sentence_logits=sentence_logits,
-            encoder_last_hidden_state=encoded,
+            **_inside(encoder, decoder),
         )
 
 
@@ -244,15 +352,33 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
         self._freeze_other_heads()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`, which makes every loaded weight trainable."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_other_heads()
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_other_heads()
+        model._leave_old_sampling()
         return loaded
 
     def _freeze_other_heads(self) -> None:
         self.mlm_head.requires_grad_(False)
         self.sentence_head.requires_grad_(False)
+
+    def _leave_old_sampling(self) -> None:
+        """Drop the sampling that `generation_config.json` of our older directories has.
+
+        Its ``max_new_tokens`` wins over the ``max_length`` that `Seq2SeqTrainer` hands on, so that
+        ``predict_with_generate`` scored 256 drawn tokens whatever was asked for.
+        """
+        config = self.generation_config
+        if all(getattr(config, name) == value for name, value in _OLD_SAMPLING.items()):
+            for name in _OLD_SAMPLING:
+                setattr(config, name, None)
+            logger.warning(
+                "%s 的 generation_config.json 是旧版写的（抽样，256 个词元），已不采用："
+                "generate() 现在与 BART 一样默认取最可能的词元。要抽样请写 do_sample=True。",
+                self.config.name_or_path or "模型",
+            )
 
     @returns_output
     def forward(
@@ -262,47 +388,60 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: tuple[Tensor, ...] | BaseModelOutput | None = None,
+        encoder_outputs: tuple[Any, ...] | BaseModelOutput | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         cache: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> Seq2SeqLMOutput:
         """Decoder logits, and the loss when ``labels`` are given.
 
         Args:
-            input_ids: (batch, src); not needed with ``encoder_outputs``.
-            attention_mask: (batch, src), 1 on real tokens; None is all.
+            input_ids: (batch, src); not needed with ``inputs_embeds`` or ``encoder_outputs``.
+            attention_mask: (batch, src), 1 on real tokens; None is all but [PAD].
             token_type_ids: (batch, src); None is type 0.
             decoder_input_ids: (batch, tgt); None is ``labels`` shifted right.
             decoder_attention_mask: (batch, past + tgt), 1 on real tokens; None is all.
             encoder_outputs: the encoder's output, (batch, src, hidden) first.
             past_key_values: keys and values of earlier positions.
             cache: what newer versions of transformers call ``past_key_values``.
-            use_cache: make a cache when none is given.
+            use_cache: make a cache when none is given; not with ``labels``.
             labels: (batch, tgt), -100 ignored.
             num_items_in_batch: what the loss is divided by, when not the labels of this batch.
+            inputs_embeds: (batch, src, hidden), in place of the words' embeddings.
+            decoder_inputs_embeds: (batch, tgt, hidden), likewise.
+            output_attentions: return the attention probabilities of every layer.
+            output_hidden_states: return the input of every layer and the last output.
         """
-        if decoder_input_ids is None:
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise UsageError("需要 decoder_input_ids 或 labels；要续写文本请用 generate()。")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        cache = cache if cache is not None else past_key_values
-        if cache is None and use_cache:
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        encoded = _encoded(self, input_ids, attention_mask, token_type_ids, encoder_outputs)
-        logits = self.lm_logits(
-            self.decode_from_cache(
-                decoder_input_ids, encoded, attention_mask, decoder_attention_mask, cache
-            )
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        cache = chosen_cache(cache, past_key_values, use_cache and labels is None)
+        attention_mask = self.known_mask(input_ids, attention_mask)
+        encoder = self.encoder_outputs(
+            encoder_outputs, input_ids, attention_mask, token_type_ids, inputs_embeds, wanted
         )
-        kept: dict[str, Any] = {_CACHE_NAME: cache}
+        decoder = self.run_decoder(
+            decoder_input_ids,
+            encoder[0],
+            attention_mask,
+            wanted,
+            decoder_attention_mask,
+            cache,
+            decoder_inputs_embeds,
+        )
+        logits = self.lm_logits(decoder[0])
         return Seq2SeqLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
-            encoder_last_hidden_state=encoded,
-            **kept,
+            **_inside(encoder, decoder, cache),
         )
 
     def generate(
@@ -312,23 +451,54 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`GenerationMixin.generate`, which never writes ids from `num_emitted_tokens` on."""
+        """`GenerationMixin.generate`, with two things certain.
+
+        Ids from `num_emitted_tokens` on are never written, and [PAD] is not read where there is no
+        ``attention_mask``.
+        """
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.num_emitted_tokens < self.config.vocab_size:
             processors.append(EmittedTokensOnly(self.config.num_emitted_tokens))
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if kwargs.get("attention_mask") is None and ids is not None and ids.dim() == 2:
+            kwargs["attention_mask"] = self.known_mask(ids, None)
         return super().generate(inputs, generation_config, processors, **kwargs)
 
 
-def _encoded(
-    model: PlugParts,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    encoder_outputs: tuple[Tensor, ...] | BaseModelOutput | None,
-) -> Tensor:
-    """(batch, src, hidden): what the encoder gave already, or gives now."""
-    if encoder_outputs is not None:
-        return cast(Tensor, encoder_outputs[0])
-    if input_ids is None:
-        raise UsageError("需要 input_ids 或 encoder_outputs。")
-    return model.encode(input_ids, attention_mask, token_type_ids)
+# What `generation_config.json` said besides ids before 2026-12.
+_OLD_SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.9,
+    "top_k": 20,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 256,
+}
+
+
+def chosen_cache(
+    cache: EncoderDecoderCache | None,
+    past_key_values: EncoderDecoderCache | None,
+    use_cache: bool | None,
+) -> EncoderDecoderCache | None:
+    """The one that is given, under either name; a new one if ``use_cache`` asks for it."""
+    given = cache if cache is not None else past_key_values
+    if given is None and use_cache:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return given
+
+
+def _inside(
+    encoder: BaseModelOutput,
+    decoder: BaseModelOutputWithPastAndCrossAttentions,
+    cache: EncoderDecoderCache | None = None,
+) -> dict[str, Any]:
+    """What the outputs of all classes say of both halves."""
+    return {
+        **({_CACHE_NAME: cache} if cache is not None else {}),
+        "decoder_hidden_states": decoder.hidden_states,
+        "decoder_attentions": decoder.attentions,
+        "cross_attentions": decoder.cross_attentions,
+        "encoder_last_hidden_state": encoder.last_hidden_state,
+        "encoder_hidden_states": encoder.hidden_states,
+        "encoder_attentions": encoder.attentions,
+    }

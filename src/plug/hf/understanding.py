@@ -30,19 +30,33 @@ class PlugForMaskedLM(PlugPreTrainedModel):
         self.mlm_head = MaskedLMHead(plug_config)
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The word table, which is the output layer too (peft asks for it)."""
+        return self.embeddings.word_embeddings
+
     @returns_output
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> MaskedLMOutput:
         """Logits (batch, src, vocab); ``labels`` (batch, src), -100 ignored."""
-        logits = self.mlm_logits(self.encode(input_ids, attention_mask, token_type_ids))
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        encoder = self.run_encoder(input_ids, attention_mask, token_type_ids, inputs_embeds, wanted)
+        logits = self.mlm_logits(encoder[0])
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return MaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=encoder.hidden_states,
+            attentions=encoder.attentions,
+        )
 
 
 class _Classifier(PlugPreTrainedModel):
@@ -68,20 +82,29 @@ class PlugForSequenceClassification(_Classifier):
     @returns_output
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> SequenceClassifierOutput:
         """Logits (batch, num_labels); ``labels`` (batch,) as `config.problem_type` wants them."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids)
-        logits = self.classifier(self.dropout(encoded[:, 0]))
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        encoder = self.run_encoder(input_ids, attention_mask, token_type_ids, inputs_embeds, wanted)
+        logits = self.classifier(self.dropout(encoder[0][:, 0]))
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 labels=labels, pooled_logits=logits.float(), config=self.config
             )
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=encoder.hidden_states,
+            attentions=encoder.attentions,
+        )
 
 
 class PlugForTokenClassification(_Classifier):
@@ -92,17 +115,26 @@ class PlugForTokenClassification(_Classifier):
     @returns_output
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> TokenClassifierOutput:
         """Logits (batch, src, num_labels); ``labels`` (batch, src), -100 ignored."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids)
-        logits = self.classifier(self.dropout(encoded))
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        encoder = self.run_encoder(input_ids, attention_mask, token_type_ids, inputs_embeds, wanted)
+        logits = self.classifier(self.dropout(encoder[0]))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(loss=loss, logits=logits)
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=encoder.hidden_states,
+            attentions=encoder.attentions,
+        )
 
 
 class PlugForQuestionAnswering(_Classifier):
@@ -115,15 +147,20 @@ class PlugForQuestionAnswering(_Classifier):
     @returns_output
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
         """Logits (batch, src) of both ends, padding at -inf; positions (batch,), end inclusive."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids)
-        logits = self.classifier(self.dropout(encoded)).float()
+        attention_mask = self.known_mask(input_ids, attention_mask)
+        wanted = self.wanted(output_hidden_states, output_attentions)
+        encoder = self.run_encoder(input_ids, attention_mask, token_type_ids, inputs_embeds, wanted)
+        logits = self.classifier(self.dropout(encoder[0])).float()
         if attention_mask is not None:
             logits = logits.masked_fill(attention_mask[..., None] == 0, -torch.inf)
         start_logits, end_logits = logits.unbind(-1)
@@ -132,5 +169,9 @@ class PlugForQuestionAnswering(_Classifier):
             ends = ((start_logits, start_positions), (end_logits, end_positions))
             loss = torch.stack([F.cross_entropy(*each) for each in ends]).mean()
         return QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start_logits, end_logits=end_logits
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=encoder.hidden_states,
+            attentions=encoder.attentions,
         )

@@ -16,13 +16,11 @@ from plug.checkpoints.directory import (
     CONFIG_FILE,
     find_model_directory,
     is_original,
-    refuse_used,
-    replace_directory,
 )
 from plug.checkpoints.hub import CONFIGURATION_FILE
-from plug.checkpoints.original import Progress, import_original
-from plug.checkpoints.weights import write_json
+from plug.checkpoints.original import OriginalReader, Progress, write_imported
 from plug.errors import PlugError, UsageError
+from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.finetuning.settings import FinetuneSettings
 from plug.model.configuration import PlugConfig
 
@@ -105,14 +103,16 @@ def write_hub_directory(
     refuse_used(target)
     notes: list[str] = []
     if is_original(Path(source)):
-        notes = import_original(Path(source), target, dtype=dtype, progress=progress)
-        _complete(target, Path(source).resolve().name)
+        original = OriginalReader(Path(source))
+        with new_directory(target) as temporary:
+            notes = write_imported(original, temporary, dtype=dtype, progress=progress)
+            _complete(temporary, Path(source).resolve().name)
     elif dtype is not None:
         raise UsageError("--dtype 只用于原版的权重；本项目的模型照原样写入。请去掉它。")
     else:
         directory = find_model_directory(source)
         _check_configuration(directory)
-        with replace_directory(target) as temporary:
+        with new_directory(target) as temporary:
             _copy(directory, temporary, progress)
             _complete(temporary, directory.resolve().name)
     if "license:" not in (target / CARD_FILE).read_text(encoding="utf-8"):
@@ -162,7 +162,7 @@ def _complete(directory: Path, name: str) -> None:
     known = {line.partition(":")[0] for line in head}
     added = _HEAD.format(task=task).splitlines()
     head = [line for line in added if line.partition(":")[0] not in known] + head
-    card.write_text("\n".join(["---", *head, "---", body]), encoding="utf-8")
+    write_text(card, "\n".join(["---", *head, "---", body]))
 
 
 def _split_head(text: str) -> tuple[list[str], str]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from plug.checkpoints.directory import replace_directory, write_configs
+from plug.checkpoints.directory import CONFIG_FILE, write_configs
 from plug.checkpoints.weights import MAX_SHARD_BYTES, TensorSpec, WeightWriter
+from plug.files import replace_directory
 from plug.model.plug import Plug
 from plug.quantization.linear import scheme_of
 from plug.quantization.scheme import is_quantized
@@ -35,7 +36,7 @@ def save(
         PlugError: the disk is full or cannot be written; what was there is untouched.
         UsageError: ``directory`` holds something that is not a model.
     """
-    with replace_directory(directory) as temporary:
+    with replace_directory(directory, CONFIG_FILE) as temporary:
         write_model(
             model, temporary, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes
         )
@@ -64,4 +65,4 @@ def write_model(
     scheme = scheme_of(model)
     write_configs(directory, model.config, specs, None if scheme is None else scheme.to_dict())
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, model_max_length=model.config.max_source_length)

@@ -65,6 +65,28 @@ class Attention(nn.Module):
         )
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
+    def probabilities(
+        self,
+        hidden_states: Tensor,
+        key: Tensor,
+        attention_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Return the weights by which `forward` mixes the values, before dropout.
+
+        For looking inside: `forward` never holds them. Arguments as in `forward`.
+
+        Returns:
+            (batch, heads, tgt, src); a position that may look nowhere has zeros.
+        """
+        query = self._split_heads(self.q_proj(hidden_states))
+        scores = (query @ key.transpose(-1, -2)).float() * self.head_dim**-0.5
+        if is_causal:
+            attention_mask = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        return scores.softmax(-1).nan_to_num(0.0).to(hidden_states.dtype)
+
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 

@@ -34,6 +34,8 @@ BOOKKEEPING_KEYS = frozenset(
     }
 )
 
+ORIGINAL_SOURCE_LENGTH = 512  # tokens that the released 27B was trained to read (spec section 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlugConfig:
@@ -106,6 +108,16 @@ class PlugConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_source_length(self) -> int:
+        """Tokens that the encoder reads at most, [CLS] and [SEP] counted.
+
+        One for each position; an imported original has more positions than it was trained on.
+        """
+        longest = self.max_position_embeddings
+        is_original = self.encoder_final_norm_passes == 2
+        return min(longest, ORIGINAL_SOURCE_LENGTH) if is_original else longest
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PlugConfig:

@@ -51,19 +51,24 @@ class Embeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """(batch, seq) ids to (batch, seq, hidden); token type 0 and positions from 0 if None."""
+        """(batch, seq) ids to (batch, seq, hidden); token type 0 and positions from 0 if None.
+
+        ``inputs_embeds`` (batch, seq, hidden) takes the place of the words' embeddings.
+        """
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = torch.arange(words.shape[1], device=words.device)
         if token_type_ids is None:
             token_type = self.token_type_embeddings.weight[0]
         else:
             token_type = self.token_type_embeddings(token_type_ids)
         position = self.position_embeddings(position_ids)
-        summed = self.word_embeddings(input_ids) + position + token_type
+        summed = words + position + token_type
         return self.dropout(self.layer_norm(summed))
 
 

@@ -108,12 +108,17 @@ class PlugParts(nn.Module):
 
     def encode(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """(batch, src) ids to the encoder's output (batch, src, hidden)."""
-        return self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask)
+        """(batch, src) ids, or (batch, src, hidden) words' embeddings, to the encoder's output.
+
+        Without ``attention_mask`` every position is read, [PAD] too.
+        """
+        embedded = self.embeddings(input_ids, token_type_ids, inputs_embeds=inputs_embeds)
+        return self.encoder(embedded, attention_mask)
 
     def decode(
         self,
@@ -126,13 +131,17 @@ class PlugParts(nn.Module):
         encoder_key_values = self.decoder.project_encoder(encoder_hidden_states)
         return self.decoder(self.embeddings(decoder_input_ids), encoder_key_values, attention_mask)
 
+    def word_table(self) -> Tensor:
+        """The (vocab, hidden) matrix that both output layers share with both inputs."""
+        return self.embeddings.word_embeddings.weight
+
     def lm_logits(self, decoder_hidden_states: Tensor) -> Tensor:
         """Decoder logits (…, vocab): the tied word table, no bias, no transform."""
-        return F.linear(decoder_hidden_states, self.embeddings.word_embeddings.weight)
+        return F.linear(decoder_hidden_states, self.word_table())
 
     def mlm_logits(self, encoder_hidden_states: Tensor) -> Tensor:
         """Masked-LM logits (…, vocab) at any selection of encoder positions (…, hidden)."""
-        return self.mlm_head(encoder_hidden_states, self.embeddings.word_embeddings.weight)
+        return self.mlm_head(encoder_hidden_states, self.word_table())
 
     def sentence_logits(self, encoder_hidden_states: Tensor) -> Tensor:
         """(batch, src, hidden) to (batch, 3), read at the first position."""

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from plug.checkpoints.directory import find_model_directory, refuse_quantized, replace_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, refuse_quantized
 from plug.checkpoints.weights import save_pickle
 from plug.distributed.processes import Processes, start_processes
 from plug.errors import PlugError, UsageError
+from plug.files import replace_directory
 from plug.loading.load import load
 from plug.loading.save import save, write_model
 from plug.model.configuration import PRESETS, PlugConfig
@@ -365,7 +366,7 @@ class _Run:
             "config": dataclasses.asdict(self.config),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        with replace_directory(self.output / "checkpoint") as directory:
+        with replace_directory(self.output / "checkpoint", CONFIG_FILE) as directory:
             write_model(self.model, directory, tokenizer=self.tokenizer)
             save_pickle(state, directory / STATE_FILE)
 

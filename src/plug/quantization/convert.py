@@ -13,14 +13,13 @@ from plug.checkpoints.directory import (
     find_model_directory,
     is_original,
     refuse_quantized,
-    refuse_used,
-    replace_directory,
     weight_shapes,
     write_configs,
 )
 from plug.checkpoints.original import OriginalReader
 from plug.checkpoints.weights import TensorSpec, WeightWriter, locate_weights, map_tensors
 from plug.errors import PlugError
+from plug.files import new_directory, refuse_used
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantized_names
@@ -76,7 +75,7 @@ def quantize_directory(
     specs, names = _specs(config, scheme, dtypes)
     total = sum(spec.num_bytes for spec in specs.values())
     done = 0
-    with replace_directory(target) as temporary:
+    with new_directory(target) as temporary:
         with WeightWriter(temporary, specs) as writer:
             for name, tensor in tensors:
                 if not torch.isfinite(tensor).all():
@@ -87,7 +86,7 @@ def quantize_directory(
                 progress(done, total)
         write_configs(temporary, config, specs, scheme.to_dict())
         if tokenizer is not None:
-            tokenizer.save(temporary)
+            tokenizer.save(temporary, model_max_length=config.max_source_length)
     return notes
 
 
