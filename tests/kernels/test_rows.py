@@ -9,10 +9,9 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.kernels.rows import add_norm, embed, gelu_, quantize_rows, unpack_4bit
+from plug.kernels.rows import add_norm, embed, gelu_, quantize_rows
 from plug.model.configuration import PRESETS
 from plug.model.layers import Embeddings
-from plug.quantization.scheme import Scheme
 
 
 def norm(size: int, generator: torch.Generator) -> nn.LayerNorm:
@@ -93,27 +92,3 @@ def test_gelu_in_place_and_before_rounding(generator: torch.Generator) -> None:
     # The interpreter's own rounding to FP8 goes wrong now and then, never by more than half.
     error = (eight.double() * scale - expected).norm() / expected.norm()
     assert error < (0.04 if x.is_cuda else 0.3)
-
-
-@torch.inference_mode()
-def test_four_bits_become_numbers(generator: torch.Generator) -> None:
-    scheme = Scheme.of(4)
-    tensors = scheme.quantize(torch.randn(6, 384, generator=generator))
-
-    got = unpack_4bit(tensors["weight"], tensors["scale"], tensors["center"], None)
-
-    expected = scheme.dequantize(tensors, torch.float32)
-    torch.testing.assert_close(got.float(), expected, atol=0, rtol=2**-7)
-
-
-@torch.inference_mode()
-def test_four_bits_become_fp8_in_units_of_their_row(generator: torch.Generator) -> None:
-    weight = torch.randint(0, 256, (3, 192), dtype=torch.uint8, generator=generator)
-    scale = 2.0 ** torch.randint(-4, 3, (3, 3), generator=generator)
-    tensors = {"weight": weight, "scale": scale, "center": torch.zeros(3, 3)}
-    row_scale = torch.tensor([1.0, 0.5, 4.0])
-
-    got = unpack_4bit(weight, scale, tensors["center"], row_scale)
-
-    expected = Scheme.of(4).dequantize(tensors, torch.float32)
-    assert torch.equal(got.float() * row_scale[:, None], expected)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plug.kernels.launch import compile_kernel, launch
-from plug.kernels.rows import FP8, FP8_MAX, gelu_, quantize_rows, unpack_4bit
+from plug.kernels.rows import FP8, FP8_MAX, gelu_, quantize_rows
+from plug.kernels.tiles import tile_4bit, unpack_4bit
 from plug.quantization.linear import QuantizedLinear
 
 # cuBLAS is as fast from here on, with half precision.
@@ -34,9 +35,8 @@ _SHAPES = {
     (8, True): {"PIECES": 2, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 1},
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }
-# What a block fetches before its inputs are there: the first step's weights into registers, and
-# bytes of each output's weights into the second cache.
-_EARLY, _PREFETCH = 1, 2048
+# Bytes of its weights that a block fetches into the second cache before its inputs are there.
+_PREFETCH = 2048
 
 
 class PackedLinear:
@@ -61,12 +61,15 @@ class PackedLinear:
         tensors = _stacked(layers)
         self._weight, self._bias = tensors["weight"], tensors["bias"]
         self._scale = tensors.get("scale", self._bias)
-        self._center = tensors.get("center", self._bias)
-        self._row_scale: Tensor | None = None
-        if self._in_fp8:
-            if self._bits == 4:
-                largest = self._center.float().abs() + 8 * self._scale.float().abs()
+        self._row_scale: Tensor | None = None  # of FP8 made of 4 bits
+        if self._bits == 4:
+            scale, center = tensors["scale"], tensors["center"]
+            if self._in_fp8:
+                largest = center.float().abs() + 8 * scale.float().abs()
                 self._row_scale = largest.amax(1).clamp_min(1e-12) / FP8_MAX
+            self._weight, self._scale = tile_4bit(self._weight, scale, center)
+            _keep_tiles(cast(tuple[QuantizedLinear, ...], layers), self._weight, self._scale)
+        if self._in_fp8:
             row_scale = self._scale if self._row_scale is None else self._row_scale
             self._fp8_scale, self._fp8_bias = row_scale[None, :], self._bias.bfloat16()
         self.out_features = len(self._bias)
@@ -106,7 +109,7 @@ class PackedLinear:
             tiles = 1 if len(rows) <= 8 else 2 if len(rows) <= 16 else 4
             kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
             arguments = [
-                *(rows, self._weight, self._scale, self._center, self._bias, result),
+                *(rows, self._weight, self._scale, self._bias, result),
                 *(self._next, len(rows), self.out_features, x.shape[1]),
                 *(int(gelu), int(wide), self._next_bytes),
             ]
@@ -125,13 +128,13 @@ class PackedLinear:
         if self._bits == 8:
             weight = self._weight.to(x.dtype) * self._scale[:, None].to(x.dtype)
         else:
-            weight = unpack_4bit(self._weight, self._scale, self._center, None)
+            weight = unpack_4bit(self._weight, self._scale, None)
         return F.linear(x, weight.to(x.dtype), self._bias)
 
     def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self._weight
         if self._bits == 4:
-            weight = unpack_4bit(weight, self._scale, self._center, self._row_scale)
+            weight = unpack_4bit(weight, self._scale, self._row_scale)
         elif weight.dtype != FP8:
             weight = weight.to(FP8)
         result = torch._scaled_mm(
@@ -166,10 +169,19 @@ def _stacked(layers: tuple[nn.Linear | QuantizedLinear, ...]) -> dict[str, Tenso
     return stacked
 
 
+def _keep_tiles(layers: tuple[QuantizedLinear, ...], tiles: Tensor, pairs: Tensor) -> None:
+    """Make the layers' tensors views of the tiles, (out / 16, 16, …) each."""
+    first = 0
+    for layer in layers:
+        own = slice(first, first + len(layer.get_buffer("bias")) // 16)
+        first = own.stop
+        layer.weight = tiles[own].transpose(1, 2)
+        layer.scale, layer.center = pairs[own].transpose(1, 2).unbind(-1)
+
+
 def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
-    """Whether `skinny_gemm.cu` takes the weight: integers or halves that go into whole pieces."""
-    n_in = weight.shape[1] * (2 if bits == 4 else 1)
-    whole = out_features % 64 == 0 and n_in % (512 // bits) == 0
+    """Return whether `skinny_gemm.cu` takes the weight: its blocks and steps must be whole."""
+    whole = out_features % 64 == 0 and (bits == 4 or weight.shape[1] % (512 // bits) == 0)
     return weight.is_cuda and whole and weight.dtype not in (FP8, torch.float32)
 
 
@@ -178,6 +190,6 @@ def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[An
     """The compiled kernel for the current device, its outputs and its threads a block."""
     shape = _SHAPES[bits, tiles > 1]
     settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
-    settings |= {"EARLY": _EARLY, "PREFETCH": _PREFETCH}
+    settings |= {"PREFETCH": _PREFETCH}
     kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

@@ -1,4 +1,4 @@
-"""Triton kernels over rows: embeddings, norms, rows in FP8, weights out of 4 bits.
+"""Triton kernels over rows: embeddings, norms, rows in FP8.
 
 All arithmetic is in float32; results are rounded once.
 """
@@ -91,34 +91,6 @@ def gelu_(x: Tensor) -> Tensor:
     """The exact GELU in place: what was written just now is still in the cache."""
     _gelu_in_place[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096)
     return x
-
-
-def unpack_4bit(weight: Tensor, scale: Tensor, center: Tensor, row_scale: Tensor | None) -> Tensor:
-    """Weights of `plug.quantization.scheme`, 4 bits, as numbers (out, in).
-
-    Args:
-        weight: uint8 (out, in / 2).
-        scale: (out, in / 128).
-        center: the same.
-        row_scale: float32 (out,): the result is FP8 in units of it. None gives bfloat16.
-    """
-    rows, half = weight.shape
-    dtype = torch.bfloat16 if row_scale is None else FP8
-    out = torch.empty(rows, 2 * half, dtype=dtype, device=weight.device)
-    words = half // 4
-    block = min(1024, triton.next_power_of_2(words))
-    grid = (rows, triton.cdiv(words, block))
-    _unpack_4bit[grid](
-        weight.view(torch.int32),
-        scale,
-        center,
-        row_scale,
-        out,
-        words,
-        HAS_ROW_SCALE=row_scale is not None,
-        BLOCK=block,
-    )
-    return out
 
 
 def _warps(size: int) -> int:
@@ -221,42 +193,3 @@ def _quantize_rows(x, out, scale, size, GELU: tl.constexpr, BLOCK: tl.constexpr)
     unit = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
     tl.store(scale + row, unit)
     tl.store(out + row * size + i, (value / unit).to(tl.float8e4nv), mask=inside)
-
-
-@triton.jit
-def _nibble(word, scale, center, AT: tl.constexpr):
-    return ((word >> AT) & 15).to(tl.float32) * scale + center
-
-
-@triton.jit
-def _unpack_4bit(
-    weight, scale, center, row_scale, out, words, HAS_ROW_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < words
-    q = tl.load(weight + row * words + i, mask=inside, other=0)
-    group = row * (words // 16) + i // 16  # 16 words, of 8 weights each
-    s = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(center + group, mask=inside, other=0.0).to(tl.float32) - 8.0 * s
-    if HAS_ROW_SCALE:
-        unit = tl.load(row_scale + row)
-        s /= unit
-        c /= unit
-    # Columns 0, 2, 4, 6, 1, 3, 5, 7 stand in bits 0, 4, 8, …; joining puts them in order.
-    even = tl.join(
-        tl.join(_nibble(q, s, c, 0), _nibble(q, s, c, 8)),
-        tl.join(_nibble(q, s, c, 4), _nibble(q, s, c, 12)),
-    )
-    odd = tl.join(
-        tl.join(_nibble(q, s, c, 16), _nibble(q, s, c, 24)),
-        tl.join(_nibble(q, s, c, 20), _nibble(q, s, c, 28)),
-    )
-    value = tl.reshape(tl.join(even, odd), [BLOCK * 8])
-    column = tl.program_id(1) * BLOCK * 8 + tl.arange(0, BLOCK * 8)
-    kept = column < words * 8
-    at = out + row * (words * 8) + column
-    if HAS_ROW_SCALE:
-        tl.store(at, value.to(tl.float8e4nv), mask=kept)
-    else:
-        tl.store(at, value.to(tl.bfloat16), mask=kept)

@@ -43,8 +43,6 @@ __device__ __forceinline__ u16 rounded(float v) {
     return r;
 }
 
-__device__ __forceinline__ float of_bfloat16(u16 v) { return __uint_as_float((u32)v << 16); }
-
 __device__ __forceinline__ void multiply(float d[4], const u32 a[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -105,41 +103,38 @@ __device__ __forceinline__ void unpack(const uint4& u, const uint4& v, int i, u3
 #endif
 }
 
-// Eight inputs of a row, from column at + 8 * i on; zeros where there is no such row.
-__device__ __forceinline__ uint4 inputs(const u16* x, int row, int rows, int n_in, int at, int i) {
-    if (row >= rows) return make_uint4(0, 0, 0, 0);
-    return ((const uint4*)(x + (u64)row * n_in + at))[i];
+// Eight inputs of a row; zeros where there is no such row.
+__device__ __forceinline__ uint4 inputs(const u16* x, bool there) {
+    return there ? *(const uint4*)x : make_uint4(0, 0, 0, 0);
 }
 
 // A step's weights of a lane: those of outputs g and g + 8 of each piece.
-__device__ __forceinline__ void load(uint4 w[PIECES][2], const uint4* mine, u64 stride, int s) {
+__device__ __forceinline__ void load(uint4 w[PIECES][2], const uint4* mine, int steps, u64 stride, int s) {
     #pragma unroll
     for (int p = 0; p < PIECES; p++) {
+#if BITS == 4
+        w[p][0] = passing(mine + (p * steps + s) * 64);
+        w[p][1] = passing(mine + (p * steps + s) * 64 + 32);
+#else
         w[p][0] = passing(mine + p * 16 * stride + s * 4);
         w[p][1] = passing(mine + (p * 16 + 8) * stride + s * 4);
+#endif
     }
 }
 
 // Programmatic dependent launch: the next kernel may start on multiprocessors that have room. It
 // fetches its own weights, which no kernel writes, and then waits for the kernels before it.
 __device__ __forceinline__ void before_the_inputs(
-    const uint4* weight, const void* scale, const u16* center, int n_in)
+    const uint4* weight, int n_in)
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #if PREFETCH
-    int row = threadIdx.x;
-    if (row < OUTPUTS) {
-        u64 n = (u64)blockIdx.x * OUTPUTS + row;
-        int bytes = n_in / PER * 16;
-        const char* from = (const char*)weight + n * bytes;
+    u64 bytes = (u64)n_in / PER * 16 * OUTPUTS;
+    if (threadIdx.x == 0) {
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(from), "r"(bytes < PREFETCH ? bytes : PREFETCH) : "memory");
-#if BITS == 4
-        u64 group = n * (n_in / SPAN) * 2;
-        asm volatile("prefetch.global.L2 [%0];" :: "l"((const char*)scale + group));
-        asm volatile("prefetch.global.L2 [%0];" :: "l"((const char*)center + group));
-#endif
+                     :: "l"((const char*)weight + blockIdx.x * bytes),
+                        "r"((int)(bytes < PREFETCH ? bytes : PREFETCH)) : "memory");
     }
 #endif
 #endif
@@ -156,8 +151,7 @@ __device__ __forceinline__ void wait_for_the_inputs() {
 // What the next product will read can be named: its first bytes are fetched into the second cache
 // while the kernels in between leave the memory idle.
 extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny_gemm(
-    const u16* x, const uint4* weight, const void* scale, const u16* center, const u16* bias,
-    void* out, const char* next, int rows, int n_out, int n_in, int gelu, int wide, int next_bytes)
+    const u16* x, const uint4* weight, const void* scale, const u16* bias, void* out, const char* next, int rows, int n_out, int n_in, int gelu, int wide, int next_bytes)
 {
     __shared__ float part[ALONG][8 * TILES][OUTPUTS + 1];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -165,33 +159,37 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
     int steps = n_in / SPAN;
     int n = blockIdx.x * OUTPUTS + across * 16 * PIECES + g;  // this lane's first output
     u64 stride = n_in / PER;
+#if BITS == 4
+    u64 tile = (u64)(n / 16) * steps;
+    const uint4* mine = weight + tile * 64 + lane;
+    const u32* pairs = (const u32*)scale + tile * 16 + g;
+#else
     const uint4* mine = weight + n * stride + t;
+#endif
+    const u16* column = x + (u64)g * n_in + t * PER;
     float total[PIECES][TILES][4] = {};
 
-    before_the_inputs(weight, scale, center, n_in);
-#if EARLY
-    uint4 following[PIECES][2];
-    load(following, mine, stride, along < steps ? along : 0);
-#endif
+    before_the_inputs(weight, n_in);
     wait_for_the_inputs();
 
     #pragma unroll UNROLL
     for (int s = along; s < steps; s += ALONG) {
         uint4 w[PIECES][2];
-#if EARLY
-        #pragma unroll
-        for (int p = 0; p < PIECES; p++) w[p][0] = following[p][0], w[p][1] = following[p][1];
-        if (s + ALONG < steps) load(following, mine, stride, s + ALONG);
-#else
-        load(w, mine, stride, s);
-#endif
+        load(w, mine, steps, stride, s);
+        const u16* at = column + s * SPAN;
 #if BITS == 4
+        u32 pair[PIECES][2];
+        #pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            pair[p][0] = __ldg(pairs + (p * steps + s) * 16);
+            pair[p][1] = __ldg(pairs + (p * steps + s) * 16 + 8);
+        }
         float sums[TILES][4] = {}, products[PIECES][TILES][4] = {};
 #endif
 #if TILES == 1  // there is room for all inputs of the step at once
         uint4 all[PER / 8];
         #pragma unroll
-        for (int i = 0; i < PER / 8; i++) all[i] = inputs(x, g, rows, n_in, s * SPAN + t * PER, i);
+        for (int i = 0; i < PER / 8; i++) all[i] = inputs(at + 8 * i, g < rows);
 #endif
         #pragma unroll
         for (int i = 0; i < PER / 8; i++) {
@@ -201,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
 #else
             #pragma unroll
             for (int m = 0; m < TILES; m++)
-                in[m] = inputs(x, m * 8 + g, rows, n_in, s * SPAN + t * PER, i);
+                in[m] = inputs(at + (u64)m * 8 * n_in + 8 * i, m * 8 + g < rows);
 #endif
             #pragma unroll
             for (int p = 0; p < PIECES; p++) {
@@ -233,9 +231,8 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
         for (int p = 0; p < PIECES; p++) {
             #pragma unroll
             for (int h = 0; h < 2; h++) {
-                u64 group = (u64)(n + p * 16 + h * 8) * steps + s;
-                float by = of_bfloat16(((const u16*)scale)[group]);
-                float plus = of_bfloat16(center[group]) - (MAGIC_VALUE + 8.f) * by;
+                float by = __uint_as_float(pair[p][h] << 16);
+                float plus = __uint_as_float(pair[p][h] & 0xFFFF0000u) - (MAGIC_VALUE + 8.f) * by;
                 #pragma unroll
                 for (int m = 0; m < TILES; m++) {
                     total[p][m][2 * h] += by * products[p][m][2 * h] + plus * sums[m][2 * h];
