@@ -1,4 +1,4 @@
-"""4-bit weights in tiles, in the order in which `skinny_gemm.cu` reads them, and out of them again."""
+"""4-bit weights in tiles, in the order in which `skinny_gemm.cu` reads them, and out of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def unpack_4bit(tiles: Tensor, pairs: Tensor, row_scale: Tensor | None) -> Tenso
         return _unpacked(tiles, pairs, row_scale).to(dtype)
     out = torch.empty(16 * blocks, 128 * groups, dtype=dtype, device=tiles.device)
     count = tiles.numel() // 16  # a thread takes 16 bytes
-    arguments = [tiles, pairs, pairs if row_scale is None else row_scale, out, groups, count]
+    units = pairs if row_scale is None else row_scale  # not read without FP8
+    arguments = (tiles, pairs, units, out, groups, count)
     kernel = _kernel(row_scale is not None, tiles.device.index)
     launch(kernel, -(-count // _THREADS), _THREADS, arguments)
     return out
