@@ -27,7 +27,8 @@ from safetensors import safe_open
 
 import plug
 from plug.checkpoints.directory import weight_shapes, write_configs
-from plug.checkpoints.weights import TensorSpec, WeightWriter, weight_files
+from plug.checkpoints.headers import weight_files
+from plug.checkpoints.weights import TensorSpec, WeightWriter
 from plug.loading import transfer
 from plug.loading.load import load
 from plug.model.configuration import PRESETS, PlugConfig

@@ -12,9 +12,6 @@ another, in the order seed, task (the long ones first), start. Each run is what 
 command in its line does; only its checkpoints are smaller. Lines are appended to
 FOLDER/results.jsonl; the same command run again does what is missing there (failed runs too).
 After --minutes whatever still runs is dropped. `experiments/results_page.py` makes tables of it.
-
-Where seqeval is not installed (it needs scikit-learn alone): pip install --no-deps --target DIR
-seqeval elsewhere, and PYTHONPATH=DIR here.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import BertTokenizer
 
 from plug.checkpoints.directory import find_model_directory
@@ -331,3 +333,46 @@ def test_no_text_has_no_ids(ours: PlugTokenizer, small_original: PlugTokenizer) 
 def test_ids_outside_the_vocabulary_are_no_text(ours: PlugTokenizer) -> None:
     """The word table has more rows than the vocabulary has pieces."""
     assert ours.decode([*ours.encode("好"), ours.vocab_size, ours.vocab_size + 100]) == "好"
+
+
+def test_threads_that_read_special_tokens_do_not_change_what_others_read(
+    tiny_tokenizer: PlugTokenizer,
+) -> None:
+    text = "今天[SEP]天气"
+    expected = {
+        allowed: tiny_tokenizer.encode(text, allow_special_tokens=allowed)
+        for allowed in (False, True)
+    }
+    assert expected[False] != expected[True]
+    wrong: list[list[int]] = []
+
+    def encode(allowed: bool) -> None:
+        for _ in range(400):
+            if (ids := tiny_tokenizer.encode(text, allow_special_tokens=allowed)) != expected[
+                allowed
+            ]:
+                wrong.append(ids)
+
+    threads = [threading.Thread(target=encode, args=(bool(n % 2),)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert wrong == []
+
+
+def test_a_file_that_says_to_cut_and_pad_is_read_without(
+    tiny_tokenizer: PlugTokenizer, tmp_path: Path
+) -> None:
+    tiny_tokenizer.save(tmp_path)
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+
+    loaded = PlugTokenizer.load(tmp_path)
+
+    for text in ("今", "我们去公园看花"):
+        assert loaded.encode(text) == tiny_tokenizer.encode(text)
+        assert loaded.encode(text, allow_special_tokens=True) == tiny_tokenizer.encode(text)

@@ -276,17 +276,16 @@ def add_files(directory: Path, last: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def plain_errors(target: Path) -> Iterator[None]:
+def plain_errors(
+    target: Path, advice: str = "原有内容没有改动；请检查磁盘空间和权限后重试"
+) -> Iterator[None]:
     """Turn an `OSError` of the block into a `PlugError` that names ``target``."""
     try:
         yield
     except BrokenPipeError:  # nobody reads what we print any more
         raise
     except OSError as error:
-        raise PlugError(
-            f"没能写入 {target}：{error.strerror or error}。原有内容没有改动；"
-            "请检查磁盘空间和权限后重试。"
-        ) from error
+        raise PlugError(f"没能写入 {target}：{error.strerror or error}。{advice}。") from error
 
 
 def sync(path: Path) -> None:

@@ -54,12 +54,24 @@ PRE_TOKENIZATION = (
 class PlugTokenizer:
     """Text <-> ids on the `tokenizers` library; special tokens typed by a user stay text.
 
+    Any number of threads may use one object: no call changes what another one sees.
+
     Attributes are named as in `transformers`: `vocab_size`, `pad_token_id`, `unk_token_id`,
     `cls_token_id`, `sep_token_id`, `mask_token_id`.
+
+    Args:
+        backend: becomes this object's own. It neither pads nor cuts from then on, whatever its file
+            says, and reads special tokens as text.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         self.backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        # The library keeps this mode in the object, for all threads. So it is set once, and a
+        # second object, made when it is first needed, reads special tokens as such.
+        backend.encode_special_tokens = True
+        self._reading_special: Tokenizer | None = None
         self.vocab_size = backend.get_vocab_size()
         self.is_original = isinstance(backend.model, models.WordPiece)
         self.pad_token_id = self._special_id("pad_token")
@@ -196,13 +208,19 @@ class PlugTokenizer:
         """`encode` of each text, on all cores."""
         for text in texts:
             _check_surrogates(text)
-        self.backend.encode_special_tokens = not allow_special_tokens
-        return [one.ids for one in self.backend.encode_batch(texts, add_special_tokens=False)]
+        backend = self._backend_reading_special() if allow_special_tokens else self.backend
+        return [one.ids for one in backend.encode_batch(texts, add_special_tokens=False)]
+
+    def _backend_reading_special(self) -> Tokenizer:
+        if self._reading_special is None:  # two threads may make it at once, both alike
+            backend = Tokenizer.from_str(self.backend.to_str())
+            backend.encode_special_tokens = False
+            self._reading_special = backend
+        return self._reading_special
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the characters [start, end) of ``text`` that it covers."""
         _check_surrogates(text)
-        self.backend.encode_special_tokens = True
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 

@@ -336,8 +336,8 @@ def _untie(state: Shard) -> None:
         (_edit(1, _set_nan), f"{FC2} 里有 NaN"),
         (_edit(1, _set_infinity), f"{NORM} 里有 NaN 或无穷大"),
         (_edit(1, _untie), "cls.predictions.decoder_weight"),
-        (_save({"module": Malicious()}), "mp_rank_01_model_states.pt：文件不完整"),
-        (_save({"module": {"a": 1}}), "没有 'module' 张量表"),
+        (_save({"module": Malicious()}), "mp_rank_01_model_states.pt 里存的是"),
+        (_save({"module": {"a": 1}}), "'a' 是 int 对象，不是张量"),
         (_save([1]), "没有 'module' 张量表"),
     ],
 )

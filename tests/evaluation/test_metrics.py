@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,8 @@ from plug.evaluation.metrics import (
     confusion_matrix,
     corpus_bleu,
     distinct,
+    entity_scores,
+    entity_spans,
     longest_common_run,
     longest_common_subsequence,
     rouge_l,
@@ -115,3 +118,44 @@ def test_answers_are_scored_as_by_cmrc2018(
 ) -> None:
     assert answer_exact_match(answers, prediction) == exact
     assert answer_f1(answers, prediction) == pytest.approx(f1)
+
+
+# --- entities --------------------------------------------------------------------------------
+
+ANSWERS = [["B-X", "I-X", "O", "B-Y"], ["O", "B-X", "B-X", "I-X"], ["B-Z", "O"]]
+PREDICTIONS = [["B-X", "I-X", "O", "B-X"], ["O", "B-X", "I-X", "I-X"], ["O", "O"]]
+
+
+def test_entities_begin_with_b_and_go_on_with_i_of_their_type() -> None:
+    tags = ["B-X", "I-X", "B-X", "I-Y", "O", "I-X", "B-Y"]
+    assert entity_spans(tags) == [("X", 0, 2), ("X", 2, 3), ("Y", 6, 7)]
+    assert entity_spans([]) == []
+
+
+def test_entity_scores_by_hand() -> None:
+    """Right: the first X alone. Wanted: X 3, Y 1, Z 1. Found: X 3."""
+    overall, by_kind = entity_scores(ANSWERS, PREDICTIONS)
+    assert overall == (1 / 3, 1 / 5, 2 / 8, 5)
+    assert by_kind == {
+        "X": (1 / 3, 1 / 3, 1 / 3, 3),
+        "Y": (0.0, 0.0, 0.0, 1),
+        "Z": (0.0, 0.0, 0.0, 1),
+    }
+    assert entity_scores([["O"]], [["O"]]) == ((0.0, 0.0, 0.0, 0), {})
+
+
+def test_entity_scores_are_those_of_seqeval() -> None:
+    seqeval = pytest.importorskip("seqeval.metrics")
+    from seqeval.scheme import IOB2
+
+    rng = random.Random(0)
+    tags = ["O", "B-X", "I-X", "B-Y", "I-Y"]
+    answers, predictions = (
+        [[rng.choice(tags) for _ in range(length)] for length in range(1, 60)] for _ in range(2)
+    )
+    report = seqeval.classification_report(
+        answers, predictions, output_dict=True, mode="strict", scheme=IOB2, zero_division=0
+    )
+    overall, by_kind = entity_scores(answers, predictions)
+    for name, score in (("micro avg", overall), *by_kind.items()):
+        assert list(report[name].values()) == pytest.approx(list(score))

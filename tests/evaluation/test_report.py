@@ -49,5 +49,5 @@ def test_cells_are_escaped_and_plots_drawn(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     evaluation = Evaluation(metrics={}, samples=Table("样例", (), []))
-    with pytest.raises(PlugError, match="没能把报告写入"):
+    with pytest.raises(PlugError, match="没能写入"):
         write_report(tmp_path / "file", "标题", "plug", {}, evaluation)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from plug.errors import PlugError, UsageError
-from plug.finetuning.readers import GenerationExample, LabellingExample, read_rows
+from plug.finetuning.readers import GenerationExample, LabellingExample
+from plug.finetuning.rows import read_rows
 from plug.finetuning.tasks import TASKS, find_task, read_examples
+from plug.textfiles import Notes
 
 SQUAD = {
     "version": "v1.0",
@@ -204,8 +206,198 @@ def test_a_split_is_never_guessed(tmp_path: Path) -> None:
         read("classification", Path("nothing"))
 
 
+# --- one certain reading, or a refusal ---------------------------------------------------------
+
+
+def test_quotation_marks_mean_nothing_in_tsv(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"很好用\t好评\n"真香"他说\t差评\n', encoding="utf-8")
+    rows = [(e.text_a, e.label) for e in read("classification", path)]
+    assert rows == [('"很好用', "好评"), ('"真香"他说', "差评")]
+
+
+def test_csv_follows_rfc_4180(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes('text,label\r\n"他说""好"",\r\n走了",1\r\n5寸"屏,0\r\n'.encode())
+    examples = read("classification", path)
+    assert [e.text_a for e in examples] == ['他说"好",\n走了', '5寸"屏']
+    assert [e.place for e in examples] == [f"{path} 第 2 行", f"{path} 第 4 行"]
+
+
+def test_a_header_in_the_middle_is_no_example(tmp_path: Path) -> None:
+    path, notes = tmp_path / "a.csv", Notes()
+    path.write_text("text,label\n好,1\n\ufefftext,label\n坏,0\n", encoding="utf-8")
+    examples = read_examples(find_task("classification"), path, answered=True, notes=notes)
+    assert [e.text_a for e in examples] == ["好", "坏"]
+    assert "跳过了重复的表头：1 处" in notes.lines()[1]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(1, "1"), (1.0, "1"), ("1", "1"), (True, "true"), (" 好 ", "好"), (-1, "-1")],
+)
+def test_labels_of_many_types(
+    label: object, expected: str, write_lines: Callable[..., Path]
+) -> None:
+    (example,) = read("classification", write_lines("a.jsonl", [{"text": "好", "label": label}]))
+    assert example.label == expected
+
+
+@pytest.mark.parametrize("label", [[], ["好"], {"a": 1}, float("nan"), float("inf"), 0.5, "\ud800"])
+def test_what_is_no_label(label: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "好", "label": label}))
+    with pytest.raises(PlugError, match=r"第 1 行(的标签应是文字或整数| 里有.*不是有限的数)"):
+        read("classification", tmp_path / "a.jsonl", False)
+
+
+def test_minus_is_a_label_but_of_pairs(write_lines: Callable[..., Path]) -> None:
+    rows = [{"text": "好", "label": "-"}, {"text": "坏", "label": "+"}]
+    assert [e.label for e in read("classification", write_lines("a.jsonl", rows))] == ["-", "+"]
+    pairs = [{"text_a": "好", "text_b": "坏", "label": "-"}]
+    with pytest.raises(UsageError, match="在 NLI 数据里这表示没有一致的标签"):
+        read("classification", write_lines("b.jsonl", pairs))
+    assert len(read("classification", write_lines("b.jsonl", pairs), False)) == 1
+
+
+def test_blank_tokens_and_marks_of_column_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "北\tB-LOC\n京\tI-LOC\n\u200b\n\ufeff上 B-LOC \r\n  O\n\u3000 O\n海 B-LOC\n",
+        encoding="utf-8",
+    )
+    first, second = read("people_daily_ner", path)
+    assert (first.tokens, first.tags) == (("北", "京"), ("B-LOC", "I-LOC"))
+    assert second.tokens == ("上", " ", "\u3000", "海")
+    assert second.tags == ("B-LOC", "O", "O", "B-LOC")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tokens": ["一"], "tags": [1]},
+        {"tokens": ["一"], "tags": "1"},
+        {"tokens": ["一"], "tags": [None, "O"]},
+        {"tokens": ["一"], "tags": {"a": 1}},
+        {"tokens": ["一", None], "tags": ["O", "O"]},
+        {"tokens": ["一", "二", "三"], "tags": ["O", "O"]},
+        {"tokens": 5, "tags": ["O"]},
+    ],
+)
+def test_what_are_no_tokens_and_tags(row: dict[str, Any], write_lines: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="第 1 行"):
+        read("labelling", write_lines("a.jsonl", [row]))
+
+
+@pytest.mark.parametrize("form", ["dataset", "parquet"])
+def test_names_of_a_class_label_stand_for_its_numbers(form: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.ClassLabel(names=["O", "B-X", "I-X"])
+    features = datasets.Features(
+        {"tokens": [datasets.Value("string")], "ner_tags": datasets.Sequence(kind), "label": kind}
+    )
+    rows = {
+        "tokens": [["李", "雷", "在"], ["山"]],
+        "ner_tags": [[1, 2, 0], [-1]],
+        "label": [2, -1],
+    }
+    path = tmp_path / "train-00000-of-00001.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    source = path if form == "parquet" else Path(f"{tmp_path}:train")
+
+    found = [row for _, row in read_rows(source)]
+    assert [row["label"] for row in found] == ["I-X", None]
+    examples = read("labelling", source, False)
+    assert [e.tags for e in examples] == [("B-X", "I-X", "O"), None]
+    with pytest.raises(UsageError, match="没有答案（tags）"):
+        read("labelling", source)
+
+
+def test_tables_are_not_left_to_datasets(write_lines: Callable[..., Path], tmp_path: Path) -> None:
+    write_lines("train.csv", [])
+    with pytest.raises(UsageError, match=r"是表格文件，请直接给出文件，如 .*train.csv"):
+        read("classification", Path(f"{tmp_path}:train"))
+
+
+def squad(context: str, *answers: object, **more: object) -> dict[str, Any]:
+    question = {"id": "Q", "question": "何处？", "answers": list(answers), **more}
+    return {"data": [{"paragraphs": [{"context": context, "qas": [question]}]}]}
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [(0, 0), (1, 0), (7, 6), (8, 9), (9, 9), (99, 9), ("6", 6), (6.0, 6), (None, None), (-1, None)],
+)
+def test_the_nearest_place_of_an_answer_counts(
+    start: object, expected: int | None, write_lines: Callable[..., Path]
+) -> None:
+    """花 stands at 0, 6 and 9."""
+    document = squad("花开了，好多花又是花", {"text": "花", "answer_start": start})
+    (example,) = read("reading", write_lines("a.json", [document]))
+    assert (example.start, example.answers) == (expected, ("花",))
+
+
+def test_an_answer_that_stands_midway_between_two_places_is_not_learnt(
+    write_lines: Callable[..., Path],
+) -> None:
+    notes = Notes()
+    document = squad("花花世界花花", {"text": "世", "answer_start": 1}, {"text": "x"})
+    document["data"] += squad("花山花", {"text": "花", "answer_start": 1})["data"]
+    document["data"][1]["paragraphs"][0]["qas"][0]["id"] = "R"
+    path = write_lines("a.json", [document])
+    first, second = read_examples(find_task("reading"), path, answered=True, notes=notes)
+    assert (first.start, second.start) == (2, None)
+    assert notes.lines() == [
+        f"答案的位置不对，改为最近的一处：1 处（如 {path} 的问题 Q）。",
+        f"答案的位置不对，前后两处一样近，不用来训练：1 处（如 {path} 的问题 R）。",
+    ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"text": "花", "answer_start": True},
+        {"text": "花", "answer_start": 1.5},
+        {"text": "花", "answer_start": "six"},
+        {"text": None, "answer_start": 0},
+        {"text": ["花"], "answer_start": 0},
+        {"text": "", "answer_start": 0},
+        "花",
+    ],
+)
+def test_what_is_no_answer(answer: object, write_lines: Callable[..., Path]) -> None:
+    with pytest.raises(PlugError, match="问题 Q"):
+        read("reading", write_lines("a.json", [squad("花开了", answer)]))
+
+
+def test_answers_as_datasets_writes_them(write_lines: Callable[..., Path]) -> None:
+    document = squad("花开了")
+    (question,) = document["data"][0]["paragraphs"][0]["qas"]
+    question["answers"] = {"text": [" 开了 "], "answer_start": [0]}
+    (example,) = read("reading", write_lines("a.json", [document]))
+    assert (example.answers, example.start) == (("开了",), 1)
+    question["is_impossible"] = True
+    with pytest.raises(UsageError, match="问题 Q没有答案"):
+        read("reading", write_lines("b.json", [document]))
+
+
+def test_two_questions_of_one_name_are_refused(write_lines: Callable[..., Path]) -> None:
+    document = squad("花开了", {"text": "花", "answer_start": 0})
+    document["data"] += squad("花落了", {"text": "花", "answer_start": 0})["data"]
+    with pytest.raises(UsageError, match="两个不同的问题都叫 Q"):
+        read("reading", write_lines("a.json", [document]))
+
+
+def test_a_column_file_is_converted_from_its_scheme(tmp_path: Path) -> None:
+    path, notes = tmp_path / "a.txt", Notes()
+    path.write_text("北 B-LOC\n京 E-LOC\n人 O\n\n我 S-PER\n", encoding="utf-8")
+    first, second = read_examples(find_task("people_daily_ner"), path, answered=True, notes=notes)
+    assert (first.tags, second.tags) == (("B-LOC", "I-LOC", "O"), ("B-PER",))
+    assert first.scheme == "BIOES"
+    assert notes.lines() == [f"BIOES 标签换成了 BIO：1 处（如 {path} 第 1 行起的句子）。"]
+
+
 BROKEN = [
-    ("tnews", "a.json", '{"sentence": "好", "label": "100"}\n{"sente', "第 2 行不是完整的 JSON"),
+    ("tnews", "a.json", '{"sentence": "好", "label": "100"}\n{"sente', "第 2 行 不是有效的 JSON"),
     ("tnews", "a.json", "[1]", "第 1 行应是一个 JSON 对象"),
     ("tnews", "a.json", '{"text": "好", "label": "100"}', "第 1 行没有“sentence”这一列"),
     ("tnews", "a.json", '{"sentence": "好"}', "第 1 行没有答案（label）"),
@@ -213,19 +405,36 @@ BROKEN = [
     ("tnews", "a.json", "", "只有 0 个例子"),
     ("tnews", "a.xlsx", "x", "不认识的格式"),
     ("classification", "a.csv", "text,label\n好,1,2\n", "第 2 行有 3 列"),
+    ("classification", "a.csv", 'text,label\n好,1\n"坏,0\n差,0\n', "第 3 行起的引号没有配对"),
+    ("classification", "a.csv", "text,label,text\n好,1,2\n", "表头里 .'text'.*出现了两次"),
+    ("classification", "a.csv", "text,label\n" + "长" * 200_000 + ",1\n", "2 行起.*larger"),
+    ("classification", "a.tsv", "text\tlabel\n好\n", "第 2 行有 1 列，表头却有 2 列"),
+    ("classification", "a.csv", "好,1\n坏,0\n", "第 2 行没有“text”"),
+    ("classification", "a.json", '{"text": "好", "text": "坏", "label": 1}', "有两个键 'text'"),
+    ("classification", "a.json", '{"text": "\\ud800", "label": 1}', "“text”应是文字"),
+    ("classification", "a.json", '{"text": "\\u200b", "label": 1}', "“text”应是文字"),
+    ("classification", "a.json", '{"a": ' + "[" * 99999, "嵌套太深"),
+    ("classification", "a.json", "[\n{}\n]", "若是数组，可用 jq"),
+    ("people_daily_ner", "a.txt", "中 O\n O\n", "第 2 行应是“字 标签”两列"),
+    ("people_daily_ner", "a.txt", "EU NNP B-NP B-ORG\n", "第 1 行应是“字 标签”两列"),
+    ("cluener2020", "a.json", '{"text": "甲", "label": {"x": {"丙": [[0, 0]]}}}', "不是 '丙'"),
+    ("kbqg", "a.txt", "<>\t甲\n", "第 1 行应是"),
+    ("kbqg", "a.txt", "<triple id=1>\t甲\n<triple id=2>\t乙\n", "<triple> 在一段里出现两次"),
+    ("generation", "a.json", '{"src_txt": "甲[SEP]", "tgt_txt": "乙"}', "有空的一段"),
+    ("generation", "a.json", '{"src_txt": "甲", "tgt_txt": ["乙"]}', "“tgt_txt”应是文字"),
     ("classification", "a.csv", "txt,label\n好,1\n", "第 2 行没有“text”.*“text_a”.*'txt'"),
     ("classification", "a.csv", "text_a,label\n好,1\n", "第 2 行没有“text_b”这一列"),
     ("labelling", "a.jsonl", '{"tokens": ["一", "二"], "tags": ["O"]}', "2 个 tokens.*1 个"),
     ("people_daily_ner", "a.txt", "中 O\n国\n", "第 2 行应是“字 标签”两列"),
     ("cluener2020", "a.json", '{"text": "甲", "label": {"x": {"甲乙": [[0, 1]]}}}', "超出了 1 个"),
-    ("cmrc2018", "a.json", '{"data": [', "第 1 行：不是完整的 JSON"),
+    ("cmrc2018", "a.json", '{"data": [', "a.json 不是有效的 JSON"),
     ("cmrc2018", "a.json", '{"data": [{}]}', "不是 SQuAD 格式"),
     ("kbqg", "a.txt", "你好\n====\n", "第 1 行应是“<question id=N>”"),
     (
         "cluewsc2020",
         "a.json",
         '{"text": "甲乙", "label": "true", "target": {"span1_text": "丙", "span1_index": 0}}',
-        "span1_index=0 处不是“丙”",
+        "span1_index=0 处不是 '丙'",
     ),
 ]  # fmt: skip
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plug.generation.sampling import Sampler, candidates, draw, penalize
+from plug.generation.sampling import (
+    NO_TOKEN,
+    Sampler,
+    candidates,
+    draw,
+    log_probabilities,
+    penalize,
+    penalize_frequency,
+)
 from plug.generation.settings import GenerationSettings
 
 END = 49
@@ -242,3 +250,127 @@ def test_repetition_is_penalized_by_default_only_where_plug_draws(
     options: dict[str, Any], penalty: float
 ) -> None:
     assert GenerationSettings(**options).penalty == penalty
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_min_p_keeps_what_transformers_keeps(min_p: float, temperature: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits()
+    theirs = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    theirs = transformers.TopKLogitsWarper(20)(None, theirs)
+    theirs = transformers.TopPLogitsWarper(0.95)(None, theirs)
+    theirs = transformers.MinPLogitsWarper(min_p)(None, theirs)
+
+    every = torch.full((3,), temperature), torch.full((3,), 20), torch.full((3,), 0.95)
+    kept = candidates(logits, *every, 20, torch.full((3,), min_p))
+
+    torch.testing.assert_close(as_distribution(*kept, vocab=50), theirs.softmax(-1))
+
+
+def test_presence_counts_once_and_frequency_each_time() -> None:
+    written = torch.tensor([[1, 2, 2, 3, 3], [0, 0, 0, 0, 0]])
+
+    penalized = penalize_frequency(
+        torch.zeros(2, 4),
+        written,
+        torch.tensor([4, 2]),
+        torch.tensor([0.5, -1.0]),
+        torch.tensor([0.25, 0.0]),
+    )
+
+    assert penalized.tolist() == [[0, -0.75, -1.0, -0.75], [1.0, 0, 0, 0]]
+
+
+@given(ids=st.lists(st.integers(0, 2), min_size=1, max_size=80), size=st.integers(1, 70))
+def test_step_by_step_the_same_ngrams_are_forbidden_as_at_once(ids: list[int], size: int) -> None:
+    settings = GenerationSettings(do_sample=False, no_repeat_ngram_size=size)
+    sampler = make_sampler([settings], [0], 100, vocab=3)
+    for step, token_id in enumerate(ids):  # across the widths that a plan rounds up to
+        one = torch.ones(1, dtype=torch.bool)
+        sampler.record(torch.tensor([token_id]), one, sampler.plan([step]))
+
+    chosen = sampler.choose(torch.zeros(1, 3), sampler.plan([len(ids)])).item()
+
+    allowed = penalize(
+        torch.zeros(1, 3), torch.tensor([ids]), torch.tensor([len(ids)]), torch.ones(1),
+        torch.tensor([size]), size,
+    )  # fmt: skip
+    possible = [token_id for token_id in range(3) if allowed[0, token_id] == 0]
+    assert chosen == (possible[0] if possible else NO_TOKEN)
+
+
+def test_a_bias_is_added_first_and_is_the_row_s_own() -> None:
+    logits = torch.zeros(2, 50)
+    logits[:, 7], logits[:, 9] = 2, 1
+    sampler = make_sampler([GREEDY, GREEDY], [0, 0], 2)
+
+    for bias, forbidden, expected in (({4: 50}, [4], 7), ({7: -100, 3: 1.5}, [], 3)):
+        settings = GenerationSettings(do_sample=False, logit_bias=bias)
+        sampler.join(0, settings, 0, forbidden=forbidden, steps=2)
+        assert choices(sampler, logits, 1) == [[expected], [7]]
+
+
+def test_the_end_does_not_come_where_it_is_to_be_ignored() -> None:
+    logits = torch.zeros(1, 50)
+    logits[:, END], logits[:, 8] = 3, 2
+
+    sampler = make_sampler([GenerationSettings(do_sample=False, ignore_eos=True)], [0], 4)
+
+    assert choices(sampler, logits, 4) == [[8, 8, 8, 8]]
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {}, {"top_k": 0, "top_p": 0.5}])
+def test_a_row_that_nothing_can_follow_gets_no_token_and_the_others_theirs(
+    options: dict[str, Any],
+) -> None:
+    logits = random_logits(4)
+    settings = GenerationSettings(**options)
+    expected = choices(make_sampler([settings], [3], 5), logits[1:2], 1)[0]
+    sampler = make_sampler([settings] * 4, [3] * 4, 5)
+    sampler.join(0, settings, 3, forbidden=range(50), steps=5)
+    sampler.refill(0, 5)
+    logits[2] = float("-inf")
+    logits[3, 5] = float("nan")
+
+    [nothing, own, empty, broken] = choices(sampler, logits, 1)
+
+    assert [nothing, empty, broken] == [[NO_TOKEN]] * 3
+    assert own == expected
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 5e-324, 1e-12])
+def test_the_smallest_top_p_keeps_the_likeliest(top_p: float) -> None:
+    logits = random_logits()
+    sampler = make_sampler([GenerationSettings(top_p=top_p)] * 3, [0, 1, 2], 3)
+
+    assert choices(sampler, logits, 1) == [[each] for each in logits.argmax(-1).tolist()]
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 0.01, "repetition_penalty": 100},
+        {"temperature": 100, "top_k": 2**31 - 1, "repetition_penalty": 0.01},
+        {"presence_penalty": 2, "frequency_penalty": -2, "no_repeat_ngram_size": 100_000},
+        {"min_p": 1.0, "top_p": 1e-300, "logit_bias": {5: 100, 6: -100}},
+    ],
+)
+def test_extreme_settings_still_choose_tokens(extreme: dict[str, Any]) -> None:
+    sampler = make_sampler([GenerationSettings(**extreme)], [0], 60)
+
+    [chosen] = choices(sampler, random_logits(1) * 30, 60)
+
+    assert all(0 <= token_id < 50 for token_id in chosen)
+
+
+def test_log_probabilities_are_those_of_the_model_the_chosen_first() -> None:
+    logits = random_logits()
+    every = logits.log_softmax(-1)
+
+    found = log_probabilities(logits, torch.tensor([4, 5, NO_TOKEN]), 3)
+
+    assert found.ids[:2, 0].tolist() == [4, 5]
+    assert torch.equal(found.ids[:, 1:], logits.topk(3).indices)
+    torch.testing.assert_close(found.values[:2], every.gather(1, found.ids)[:2])
+    assert log_probabilities(logits, torch.tensor([4, 5, 6]), 0).values.shape == (3, 1)

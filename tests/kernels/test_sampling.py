@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.generation.sampling import candidates, draw
+from plug.generation.sampling import NO_TOKEN, candidates, draw
 from plug.kernels.sampling import draw_of_likeliest, keep
 
 
@@ -23,15 +23,19 @@ def test_it_draws_what_pytorch_draws(
     top_k = torch.randint(1, count + 1, (rows,), generator=generator)
     top_k[1] = count  # and its draw, below, is the last of what is left
     top_p = torch.rand(rows, generator=generator).round(decimals=1).clamp_min(0.5)
+    min_p = torch.tensor([0.0, 0.3]).repeat(rows)[:rows]
     uniforms = torch.rand(rows, draws, generator=generator)
     uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])[:, None]
     following = torch.randint(0, draws, (rows,), generator=generator)
     mine = uniforms.gather(1, following[:, None])[:, 0]
-    expected = draw(*candidates(logits, temperature, top_k, top_p, count), mine)
+    expected = draw(*candidates(logits, temperature, top_k, top_p, count, min_p), mine)
 
     for counts in (None, torch.rand(rows, generator=generator) < 0.5):
         after = following.clone()
-        got = draw_of_likeliest(logits, temperature, top_k, top_p, count, uniforms, after, counts)
+        got = draw_of_likeliest(
+            logits, temperature, top_k, top_p, count, uniforms, after, counts,
+            min_p=min_p, no_token=NO_TOKEN,
+        )  # fmt: skip
 
         assert torch.equal(got, expected)
         assert torch.equal(after, (following + (1 if counts is None else counts)).clamp(max=2))
@@ -46,25 +50,46 @@ def test_of_equal_logits_the_smaller_ids_are_likelier() -> None:
     following = torch.zeros(1, dtype=torch.long)
 
     found = [
-        draw_of_likeliest(logits, ones, three, ones, 3, uniforms, following).item()
+        draw_of_likeliest(
+            logits, ones, three, ones, 3, uniforms, following,
+            min_p=torch.zeros(1), no_token=NO_TOKEN,
+        ).item()
         for _ in range(3)
-    ]
+    ]  # fmt: skip
 
     assert found == [0, 1, 2]
 
 
-@pytest.mark.parametrize("counts", [None, [True, True, False, True, True]])
+@pytest.mark.parametrize("most", [1, 20])
+@torch.inference_mode()
+def test_where_nothing_can_be_chosen_no_token_comes_out(most: int) -> None:
+    logits = torch.zeros(3, 1100)
+    logits[0] = float("-inf")
+    logits[1, 1050] = float("nan")
+    logits[2, 7] = 9.0
+    ones, kept = torch.ones(3), torch.full((3,), most)
+    following = torch.zeros(3, dtype=torch.long)
+
+    found = draw_of_likeliest(
+        logits, ones, kept, ones * 0.5, most, torch.zeros(3, 2), following,
+        min_p=torch.zeros(3), no_token=NO_TOKEN,
+    )  # fmt: skip
+
+    assert found.tolist() == [NO_TOKEN, NO_TOKEN, 7]
+
+
+@pytest.mark.parametrize("counts", [None, [True, True, False, True, True, True]])
 @torch.inference_mode()
 def test_what_is_kept_is_fed_next(counts: list[bool] | None) -> None:
-    chosen = torch.tensor([7, 3, 8, 12, 9])  # 3 ends, 10 and above are padding
-    tokens = torch.tensor([20, 21, 22, 23, 24])
-    positions = torch.tensor([0, 1, 2, 3, 5])
+    chosen = torch.tensor([7, 3, 8, 12, 9, NO_TOKEN])  # 3 ends, 10 and above are padding
+    tokens = torch.tensor([20, 21, 22, 23, 24, 25])
+    positions = torch.tensor([0, 1, 2, 3, 5, 4])
     counted = None if counts is None else torch.tensor(counts)
 
     shown, kept = keep(chosen, counted, tokens, positions, end=3, num_emitted=10, unknown=1, last=5)
 
     third = counts is None
-    assert shown.tolist() == [7, 3, 8, 1, 9]
-    assert kept.tolist() == [True, False, third, True, True]
-    assert tokens.tolist() == [7, 21, 8 if third else 22, 1, 9]
-    assert positions.tolist() == [1, 1, 3 if third else 2, 4, 5]
+    assert shown.tolist() == [7, 3, 8, 1, 9, NO_TOKEN]
+    assert kept.tolist() == [True, False, third, True, True, False]
+    assert tokens.tolist() == [7, 21, 8 if third else 22, 1, 9, 25]
+    assert positions.tolist() == [1, 1, 3 if third else 2, 4, 5, 4]

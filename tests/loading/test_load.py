@@ -14,6 +14,7 @@ from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
+from plug.quantization.convert import quantize_directory
 
 Contents = Callable[[Path], dict[str, bytes]]
 SameBits = Callable[[Plug, Plug], None]
@@ -189,7 +190,7 @@ def _write(path: Path, text: str) -> None:
         (_overwrite(0, b"\xff" * 8), "已损坏"),  # the header's length
         (_overwrite(8, b"garbage!"), "已损坏"),  # the header
         (_truncate, "已损坏"),
-        (_index("{"), "索引"),
+        (_index("{"), "index.json 不是有效的 JSON"),
         (_index('{"weight_map": []}'), "索引"),
         (_index('{"weight_map": {"a": "b.safetensors"}}'), "缺少权重文件 b.safetensors"),
         (_rewrite(lambda x: x.pop("mlm_head.bias")), "缺少 1 个张量：mlm_head.bias"),
@@ -212,3 +213,66 @@ def test_damaged_weights_are_one_clear_failure(
 
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_no_numbers_are_refused_by_name(
+    value: float, dtype: torch.dtype, tiny_model: Plug, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        tiny_model.get_parameter("encoder.layers.1.feed_forward.fc1.weight")[-1, -1] = value
+    save(tiny_model, tmp_path / "model", tokenizer=None, dtype=dtype)
+
+    for options in ({}, {"dtype": torch.bfloat16}, {"device_map": {"encoder.layers.2": "cpu"}}):
+        with pytest.raises(PlugError, match=r"NaN 或无穷大：encoder\.layers\.1\.feed_forward\.fc1"):
+            load(tmp_path / "model", **options)
+
+
+@torch.inference_mode()
+def test_a_streamed_layer_is_checked_when_it_arrives(tiny_model: Plug, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tiny_model.get_parameter("encoder.layers.1.attention.q_proj.bias")[0] = float("nan")
+    save(tiny_model, tmp_path / "model", tokenizer=None)
+    model = load(tmp_path / "model", device_map={"encoder.layers.1": "cpu"})
+
+    with pytest.raises(PlugError, match=r"encoder\.layers\.1\.attention\.q_proj\.bias"):
+        model.encode(torch.tensor([[2, 9, 3]]))
+
+
+@pytest.mark.parametrize(("bits", "part"), [(8, "scale"), (4, "scale"), (4, "center")])
+def test_a_scale_that_is_no_number_is_refused(
+    bits: int, part: str, config: PlugConfig, tmp_path: Path
+) -> None:
+    wide = dataclasses.replace(config, hidden_size=128, intermediate_size=128)
+    save(Plug(wide), tmp_path / "model", tokenizer=None)
+    quantize_directory(tmp_path / "model", tmp_path / "quantized", bits=bits)
+    name = f"decoder.layers.0.feed_forward.fc2.{part}"
+    tensors = safetensors.torch.load_file(tmp_path / "quantized" / "model.safetensors")
+    tensors[name].view(-1)[-1] = float("nan")
+    safetensors.torch.save_file(tensors, tmp_path / "quantized" / "model.safetensors")
+
+    with pytest.raises(PlugError, match=name):
+        load(tmp_path / "quantized")
+
+
+def test_values_beyond_float16_are_refused_not_made_infinite(
+    tiny_model: Plug, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        tiny_model.mlm_head.bias[3] = 1e5
+    save(tiny_model, tmp_path / "model", tokenizer=None)
+
+    load(tmp_path / "model", dtype=torch.bfloat16)
+    with pytest.raises(PlugError, match=r"mlm_head\.bias.*dtype"):
+        load(tmp_path / "model", dtype=torch.float16)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_values_that_are_no_numbers_are_refused(tiny_model: Plug, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tiny_model.mlm_head.bias[3] = float("nan")
+    save(tiny_model, tmp_path / "model", tokenizer=None, dtype=torch.bfloat16)
+
+    with pytest.raises(PlugError, match=r"mlm_head\.bias"):
+        load(tmp_path / "model", device="cuda")

@@ -7,7 +7,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from plug.checkpoints.weights import Place, locate_weights
+from plug.checkpoints.headers import locate_weights
+from plug.checkpoints.weights import Place
 from plug.errors import PlugError
 from plug.loading.transfer import Part, Transfer
 

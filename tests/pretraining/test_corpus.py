@@ -89,7 +89,12 @@ def test_binary_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "byte"), [("latin-1", "0xe9"), ("gb18030", "0xd6"), ("utf-16", "二进制")]
+    ("encoding", "byte"),
+    [
+        ("latin-1", "0xe9"),
+        ("gb18030", "0xd6"),
+        ("utf-16", "是 UTF-16 文本。.*iconv -f UTF-16 -t UTF-8"),
+    ],
 )
 def test_text_in_another_encoding(encoding: str, byte: str, tmp_path: Path) -> None:
     text = "plain\ncaf\u00e9\n" if encoding == "latin-1" else "plain\n中文\n"
@@ -97,6 +102,8 @@ def test_text_in_another_encoding(encoding: str, byte: str, tmp_path: Path) -> N
         documents(tmp_path / "a.txt", text.encode(encoding))
     if byte.startswith("0x"):
         assert "第 2 行不是 UTF-8" in str(caught.value)
+    if encoding == "gb18030":
+        assert f"iconv -f GB18030 -t UTF-8 {tmp_path}/a.txt > utf8-a.txt" in str(caught.value)
 
 
 @pytest.mark.parametrize(

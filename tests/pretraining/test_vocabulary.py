@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from plug.errors import UsageError
-from plug.pretraining.vocabulary import ALWAYS_PRESENT, sample_documents, train
+from plug.pretraining.vocabulary import ALWAYS_PRESENT, frequent_characters, sample_documents, train
 from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS
 
 
@@ -43,3 +46,28 @@ def test_each_domain_gives_its_share_from_every_file(tmp_path: Path) -> None:
     drawn = "".join(sample_documents(sorted(tmp_path.iterdir()), 200))
     assert drawn.count("甲") == drawn.count("乙") == 100
     assert drawn.count("丙") == 200
+
+
+TRAIN = """
+import random, sys
+from plug.pretraining.vocabulary import train
+rng = random.Random(0)
+characters = [chr(0x4E00 + index) for index in range(400)]  # nearly all equally frequent
+texts = ["".join(rng.choices(characters, k=200)) + "。" for _ in range(40)]
+sys.stdout.write(train(texts, 700, 150).backend.to_str())
+"""
+
+
+def test_two_runs_give_the_same_bytes() -> None:
+    outputs = set()
+    for seed in ("1", "2", "3"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
+        command = [sys.executable, "-c", TRAIN]
+        ran = subprocess.run(command, capture_output=True, env=environment, check=True)
+        outputs.add(ran.stdout)
+    assert len(outputs) == 1
+
+
+def test_of_characters_equally_frequent_the_first_by_code_point_are_taken() -> None:
+    found = frequent_characters(["丙丙乙甲丁"], len(ALWAYS_PRESENT) + 3)
+    assert set(found) - set(ALWAYS_PRESENT) == {"丙", "丁", "乙"}

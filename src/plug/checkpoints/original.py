@@ -23,6 +23,7 @@ from plug.checkpoints.directory import (
     refuse_quantized,
     write_configs,
 )
+from plug.checkpoints.headers import locate_weights
 from plug.checkpoints.original_shards import (
     SHARD_FILE,
     check_shards,
@@ -32,12 +33,7 @@ from plug.checkpoints.original_shards import (
     open_shard,
     write_shard,
 )
-from plug.checkpoints.weights import (
-    Region,
-    TensorSpec,
-    WeightWriter,
-    locate_weights,
-)
+from plug.checkpoints.weights import Region, TensorSpec, WeightWriter, shorten
 from plug.errors import PlugError, UsageError
 from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.model.configuration import PlugConfig
@@ -68,6 +64,8 @@ class OriginalReader:
             "导入的模型照做，结果才与原版相同。"
         )
         self.notes.append(f"已略去 {layout.POOLER}.*：原版从不读取它。")
+        if foreign := sorted({name for path in self.shards for name in open_shard(path).foreign}):
+            self.notes.append(f"已略去分片里张量以外的对象：{shorten(foreign)}。")
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of each of our tensors."""
@@ -79,7 +77,7 @@ class OriginalReader:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each of our tensors, whole, put together from all shards (mapped, not read, at once)."""
-        states = [open_shard(path)[0] for path in self.shards]
+        states = [open_shard(path).tensors for path in self.shards]
         for path, state in zip(self.shards, states, strict=True):
             check_tied_table(path, state)
         for name, entry in self.table.items():
@@ -141,7 +139,7 @@ def write_imported(
     differing: set[str] = set()
     with WeightWriter(directory, specs) as writer:
         for rank, path in enumerate(original.shards):
-            state = open_shard(path)[0]
+            state = open_shard(path).tensors
             check_tied_table(path, state)
             for name, entry in table.items():
                 tensor = state[name]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plug.checkpoints import original_layout as layout
+from plug.checkpoints.torch_files import Foreign, read_torch_file
 from plug.checkpoints.weights import DTYPES, check_names_and_shapes, save_pickle
 from plug.errors import PlugError, UsageError
+from plug.jsonfiles import shown
 from plug.model.configuration import PlugConfig
 
 SHARD_FILE = "mp_rank_{:02d}_model_states.pt"
+MAX_SHARDS = 4096
 
 
 def find_shards(source: Path) -> list[Path]:
@@ -32,7 +34,7 @@ def find_shards(source: Path) -> list[Path]:
             f"{source} 里没有 model/mp_rank_NN_model_states.pt，不是原版 PLUG 的目录。"
             "若要把本项目的模型写成原版格式，请加 --to-original N。"
         )
-    world_size = open_shard(found[min(found)])[1] or max(found) + 1
+    world_size = open_shard(found[min(found)]).world_size or max(found) + 1
     missing = [SHARD_FILE.format(rank) for rank in range(world_size) if rank not in found]
     if missing:
         raise PlugError(
@@ -45,24 +47,39 @@ def find_shards(source: Path) -> list[Path]:
     return [found[rank] for rank in range(world_size)]
 
 
-def open_shard(path: Path) -> tuple[dict[str, Tensor], int | None]:
-    """A shard's tensors, mapped from the file, and the number of shards it says there are."""
-    try:
-        # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        payload = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).split("\n")[0][:160]
+class Shard(NamedTuple):
+    """What a shard file holds."""
+
+    tensors: dict[str, Tensor]  # mapped from the file
+    world_size: int | None  # the number of shards that it says there are
+    foreign: list[str]  # names of objects beside the tensors, which were not loaded
+
+
+def open_shard(path: Path) -> Shard:
+    """Read a shard, whatever its trainer saved beside the tensors.
+
+    Raises:
+        PlugError: the file is damaged, or `module` is not a table of tensors alone.
+    """
+    payload, foreign = read_torch_file(path, "module")
+    state = payload.get("module") if isinstance(payload, dict) else payload
+    if isinstance(state, Foreign):
         raise PlugError(
-            f"读不了分片 {path}：文件不完整、已损坏，或含有张量以外的内容"
-            f"（{type(error).__name__}：{reason}）。请重新取得它。"
-        ) from None
-    state = payload.get("module") if isinstance(payload, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+            f"分片 {path} 里存的是 {state.origin} 对象，不是 'module' 张量表。文件没有损坏："
+            "请在保存它的程序里改存 state_dict()。"
+        )
+    if not isinstance(state, dict):
         raise PlugError(f"分片 {path} 里没有 'module' 张量表，不是原版 PLUG 的权重。")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = value.origin if isinstance(value, Foreign) else type(value).__name__
+            raise PlugError(
+                f"分片 {path} 的 'module' 里，{shown(name)} 是 {kind} 对象，不是张量。"
+                "文件没有损坏，其余张量是完整的：请在保存它的程序里只留下张量，再保存一次。"
+            )
     world_size = payload.get("mp_world_size")
-    return state, world_size if world_size in range(1, 4097) else None
+    is_count = type(world_size) is int and 1 <= world_size <= MAX_SHARDS
+    return Shard(state, world_size if is_count else None, foreign)
 
 
 def check_shards(
@@ -71,7 +88,7 @@ def check_shards(
     """Check names, shapes and dtypes of every shard; the dtype of each tensor."""
     dtypes: dict[str, torch.dtype] = {}
     for path in shards:
-        state = open_shard(path)[0]
+        state = open_shard(path).tensors
         expected = {name: entry.shard_shape(len(shards)) for name, entry in table.items()}
         optional = {
             f"{layout.POOLER}.weight": (config.hidden_size, config.hidden_size),

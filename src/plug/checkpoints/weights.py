@@ -9,12 +9,13 @@ The layout is the one `transformers` uses: `model.safetensors`, or numbered file
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import IO, NamedTuple
@@ -37,7 +38,9 @@ _CODES = {
     torch.int8: "I8",  # of quantised layers
     torch.uint8: "U8",
 }
-_DTYPES_BY_CODE = {code: dtype for dtype, code in _CODES.items()}
+DTYPES_BY_CODE = {code: dtype for dtype, code in _CODES.items()}
+
+_WRITING_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "I/O error")
 
 Region = tuple[slice, ...] | EllipsisType
 
@@ -169,81 +172,60 @@ class WeightWriter:
 
 
 def map_tensors(places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor, in its saved dtype; ``places`` are from `locate_weights`.
+    """Yield each tensor in its saved dtype; ``places`` are from `plug.checkpoints.headers`.
 
     A private view of the mapped file: no copy, and what is written into it stays out of the file.
     One file is open at a time.
+
+    Raises:
+        PlugError: a file is not what it was when its header was read.
     """
     names_by_file: dict[Path, list[str]] = {}
     for name, place in places.items():
         names_by_file.setdefault(place.file, []).append(name)
     for file, names in names_by_file.items():
-        with safe_open(file, framework="pt") as opened:
+        try:
+            opened = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise damaged(file, str(error)) from None
+        with opened:
             for name in names:
                 yield name, opened.get_tensor(name)
 
 
-def locate_weights(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """Where each tensor of a model directory lies, and what it is; from the headers alone.
+def damaged(file: Path, reason: str) -> PlugError:
+    """Return the error that says what is wrong with a safetensors file."""
+    return PlugError(f"{file} 已损坏或不是 safetensors 文件（{reason}）。请重新取得模型。")
+
+
+def finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass named tensors on, of any device; after the last, refuse those that are no numbers.
+
+    The least and the largest value of each tensor tell: both are NaN where a value is. That reads
+    a tensor once, and waits for a device once for all.
 
     Raises:
-        PlugError: a file is missing or damaged, or names or shapes differ from ``expected``.
+        PlugError: values are NaN or infinite; it names the tensors.
     """
-    found: dict[str, Place] = {}
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt"):  # checks the header, and the file's size by it
-                pass
-            found |= _places(file)
-        except (SafetensorError, OSError) as error:
-            raise PlugError(
-                f"{file} 已损坏或不是 safetensors 文件（{error}）。请重新取得模型。"
-            ) from None
-        except KeyError as error:
-            raise PlugError(
-                f"{file} 里有 {error.args[0]} 类型的张量，只支持 {'、'.join(DTYPES)}。"
-            ) from None
-    shapes = {name: place.spec.shape for name, place in found.items()}
-    check_names_and_shapes(directory, shapes, expected)
-    return found
-
-
-def _places(file: Path) -> dict[str, Place]:
-    """From a header that was checked."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: Place(
-            file,
-            8 + length + entry["data_offsets"][0],
-            TensorSpec(_DTYPES_BY_CODE[entry["dtype"]], tuple(entry["shape"])),
+    names, extremes = [], []
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            names.append(name)
+            extremes.append(torch.stack(torch.aminmax(tensor.detach())).float())
+        yield name, tensor
+    if not extremes:
+        return
+    is_finite = torch.stack(extremes).isfinite().all(1).tolist()
+    if wrong := [name for name, good in zip(names, is_finite, strict=True) if not good]:
+        raise PlugError(
+            f"{source} 里有 NaN 或无穷大：{shorten(wrong)}。权重已损坏，或超出了所用精度的范围。"
+            "请重新取得模型，或换一种 dtype。"
         )
-        for name, entry in header.items()
-    }
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, in order.
-
-    Raises:
-        PlugError: there are none, one named by the index is missing, or the index is no index.
-    """
-    index_path = directory / INDEX_FILE
-    if not index_path.is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise PlugError(f"{directory} 里没有权重文件 {SINGLE_FILE}。请检查模型是否完整。")
-        return [directory / SINGLE_FILE]
-    try:
-        index = json.loads(index_path.read_text(encoding="utf-8"))
-        names = sorted({Path(name).name for name in index["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise PlugError(f"{index_path} 不是有效的权重索引。请重新取得模型。") from None
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise PlugError(f"{directory} 缺少权重文件 {'、'.join(missing)}。请重新取得模型。")
-    return [directory / name for name in names]
+def check_finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise as `finite` does."""
+    collections.deque(finite(source, tensors), maxlen=0)
 
 
 def check_names_and_shapes(
@@ -256,14 +238,14 @@ def check_names_and_shapes(
         ("多出", sorted(found.keys() - expected.keys())),
     ):
         if names:
-            problems.append(f"{title} {len(names)} 个张量：{_shorten(names)}")
+            problems.append(f"{title} {len(names)} 个张量：{shorten(names)}")
     wrong = [
         f"{name} 是 {list(found[name])}，应为 {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     if wrong:
-        problems.append(f"{len(wrong)} 个张量形状不对：{_shorten(wrong)}")
+        problems.append(f"{len(wrong)} 个张量形状不对：{shorten(wrong)}")
     if problems:
         raise PlugError(
             f"{source} 的权重与配置不符：{'；'.join(problems)}。请检查 config.json 与权重是否配套。"
@@ -272,11 +254,20 @@ def check_names_and_shapes(
 
 def save_pickle(payload: object, path: Path) -> None:
     """Write as `torch.save` does. A write that fails is an OSError; torch raises a RuntimeError."""
-    with new_file(path, "wb") as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            raise OSError(None, str(error).split("\n")[0]) from error
+    with new_file(path, "wb") as file, writing_errors():
+        torch.save(payload, file)
+
+
+@contextlib.contextmanager
+def writing_errors() -> Iterator[None]:
+    """Raise an OSError where torch or safetensors say in their own way that they cannot write."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if not any(word in text for word in _WRITING_ERRORS):
+            raise
+        raise OSError(None, text.split("\n")[0]) from error
 
 
 def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
@@ -296,5 +287,7 @@ def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, l
     }
 
 
-def _shorten(items: list[str]) -> str:
+def shorten(items: list[str]) -> str:
+    """Return what a message shows of a list: at most 5 of it, none of them long."""
+    items = [item if len(item) <= 200 else f"{item[:200]}……" for item in items]
     return "、".join(items[:5]) + ("……" if len(items) > 5 else "")

@@ -30,12 +30,19 @@ def embed(
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
-    from plug.pretraining.corpus import read_lines
+    from plug.textfiles import read_lines, trim
     from plug.understanding.embed import embed as run
 
     texts = text or []
     if file is not None:
-        texts = [line for _, line in read_lines(file) if line]
+        texts = [line for _, line in read_lines(file)]
+        while texts and not trim(texts[-1]):
+            texts.pop()
+        for number, line in enumerate(texts, start=1):
+            if not trim(line):
+                raise UsageError(
+                    f"{file} 第 {number} 行是空的，没有向量。请删去空行，使行与向量对应。"
+                )
     vectors = run(texts, batch_size=batch_size, model=model, device=device).numpy()
     if output is not None:
         import numpy as np

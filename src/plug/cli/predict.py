@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +37,7 @@ def predict(
         raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
     from plug.cli.progress import counter
-    from plug.finetuning.predict import Predictor, write_predictions
+    from plug.finetuning.predict import Predictor, prediction_line, write_predictions
 
     predictor = Predictor(model, device, num_beams)
     if text:
@@ -53,4 +52,4 @@ def predict(
         print(f"已写入 {output}：{len(examples)} 例。")
         return
     for example, prediction in zip(examples, predictions, strict=True):
-        print(json.dumps(predictor.kind.record(example, prediction), ensure_ascii=False))
+        print(prediction_line(predictor.kind, example, prediction))

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plug.errors import PlugError
+from plug.files import add_files, plain_errors, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,22 +71,21 @@ def write_report(
     metrics = Table("结果", ("指标", "值"), list(evaluation.metrics.items()))
     circumstances = Table("条件", ("项", "值"), [(key, str(value)) for key, value in facts.items()])
     tables = [metrics, *evaluation.tables, evaluation.samples, circumstances]
-    try:
+    with plain_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         plots = evaluation.plots if find_spec("matplotlib") else []
         if len(plots) < len(evaluation.plots):
             logger.warning('报告里没有图：请安装 pip install "plug-zh[train]"。')
-        for plot in plots:
-            _save_plot(plot, directory / f"{plot.name}.png")
         files = {
             "report.md": _markdown(title, command, tables, plots),
             "report.html": _html(title, command, tables, plots),
             "metrics.json": json.dumps(evaluation.metrics, ensure_ascii=False, indent=2) + "\n",
         }
-        for name, content in files.items():
-            (directory / name).write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise PlugError(f"没能把报告写入 {directory}：{error.strerror or error}。") from error
+        with add_files(directory, last="report.md") as new:
+            for plot in plots:
+                _save_plot(plot, new / f"{plot.name}.png")
+            for name, content in files.items():
+                write_text(new / name, content)
 
 
 def _shown(cell: Cell) -> str:

@@ -23,6 +23,7 @@ from plug.finetuning.kind import (
     run_batches,
 )
 from plug.finetuning.readers import ClassificationExample
+from plug.jsonfiles import shown
 
 MATRIX_LABELS = 20  # a confusion matrix of more labels is a picture only
 
@@ -43,7 +44,8 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
         for example in examples:
             if example.label not in self.label_ids:
                 raise UsageError(
-                    f"{example.place}的标签 {example.label!r} 不在标签表里：{_few(self.labels)}。"
+                    f"{example.place}的标签 {shown(example.label)} 不在标签表里："
+                    f"{_few(self.labels)}。"
                 )
 
     def features(self, examples: Sequence[ClassificationExample]) -> list[Features]:
@@ -184,4 +186,6 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
 
 
 def _few(labels: list[str]) -> str:
-    return "、".join(labels[:20]) + (f" 等 {len(labels)} 个" if len(labels) > 20 else "")
+    return shown("、".join(labels[:20]))[1:-1] + (
+        f" 等 {len(labels)} 个" if len(labels) > 20 else ""
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plug import hf as classes
+from plug.checkpoints.headers import read_places
 from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Evaluation
 from plug.finetuning.tasks import KindName
@@ -103,13 +104,14 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         """The model of a directory in float32, with a head for this kind's labels.
 
         Raises:
-            PlugError: the weights do not fit, or miss more than the head.
+            PlugError: the weights are damaged or do not fit, or miss more than the head.
         """
         from transformers import logging
 
         logging.set_verbosity_error()  # its notes on heads that are new
         logging.disable_progress_bar()
         cls = getattr(classes, self.model_class)
+        read_places(directory)  # what transformers would say of a damaged file is no sentence
         head: dict[str, Any] = {}
         if self.labels:
             head = {"id2label": dict(enumerate(self.labels)), "label2id": self.label_ids}

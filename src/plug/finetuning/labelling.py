@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from plug.errors import UsageError
+from plug.evaluation.metrics import entity_scores, entity_spans
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
 from plug.finetuning.readers import OUTSIDE, LabellingExample
 from plug.hf import IGNORE_INDEX
+from plug.jsonfiles import shown
+from plug.textfiles import trim
 
 Tags = tuple[str, ...]
 
@@ -21,7 +24,8 @@ Tags = tuple[str, ...]
 class Labelling(Kind[LabellingExample, Tags]):
     """Each token is encoded by itself, and its first piece carries its tag.
 
-    Predictions are the likeliest tags that spell entities (`best_paths`).
+    Predictions are the likeliest tags that spell entities (`best_paths`). Blanks at the ends of a
+    text are outside: the model does not read them.
 
     A sentence longer than ``source_length`` is read in several windows, one after another.
     """
@@ -36,7 +40,9 @@ class Labelling(Kind[LabellingExample, Tags]):
                     f"{example.place}有 {len(example.tokens)} 个词元，却有 {len(tags)} 个标签。"
                 )
             if unknown := sorted(set(tags) - self.label_ids.keys()):
-                raise UsageError(f"{example.place}的标签 {unknown} 不在标签表里：{self.labels}。")
+                raise UsageError(
+                    f"{example.place}的标签 {shown(unknown)} 不在标签表里：{shown(self.labels)}。"
+                )
 
     def features(self, examples: Sequence[LabellingExample]) -> list[Features]:
         features = []
@@ -73,10 +79,11 @@ class Labelling(Kind[LabellingExample, Tags]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[Tags]:
+        bare = [_without_edges(example.tokens) for example in examples]
         windows = [
             (number, inputs, where)
             for number, example in enumerate(examples)
-            for _, _, inputs, where in self._windows(example.tokens)
+            for _, _, inputs, where in self._windows(example.tokens[bare[number]])
         ]
         collate = Collator(self.tokenizer.pad_token_id)
         scores: dict[int, Tensor] = {}
@@ -87,23 +94,24 @@ class Labelling(Kind[LabellingExample, Tags]):
         whole: list[list[Tensor]] = [[torch.empty(0, len(self.labels))] for _ in examples]
         for index, (number, _, _) in enumerate(windows):
             whole[number].append(scores[index])
-        found: list[Tags] = []
+        paths: list[Tags] = []
         for first in range(0, len(examples), batch_size):
             batch = [torch.cat(parts) for parts in whole[first : first + batch_size]]
             for path, own in zip(best_paths(batch, self.labels), batch, strict=True):
-                found.append(tuple(self.labels[tag] for tag in path[: len(own)]))
-        return found
+                paths.append(tuple(self.labels[tag] for tag in path[: len(own)]))
+        return [
+            (OUTSIDE,) * part.start + path + (OUTSIDE,) * (len(example.tokens) - part.stop)
+            for example, part, path in zip(examples, bare, paths, strict=True)
+        ]
 
     def evaluate(
         self, examples: Sequence[LabellingExample], predictions: Sequence[Tags]
     ) -> Evaluation:
-        """Entity scores by `seqeval` (CoNLL's: an entity is right if its span and type are)."""
-        report = _entity_report([example.tags or () for example in examples], predictions)
-        overall = report.pop("micro avg")
-        rows: list[list[str | int | float]] = [
-            [name, int(row["support"]), row["precision"], row["recall"], row["f1-score"]]
-            for name, row in report.items()
-            if not name.endswith(" avg")
+        """Entity scores: an entity is right if its span and its type are."""
+        overall, by_kind = entity_scores([example.tags or () for example in examples], predictions)
+        rows = [
+            (kind, score.support, score.precision, score.recall, score.f1)
+            for kind, score in by_kind.items()
         ]
         pairs = [
             pair
@@ -112,9 +120,9 @@ class Labelling(Kind[LabellingExample, Tags]):
         ]
         return Evaluation(
             metrics={
-                "f1": overall["f1-score"],
-                "precision": overall["precision"],
-                "recall": overall["recall"],
+                "f1": overall.f1,
+                "precision": overall.precision,
+                "recall": overall.recall,
                 "token_accuracy": sum(answer == tag for answer, tag in pairs) / len(pairs),
             },
             samples=Table(
@@ -129,7 +137,7 @@ class Labelling(Kind[LabellingExample, Tags]):
             tables=[Table("各类实体", ("类型", "例数", "精确率", "召回率", "F1"), rows)],
             plots=[
                 bars_plot(
-                    "entities", "各类实体的 F1", {str(row[0]): float(row[-1]) for row in rows}, "F1"
+                    "entities", "各类实体的 F1", {kind: by_kind[kind].f1 for kind in by_kind}, "F1"
                 )
             ],
         )  # fmt: skip
@@ -143,6 +151,12 @@ class Labelling(Kind[LabellingExample, Tags]):
             for kind, start, end in entity_spans(prediction)
         ]
         return {"text": "".join(example.tokens), "tags": list(prediction), "entities": entities}
+
+
+def _without_edges(tokens: Sequence[str]) -> slice:
+    """Where the tokens are that have no blank ones before or behind them."""
+    written = [index for index, token in enumerate(tokens) if trim(token)]
+    return slice(written[0], written[-1] + 1) if written else slice(0, 0)
 
 
 def best_paths(scores: Sequence[Tensor], labels: Sequence[str]) -> list[list[int]]:
@@ -177,31 +191,6 @@ def best_paths(scores: Sequence[Tensor], labels: Sequence[str]) -> list[list[int
     for source in reversed(came_from):
         path.append(source.gather(1, path[-1][:, None])[:, 0])
     return torch.stack(path[::-1], 1).tolist()
-
-
-def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(type, first token, token after the last) of every entity, as `seqeval` reads BIO tags."""
-    entities = _seqeval().sequence_labeling.get_entities(list(tags))
-    return [(kind, start, end + 1) for kind, start, end in entities]
-
-
-def _entity_report(answers: Sequence[Tags], predictions: Sequence[Tags]) -> dict[str, Any]:
-    """`seqeval`'s report by type, with "micro avg" for all."""
-    if all(tag == OUTSIDE for tags in (*answers, *predictions) for tag in tags):
-        nothing = {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0.0}
-        return {"micro avg": nothing}  # seqeval has no report of no entities
-    report = _seqeval().classification_report(
-        list(map(list, answers)), list(map(list, predictions)), output_dict=True, zero_division=0
-    )
-    return {name: {key: float(value) for key, value in row.items()} for name, row in report.items()}
-
-
-def _seqeval() -> Any:
-    try:
-        import seqeval.metrics
-    except ImportError:
-        raise UsageError('实体要用 seqeval。请安装：pip install "plug-zh[train]"') from None
-    return seqeval.metrics
 
 
 def _shown(tokens: Sequence[str], tags: Sequence[str]) -> str:

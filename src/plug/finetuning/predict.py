@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
+from plug.files import write_text
 from plug.finetuning.kind import Kind, OnProgress, make_kind
+from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task, read_examples
-from plug.pretraining.corpus import read_lines
+from plug.jsonfiles import read_json, shown
+from plug.model.configuration import PlugConfig
+from plug.textfiles import Notes, is_text, plain_suffix, read_lines, trim
 from plug.tokenization import PlugTokenizer
 
 RUN_FILE = "finetuning.json"
@@ -60,28 +65,52 @@ class Predictor:
     def read(self, path: Path) -> list[Any]:
         """Examples of a file to predict: the task's format, or `.txt`, one text a line.
 
-        In `.txt`, tabs separate the parts of an example.
+        In `.txt` a line is taken as it stands, and tabs separate the parts of an example. Empty
+        lines give no example; each example knows its line, and so does its record.
         """
-        if path.suffix != TEXT_SUFFIX:
+        if plain_suffix(path) != TEXT_SUFFIX:
             return read_examples(self.task, path, answered=False)
-        lines = [line for _, line in read_lines(path) if line]
-        if not lines:
+        notes, examples = Notes(), []
+        for number, line in read_lines(path, notes):
+            place = f"{path} 第 {number} 行"
+            if not trim(line):
+                notes.add("空行没有结果", place)
+                continue
+            try:
+                example = self.kind.example(line.split("\t"))
+            except UsageError as error:
+                raise UsageError(f"{place}：{error}") from None
+            examples.append(replace(example, place=place, line=number))
+        if not examples:
             raise UsageError(f"{path} 里没有文字。请一行写一段。")
-        return [self.kind.example(line.split("\t")) for line in lines]
+        notes.log()
+        return examples
 
 
 def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
-    """What a fine-tuned model reads and writes, without the model; arguments as in `Predictor`."""
+    """What a fine-tuned model reads and writes, without the model; arguments as in `Predictor`.
+
+    Raises:
+        PlugError: `finetuning.json` does not fit `config.json`.
+    """
     run = read_run(directory)
-    settings = run["settings"]
+    settings = FinetuneSettings(**run["settings"])
+    config = read_json(directory / CONFIG_FILE)
+    named = config.get("id2label") if isinstance(config, dict) else None
+    if run["labels"] and named != {str(i): label for i, label in enumerate(run["labels"])}:
+        raise PlugError(
+            f"{directory} 里 {RUN_FILE} 的 labels 与 {CONFIG_FILE} 的 id2label 不同。"
+            "请重新微调，或从备份恢复。"
+        )
+    settings.check_lengths(PlugConfig.from_file(directory / CONFIG_FILE).max_position_embeddings)
     return make_kind(
-        find_task(settings["task"]).kind,
+        find_task(settings.task).kind,
         PlugTokenizer.load(directory),
         run["labels"],
         run["label_names"],
-        source_length=settings["source_length"],
-        target_length=settings["target_length"],
-        num_beams=num_beams or settings["num_beams"],
+        source_length=settings.source_length,
+        target_length=settings.target_length,
+        num_beams=num_beams or settings.num_beams,
         pairs=run.get("pairs"),
     )
 
@@ -98,12 +127,51 @@ def read_run(directory: Path) -> dict[str, Any]:
         raise UsageError(
             f"{directory} 不是微调过的模型（没有 {RUN_FILE}）。请先运行 plug finetune。"
         )
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        _ = run["settings"]["task"], run["labels"], run["label_names"]
-    except (ValueError, KeyError, TypeError):
-        raise PlugError(f"{path} 已损坏。请重新微调，或从备份恢复。") from None
+    run = read_json(path)
+    if problem := _problem(run):
+        raise PlugError(f"{path} 已损坏：{problem}。请重新微调，或从备份恢复。")
     return run
+
+
+_NEEDED = ("task", "train", "eval", "output", "source_length", "target_length", "num_beams")
+
+
+def _problem(run: Any) -> str:
+    """What is wrong with the content of `finetuning.json`; "" if nothing is."""
+    if not isinstance(run, dict):
+        return "不是一个 JSON 对象"
+    settings, labels, names = run.get("settings"), run.get("labels"), run.get("label_names")
+    if not isinstance(settings, dict) or not settings.keys() >= set(_NEEDED):
+        return f"settings 里应有 {'、'.join(_NEEDED)}"
+    if unknown := settings.keys() - {field.name for field in fields(FinetuneSettings)}:
+        return f"settings 里多出 {shown(sorted(unknown))}"
+    try:
+        read = FinetuneSettings(**settings)
+    except UsageError as error:
+        return str(error).rstrip("。")
+    if changed := [name for name, value in settings.items() if getattr(read, name) != value]:
+        return f"settings 里的 {changed[0]}={shown(settings[changed[0]])} 不是训练时的值"
+    if not isinstance(labels, list) or not all(is_text(each) and each for each in labels):
+        return f"labels 应是文字的列表，却是 {shown(labels)}"
+    task = find_task(read.task)
+    has_labels = task.kind in ("classification", "labelling")
+    if len(set(labels)) < len(labels) or bool(labels) != has_labels:
+        return f"labels 有重复，或与任务 {read.task} 不符"
+    if task.labels and tuple(labels) != task.labels:
+        return f"labels 不是任务 {read.task} 的标签"
+    if not isinstance(names, dict) or not all(
+        name in labels and is_text(words) for name, words in names.items()
+    ):
+        return f"label_names 应是各标签的名字，却是 {shown(names)}"
+    if not isinstance(run.get("pairs"), (bool, type(None))):
+        return f"pairs 应是 true、false 或 null，却是 {shown(run.get('pairs'))}"
+    return ""
+
+
+def prediction_line(kind: Kind[Any, Any], example: Any, prediction: Any) -> str:
+    """A prediction as one line of JSON; of a `.txt` file with the number of its line."""
+    line = {} if example.line is None else {"line": example.line}
+    return json.dumps(line | kind.record(example, prediction), ensure_ascii=False)
 
 
 def write_predictions(
@@ -114,9 +182,8 @@ def write_predictions(
     Raises:
         PlugError: the file cannot be written.
     """
-    records = map(kind.record, examples, predictions)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
+    lines = [
+        prediction_line(kind, example, prediction) + "\n"
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
+    write_text(path, "".join(lines))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -36,17 +35,32 @@ from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.checkpoints.hub import write_finetuned_configuration
+from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
-from plug.errors import PlugError, UsageError
+from plug.errors import UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
+from plug.files import (
+    add_files,
+    hold,
+    is_used,
+    plain_errors,
+    remove_directory,
+    write_json,
+    write_text,
+)
+from plug.finetuning.checkpoints import Checkpoints, last_checkpoint
 from plug.finetuning.kind import Collator, Kind, make_kind
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
-from plug.finetuning.readers import ClassificationExample, Example, LabellingExample
+from plug.finetuning.readers import OUTSIDE, ClassificationExample, Example, LabellingExample
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer
+from plug.interrupts import Interrupts
 from plug.model.configuration import PlugConfig
+from plug.textfiles import Notes
 from plug.tokenization import PlugTokenizer
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +100,39 @@ def finetune(
         UsageError: data, settings or output make no sense; nothing was trained.
         PlugError: a file is broken, or the disk is full.
     """
+    output = Path(settings.output)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one writes
+        return _finished(output, settings, resume) or _run(
+            settings, device, resume, resumable, callbacks
+        )
+    _check_output(output, settings, resume)
+    with hold(output):
+        _check_output(output, settings, resume)  # again: another process may have been at work
+        if (result := _finished(output, settings, resume)) is not None:
+            remove_directory(output / CHECKPOINTS)
+            return result
+        return _run(settings, device, resume, resumable, callbacks)
+
+
+def _run(
+    settings: FinetuneSettings,
+    device: str | None,
+    resume: bool,
+    resumable: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> FinetuneResult:
+    """What `finetune` does once the output is this process's own."""
     began = time.perf_counter()
     task, output = find_task(settings.task), Path(settings.output)
-    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, one writes
-    if is_main:
-        _check_output(output, settings, resume)
+    is_main = os.environ.get("RANK", "0") == "0"
     directory = find_model_directory(settings.model)
     config = PlugConfig.from_file(directory / CONFIG_FILE)
     settings.check_lengths(config.max_position_embeddings)
-    examples = read_examples(task, Path(settings.train), answered=True, at_least=2)
-    held_out = read_examples(task, Path(settings.eval), answered=True)
+    notes, eval_notes = Notes(), Notes()
+    examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
+    held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
     labels = _labels(task, settings, examples)
+    scheme = next((one.scheme for one in examples if isinstance(one, LabellingExample)), None)
     _check_earlier_labels(directory, settings, labels)
     tokenizer = PlugTokenizer.load(directory)
     kind = make_kind(
@@ -119,7 +155,7 @@ def finetune(
     set_seed(settings.seed)
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
     if is_main:
-        _write_run(output, settings, kind)
+        _write_run(output, settings, kind, scheme)
 
     def predict(model: Any) -> list[Any]:
         return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
@@ -132,6 +168,8 @@ def finetune(
         best.offer(trainer.state.global_step, metrics, predictions)
         return metrics
 
+    interrupts = Interrupts()
+    checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
@@ -140,25 +178,17 @@ def finetune(
         train_dataset=kind.features(examples),
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[*_callbacks(settings, task), *callbacks],
+        callbacks=[
+            *_callbacks(settings, task),
+            Checkpoints(interrupts, output, checkpoint, resumable),
+            *callbacks,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
-    try:
-        checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.accelerator.wait_for_everyone()  # all have read the best weights
-        if is_main:
-            model.save_pretrained(output)
-            tokenizer.save(
-                output,
-                model_max_length=config.max_source_length,
-                by_character=task.kind == "labelling",
-            )
-            write_finetuned_configuration(output, task.kind, settings.num_beams)
-    except OSError as error:
-        raise PlugError(
-            f"没能写入 {output}：{error.strerror or error}。请检查磁盘空间和权限。"
-        ) from error
+    advice = "请检查磁盘空间和权限，再加 --resume 从上一个检查点继续"
+    with interrupts, plain_errors(output, advice), writing_errors():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.accelerator.wait_for_everyone()  # all have read the best weights
     is_best = best.step == trainer.state.best_global_step  # it is not after a resumption
     predictions = best.predictions if is_best else predict(model)
     evaluation = kind.evaluate(held_out, predictions)
@@ -168,19 +198,31 @@ def finetune(
         **settings.to_dict(),
         "train_examples": len(examples),
         "eval_examples": len(held_out),
+        **({"train_notes": "".join(notes.lines())} if notes.lines() else {}),
+        **({"eval_notes": "".join(eval_notes.lines())} if eval_notes.lines() else {}),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
+        **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
+        **({"tag_scheme": scheme} if scheme else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     if is_main:
-        write_report(output, f"{task.title}：微调", settings.command(), facts, evaluation)
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
-        (output / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-        write_predictions(output / "predictions.jsonl", kind, held_out, predictions)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        with add_files(output, last=CONFIG_FILE) as new, writing_errors():
+            model.save_pretrained(new)
+            tokenizer.save(
+                new,
+                model_max_length=config.max_source_length,
+                by_character=task.kind == "labelling",
+            )
+            write_finetuned_configuration(new, task.kind, settings.num_beams)
+            write_report(new, f"{task.title}：微调", settings.command(), facts, evaluation)
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
+            write_text(new / "log.jsonl", "".join(lines))
+            write_predictions(new / "predictions.jsonl", kind, held_out, predictions)
+        remove_directory(output / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()  # the output is whole for each of them
     return FinetuneResult(output, evaluation.metrics, facts)
 
@@ -199,24 +241,29 @@ class _Best:
             self.value, self.step, self.predictions = metrics[self.metric], step, predictions
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest that is whole: the state is what the Trainer writes last. None: begin anew."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
+def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneResult | None:
+    """The result of a run that was stopped when only its checkpoints were left to be removed."""
+    if not resume or not (output / CONFIG_FILE).is_file():
+        return None
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    return FinetuneResult(output, metrics, settings.to_dict())
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
-    """The output is new, or holds this very run, unfinished, and ``resume`` is asked for."""
+    """Refuse an output unless it is new, or holds this run, stopped, and ``resume`` is asked for.
+
+    `config.json` moves to the output last, and the checkpoints are removed after it.
+    """
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not is_used(output):
         if resume:
             raise UsageError(f"{output} 里没有可以接着进行的训练。请去掉 --resume。")
         return
     if not (output / RUN_FILE).is_file():
         raise UsageError(f"输出目录 {output} 里有别的东西，不会覆盖。请换一个目录。")
-    if (output / CONFIG_FILE).is_file():
+    is_finished = (output / CONFIG_FILE).is_file()
+    if is_finished and not (resume and (output / CHECKPOINTS).is_dir()):
         raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
     if not resume:
         raise UsageError(f"{output} 里有一次没有完成的训练。请加 --resume 接着进行，或换一个目录。")
@@ -228,20 +275,17 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
 
 
-def _write_run(output: Path, settings: FinetuneSettings, kind: Kind[Any, Any]) -> None:
+def _write_run(
+    output: Path, settings: FinetuneSettings, kind: Kind[Any, Any], scheme: str | None
+) -> None:
     content = {
         "settings": settings.to_dict(),
         "labels": kind.labels,
         "label_names": kind.label_names,
         "pairs": kind.pairs,
+        **({"tag_scheme": scheme} if scheme else {}),
     }
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RUN_FILE).write_text(
-            json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise PlugError(f"没能写入 {output}：{error.strerror or error}。") from error
+    write_json(output / RUN_FILE, content)
 
 
 def _labels(task: Task, settings: FinetuneSettings, examples: list[Example]) -> list[str]:
@@ -256,7 +300,25 @@ def _labels(task: Task, settings: FinetuneSettings, examples: list[Example]) -> 
             found.update(example.tags or ())
     if len(found) < 2:
         raise UsageError(f"{settings.train} 里只有一种标签 {sorted(found)}，没有可学的。")
+    if task.kind == "labelling":  # B- and I- of every type: the evaluation file may have either
+        kinds = {tag[2:] for tag in found if tag != OUTSIDE}
+        return sorted({OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")})
+    _check_numbers(found, settings.train)
     return sorted(found)
+
+
+def _check_numbers(labels: set[str], train: str) -> None:
+    """Refuse "1" beside "1.0": two labels by name, surely one by meaning."""
+    values: dict[float, str] = {}
+    for label in sorted(labels):
+        try:
+            other = values.setdefault(float(label), label)
+        except ValueError:
+            continue
+        if other != label:
+            raise UsageError(
+                f"{train} 里 {other!r} 和 {label!r} 是两个标签，数值却相同。请统一写法。"
+            )
 
 
 def _label_names(examples: list[Example]) -> dict[str, str]:
@@ -295,7 +357,7 @@ def _training_arguments(
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
     arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"),
+        output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -313,7 +375,7 @@ def _training_arguments(
         eval_strategy="epoch",
         save_strategy="epoch" if resumable else "best",
         save_only_model=not resumable,
-        save_total_limit=1,  # and the best one
+        save_total_limit=None,  # `Checkpoints` removes what is no longer needed
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{task.metric}",
         greater_is_better=True,

@@ -13,7 +13,15 @@ from typing import Literal
 
 from plug.errors import UsageError
 from plug.finetuning import readers
-from plug.finetuning.readers import Example
+from plug.finetuning.readers import (
+    NO_AGREEMENT,
+    ClassificationExample,
+    Example,
+    LabellingExample,
+)
+from plug.finetuning.tags import convert_to_bio
+from plug.jsonfiles import shown
+from plug.textfiles import Notes
 
 KindName = Literal["classification", "labelling", "reading", "generation"]
 METRICS: dict[KindName, str] = {  # the best checkpoint is the one with the highest
@@ -42,7 +50,7 @@ class Task:
 
     title: str
     kind: KindName
-    reader: Callable[[Path], Iterator[Example]]
+    reader: Callable[[Path, Notes], Iterator[Example]]
     labels: tuple[str, ...] = ()
     epochs: float = 3.0
     batch_size: int = 32
@@ -226,32 +234,57 @@ def find_task(name: str) -> Task:
     Raises:
         UsageError: there is none.
     """
-    if name not in TASKS:
-        raise UsageError(f"没有任务 {name!r}。可用：{'、'.join(TASKS)}。")
+    if not isinstance(name, str) or name not in TASKS:
+        raise UsageError(f"没有任务 {shown(name)}。可用：{'、'.join(TASKS)}。")
     return TASKS[name]
 
 
-def read_examples(task: Task, path: Path, *, answered: bool, at_least: int = 1) -> list[Example]:
-    """All examples of a file.
+def read_examples(
+    task: Task, path: Path, *, answered: bool, at_least: int = 1, notes: Notes | None = None
+) -> list[Example]:
+    """All examples of a file; tags of any scheme are in BIO.
 
     Args:
         task: says how to read it.
         path: the file, or a `datasets` name where the task's format has rows.
-        answered: every example must have its label, tags, answers or target.
+        answered: every example must have its label, tags, answers or target. Rows of NLI sets
+            whose annotators did not agree (label "-") are left out and counted.
         at_least: how many there must be.
+        notes: is told of everything that was corrected or left out; it is logged as well.
 
     Raises:
         UsageError: an answer is missing, or there are too few examples.
         PlugError: the file is broken.
     """
-    examples = list(task.reader(path))
+    notes = notes or Notes()
+    examples = list(task.reader(path, notes))
+    if answered:
+        examples = [example for example in examples if not _is_disputed(task, example, notes)]
     if len(examples) < at_least:
         raise UsageError(f"{path} 只有 {len(examples)} 个例子，至少要 {at_least} 个。")
     if answered:
         for example in examples:
             if not _answer(example):
                 raise UsageError(f"{example.place}没有答案（{_ANSWERS[task.kind]}）。")
+    if labelled := [example for example in examples if isinstance(example, LabellingExample)]:
+        examples = [*convert_to_bio(labelled, notes)]
+    notes.log()
     return examples
+
+
+def _is_disputed(task: Task, example: Example, notes: Notes) -> bool:
+    """Whether the label is "-": annotators did not agree."""
+    if not isinstance(example, ClassificationExample) or example.label != NO_AGREEMENT:
+        return False
+    if not task.labels:
+        if example.text_b is None:
+            return False  # "-" and "+" are labels like others
+        raise UsageError(
+            f"{example.place}的标签是“-”：在 NLI 数据里这表示没有一致的标签。"
+            "请删去这些行；若它是真正的标签，请换个名字。"
+        )
+    notes.add("没有一致标签（“-”）的行没有用", example.place)
+    return True
 
 
 _ANSWERS: dict[KindName, str] = {
@@ -264,9 +297,9 @@ _ANSWERS: dict[KindName, str] = {
 
 def _answer(example: Example) -> object:
     match example:
-        case readers.ClassificationExample():
+        case ClassificationExample():
             return example.label
-        case readers.LabellingExample():
+        case LabellingExample():
             return example.tags
         case readers.ReadingExample():
             return example.answers

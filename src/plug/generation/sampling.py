@@ -1,8 +1,8 @@
 """From logits to one token a row: pure functions of tensors, and `Sampler`, the rows' state.
 
 Each row has its own settings and seed. All of it happens on the device, and nothing is read back.
-The order is that of `transformers`: what is written already (repetition penalty, n-grams), then
-temperature, top-k, top-p, then one draw.
+The order is that of `transformers`: the bias of single tokens, what is written already (repetition
+penalty, n-grams, frequencies), then temperature, top-k, top-p, min-p, then one draw.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from torch import Tensor
 from plug.device import has_kernels
 from plug.generation.settings import GenerationSettings
 
+# In place of an id where no token can be chosen: the settings forbid every token, or the logits are
+# not numbers. Whoever reads the ids makes it the error of that row; it is never fed to the model.
+NO_TOKEN = -2
+# Of top-p. Below 1 / vocabulary it keeps one token; 0 in float32 would keep none.
+_LEAST_TOP_P = 1e-9
+_NEVER = float("-inf")
+
 
 def penalize(
     logits: Tensor,
@@ -26,37 +33,86 @@ def penalize(
     ngram_size: Tensor,
     longest_ngram: int,
 ) -> Tensor:
-    """Logits with what is written already made less likely, or impossible.
+    """Return the logits with what is written already made less likely, or impossible.
 
-    Positive logits of ids already written are divided by the penalty, others multiplied; 1 changes
-    nothing. An id that, coming next, would end an n-gram written before gets -inf.
+    For callers without a `Sampler` (beams). The loop ends with the longest repetition there is.
 
     Args:
         logits: (rows, vocab).
         written: (rows, n) ids, the first ``counts`` of a row its own.
         counts: (rows,).
-        repetition_penalty: (rows,).
-        ngram_size: (rows,); 0 forbids none.
+        repetition_penalty: (rows,), see `penalize_repetition`.
+        ngram_size: (rows,), see `forbid_ngrams`.
         longest_ngram: the largest of them.
-
-    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1; Paulus et al. 2017,
-    arXiv:1705.04304, section 2.5.
     """
-    vocab = logits.shape[-1]
-    where = torch.arange(written.shape[1], device=logits.device)
-    counts, size, penalty = counts[:, None], ngram_size[:, None], repetition_penalty[:, None]
-    valid = where < counts
-    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-    logits = torch.where(_marked(written, valid, vocab), penalized, logits)
+    logits = penalize_repetition(logits, written, counts, repetition_penalty)
     if not longest_ngram:
         return logits
-    # At i stands an id to forbid if the size - 1 ids before it are the last size - 1 of the row.
-    forbidden = valid & (size > 0) & (where >= size - 1) & (counts >= size)
+    where = torch.arange(written.shape[1], device=logits.device)
+    matched = torch.zeros_like(written)
+    equal = where < counts[:, None]
     for back in range(1, min(longest_ngram, written.shape[1])):
-        # Rows without penalties may have written more than there is room for.
-        last = written.gather(1, (counts - back).clamp(0, written.shape[1] - 1))
-        forbidden &= (written.roll(back, 1) == last) | (back >= size)
-    return logits.masked_fill(_marked(written, forbidden, vocab), float("-inf"))
+        last = written.gather(1, (counts[:, None] - back).clamp_min(0))
+        equal = equal & (where >= back) & (written.roll(back, 1) == last)
+        if not equal.any():
+            break
+        matched += equal
+    return forbid_ngrams(logits, written, counts, ngram_size, matched)
+
+
+def penalize_repetition(logits: Tensor, written: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:
+    """Return the logits with the written ids made less likely; ``penalty`` 1 changes nothing.
+
+    Positive logits of those ids are divided by the penalty, others multiplied.
+
+    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1.
+    """
+    valid = torch.arange(written.shape[1], device=logits.device) < counts[:, None]
+    penalized = torch.where(logits > 0, logits / penalty[:, None], logits * penalty[:, None])
+    return torch.where(_marked(written, valid, logits.shape[-1]), penalized, logits)
+
+
+def forbid_ngrams(
+    logits: Tensor, written: Tensor, counts: Tensor, ngram_size: Tensor, matched: Tensor
+) -> Tensor:
+    """Return the logits with -inf for each id that would end an n-gram written before.
+
+    Args:
+        logits: (rows, vocab).
+        written: (rows, n) ids, the first ``counts`` of a row its own.
+        counts: (rows,).
+        ngram_size: (rows,); 0 forbids none.
+        matched: (rows, n); at i, how many ids before i equal the last ones of the row, in order.
+            `Sampler.record` keeps it up to date, so that a step takes time in proportion to what is
+            written, whatever the size of the n-grams.
+
+    Source: Paulus et al. 2017, arXiv:1705.04304, section 2.5.
+    """
+    size = ngram_size[:, None]
+    valid = torch.arange(written.shape[1], device=logits.device) < counts[:, None]
+    repeats = valid & (size > 0) & (matched >= size - 1)
+    return logits.masked_fill(_marked(written, repeats, logits.shape[-1]), _NEVER)
+
+
+def penalize_frequency(
+    logits: Tensor, written: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
+    """Return the logits less ``presence`` for each id written, and ``frequency`` each time it was.
+
+    Args:
+        logits: (rows, vocab).
+        written: (rows, n) ids, the first ``counts`` of a row its own.
+        counts: (rows,).
+        presence: (rows,); 0 changes nothing.
+        frequency: (rows,); 0 changes nothing.
+
+    Source: vLLM's `SamplingParams`, which follows OpenAI's API.
+    """
+    valid = torch.arange(written.shape[1], device=logits.device) < counts[:, None]
+    times = logits.new_zeros(len(written), logits.shape[-1] + 1)
+    times.scatter_add_(1, written.clamp_min(0), valid.to(times.dtype))
+    times = times[:, :-1]
+    return logits - frequency[:, None] * times - presence[:, None] * (times > 0)
 
 
 def _marked(ids: Tensor, which: Tensor, vocab: int) -> Tensor:
@@ -66,40 +122,81 @@ def _marked(ids: Tensor, which: Tensor, vocab: int) -> Tensor:
 
 
 def candidates(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, most: int
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    most: int,
+    min_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, likeliest first, and their probabilities.
+    """Return the tokens that may be drawn, likeliest first, and their probabilities.
 
     Args:
         logits: (rows, vocab) float32.
         temperature: (rows,), above 0.
         top_k: (rows,), how many to keep.
-        top_p: (rows,): keep the likeliest until their probabilities, after top-k, reach this;
-            1 keeps all.
+        top_p: (rows,), above 0: keep the likeliest until their probabilities, after top-k, reach
+            this; 1 keeps all.
         most: not less than the largest of ``top_k``, not more than the vocabulary.
+        min_p: (rows,): drop what is less likely than this times the likeliest; None and 0 keep all.
 
     Returns:
         Probabilities (rows, most), summing to 1, 0 on what was dropped; ids (rows, most).
 
-    Source: top-p is Holtzman et al. 2019, arXiv:1904.09751, section 3.1.
+    Source: top-p is Holtzman et al. 2019, arXiv:1904.09751, section 3.1; min-p is Nguyen et al.
+    2024, arXiv:2407.01082, section 3.
     """
     values, ids = (logits / temperature[:, None]).topk(most)
     rank = torch.arange(most, device=logits.device)
-    values = values.masked_fill(rank >= top_k[:, None], float("-inf"))
+    values = values.masked_fill(rank >= top_k[:, None], _NEVER)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # mass of what is likelier
     dropped = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    if min_p is not None:
+        dropped |= probabilities < min_p[:, None] * probabilities[:, :1]
     probabilities = probabilities.masked_fill(dropped, 0)
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
 def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
-    """Token of each row at quantile ``uniforms`` (rows,), in [0, 1), of `candidates`; (rows,)."""
+    """Return each row's token (rows,) at quantile ``uniforms`` (rows,), in [0, 1), of `candidates`.
+
+    A row whose probabilities are not numbers gets its first candidate.
+    """
     cumulative = probabilities.cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]
     index = (cumulative < target).sum(-1, keepdim=True)  # the first to reach the target
     last = (probabilities > 0).sum(-1, keepdim=True) - 1  # against rounding of the sums
-    return ids.gather(-1, torch.minimum(index, last))[:, 0]
+    return ids.gather(-1, torch.minimum(index, last).clamp_min_(0))[:, 0]
+
+
+class LogProbabilities(NamedTuple):
+    """Of one step: the chosen token first, then the likeliest ones.
+
+    Attributes:
+        values: (rows, 1 + count) float32, natural logarithms.
+        ids: (rows, 1 + count) int64.
+    """
+
+    values: Tensor
+    ids: Tensor
+
+
+def log_probabilities(logits: Tensor, chosen: Tensor, count: int) -> LogProbabilities:
+    """Return the log-probabilities of the chosen tokens and of the ``count`` likeliest ones.
+
+    They are the model's own: settings change neither the values nor the order (vLLM's default,
+    `logprobs_mode="raw_logprobs"`).
+
+    Args:
+        logits: (rows, vocab), as the model gave them.
+        chosen: (rows,) ids; for `NO_TOKEN` the values mean nothing.
+        count: 0 … 20.
+    """
+    every = logits.float().log_softmax(-1)
+    own = chosen.clamp_min(0)[:, None]
+    values, ids = every.topk(count)
+    return LogProbabilities(torch.cat([every.gather(1, own), values], 1), torch.cat([own, ids], 1))
 
 
 class Plan(NamedTuple):
@@ -108,10 +205,30 @@ class Plan(NamedTuple):
     rows: int
     most: int  # candidates of a row that draws; 0: all rows are greedy
     greedy: bool  # some row is
+    min_p: bool  # some row has it
     written: int  # ids to look back on; 0: no row has penalties
-    longest_ngram: int
+    repetition: bool  # some row has this penalty
+    ngrams: bool
+    frequencies: bool
     waits: bool  # some row must not end yet
     room: int  # ids that can be kept for looking back
+    logprobs: int | None  # the most alternatives that a row asks for; None: no row does
+
+
+class _Needs(NamedTuple):
+    """Of one row: the part of `Plan` that its settings decide."""
+
+    most: int
+    greedy: bool
+    min_p: bool
+    repetition: bool
+    ngrams: bool
+    frequencies: bool
+    min_length: int
+    logprobs: int | None
+
+
+_NOTHING = _Needs(0, True, False, False, False, False, 0, None)
 
 
 class Sampler:
@@ -137,19 +254,22 @@ class Sampler:
             "temperature": zeros + 1,
             "top_k": counts.clone(),
             "top_p": zeros + 1,
+            "min_p": zeros.clone(),
             "greedy": zeros.bool(),
             "repetition_penalty": zeros + 1,
             "ngram_size": counts.clone(),
+            "presence": zeros.clone(),
+            "frequency": zeros.clone(),
             "min_length": counts.clone(),
             "counts": counts.clone(),  # tokens written
             "draw": counts.clone(),  # the next of the uniforms
             "uniforms": torch.zeros(rows, draws, device=device),
-            "forbidden": torch.zeros(rows, vocab_size, device=device),  # 0 or -inf
+            "bias": torch.zeros(rows, vocab_size, device=device),  # -inf where forbidden
             "written": torch.zeros(rows, 0, dtype=torch.long, device=device),
+            "matched": torch.zeros(rows, 0, dtype=torch.int32, device=device),  # `forbid_ngrams`
         }
-        self._settings: list[GenerationSettings | None] = [None] * rows
+        self._needs = [_NOTHING] * rows
         self._generators: list[torch.Generator | None] = [None] * rows
-        self._min_lengths = [0] * rows
 
     def join(
         self,
@@ -161,128 +281,165 @@ class Sampler:
         min_length: int = 0,
         steps: int,
     ) -> None:
-        """``row`` begins anew.
+        """Begin ``row`` anew.
 
         Args:
             row: which.
-            settings: how to choose.
+            settings: how to choose; their token ids are within the vocabulary
+                (`GenerationSettings.check_token_ids`).
             seed: of the draws.
             forbidden: ids never to choose.
             min_length: tokens before the end may come.
             steps: choices at most.
         """
+        if settings.ignore_eos:
+            min_length = steps
         values = {
             "temperature": 1.0 if settings.greedy else settings.temperature,
-            "top_k": min(settings.top_k or self.vocab_size, self.vocab_size),
-            "top_p": settings.top_p or 1.0,
+            "top_k": 1 if settings.greedy else self._top_k(settings),
+            "top_p": max(settings.top_p, _LEAST_TOP_P) if settings.top_p else 1.0,
+            "min_p": settings.min_p,
             "greedy": settings.greedy,
             "repetition_penalty": settings.penalty,
             "ngram_size": settings.no_repeat_ngram_size,
+            "presence": settings.presence_penalty,
+            "frequency": settings.frequency_penalty,
             "min_length": min_length,
             "counts": 0,
             "draw": 0,
-            "forbidden": 0,
+            "bias": 0,
+            "matched": 0,
         }
         for name, value in values.items():
             self._state[name][row] = value
-        self._state["forbidden"][row, list(forbidden)] = float("-inf")
-        if settings.has_penalties and self._width < steps:
-            written = self._state["written"]
-            self._state["written"] = F.pad(written, (0, steps - self._width))
-        self._settings[row] = settings
+        bias = self._state["bias"]
+        if settings.logit_bias:
+            ids = list(settings.logit_bias)
+            bias[row, ids] = bias.new_tensor(list(settings.logit_bias.values()))
+        bias[row, list(forbidden)] = _NEVER
+        if settings.has_penalties and (missing := steps - self._width) > 0:
+            for name in ("written", "matched"):
+                self._state[name] = F.pad(self._state[name], (0, missing))
         self._generators[row] = torch.Generator().manual_seed(seed)
-        self._min_lengths[row] = min_length
+        self._needs[row] = _Needs(
+            most=0 if settings.greedy else self._top_k(settings),
+            greedy=settings.greedy,
+            min_p=settings.min_p > 0,
+            repetition=settings.penalty != 1,
+            ngrams=settings.no_repeat_ngram_size > 0,
+            frequencies=settings.counts_tokens,
+            min_length=min_length,
+            logprobs=settings.logprobs,
+        )
+
+    def _top_k(self, settings: GenerationSettings) -> int:
+        return min(settings.top_k or self.vocab_size, self.vocab_size)
 
     def refill(self, row: int, draws: int) -> None:
-        """Random numbers for the next ``draws`` choices of ``row``, after those it had."""
-        settings = self._settings[row]
-        assert settings is not None, "call join first"
+        """Make random numbers for the next ``draws`` choices of ``row``, after those it had."""
         self._state["draw"][row] = 0
-        if not settings.greedy:
+        if not self._needs[row].greedy:
             uniforms = torch.rand(draws, generator=self._generators[row])
             self._state["uniforms"][row, :draws] = uniforms
 
     def move(self, source: int, target: int) -> None:
-        """``target`` becomes what ``source`` is."""
+        """Make ``target`` what ``source`` is."""
         for state in self._state.values():
             state[target] = state[source]
-        for kept in (self._settings, self._generators, self._min_lengths):
-            kept[target] = kept[source]  # type: ignore[assignment]
+        self._needs[target] = self._needs[source]
+        self._generators[target] = self._generators[source]
 
     @property
     def _width(self) -> int:
         return self._state["written"].shape[1]
 
     def plan(self, written: Sequence[int], rows: int | None = None, drafted: int = 0) -> Plan:
-        """The next choice of the first rows, which have written at most so many tokens each.
+        """Return the plan of the next choice of the first rows.
 
         Args:
-            written: a number a row that somebody reads.
+            written: for each row that somebody reads, the tokens that it has written at most.
             rows: those, and some that nobody reads; None is those alone.
             drafted: choices that follow in the same step.
         """
-        settings = [each for each in self._settings[: len(written)] if each is not None]
-        drawing = [each.top_k or self.vocab_size for each in settings if not each.greedy]
-        penalties = any(each.has_penalties for each in settings)
-        most = max(1, *written) + drafted
+        needs = self._needs[: len(written)]
+        most, greedy, min_p, repetition, ngrams, frequencies, min_lengths, logprobs = zip(
+            *needs, strict=True
+        )
+        asked = [count for count in logprobs if count is not None]
+        looks_back = any(repetition) or any(ngrams) or any(frequencies)
+        longest = max(written) + 1 + drafted  # and the id that is recorded next
         return Plan(
             rows=rows or len(written),
-            most=min(max(drawing, default=0), self.vocab_size),
-            greedy=len(drawing) < len(settings),
-            written=min(-(-most // 64) * 64, self._width) if penalties else 0,
-            longest_ngram=max(each.no_repeat_ngram_size for each in settings),
-            waits=any(map(int.__lt__, written, self._min_lengths)),
+            most=max(most),
+            greedy=any(greedy),
+            min_p=any(min_p),
+            written=min(-(-longest // 64) * 64, self._width) if looks_back else 0,
+            repetition=any(repetition),
+            ngrams=any(ngrams),
+            frequencies=any(frequencies),
+            waits=any(map(int.__lt__, written, min_lengths)),
             room=self._width,
+            logprobs=max(asked) if asked else None,
         )
 
     def choose(self, logits: Tensor, plan: Plan, counts: Tensor | None = None) -> Tensor:
-        """Next token (rows,) of the first rows from their logits (rows, vocab).
+        """Return the next token (rows,) of the first rows from their logits (rows, vocab).
+
+        It is `NO_TOKEN` where every token is forbidden or the logits are not numbers.
 
         Args:
-            logits: of the rows.
+            logits: of the rows; they are not changed.
             plan: of the step.
             counts: bool (rows,), the rows whose choice counts; the others' draws come again.
         """
         state = {name: each[: plan.rows] for name, each in self._state.items()}
-        logits = logits + state["forbidden"]
+        logits = logits + state["bias"]
         if plan.waits:
             early = state["counts"] < state["min_length"]
-            logits[:, self.end].masked_fill_(early, float("-inf"))
+            logits[:, self.end].masked_fill_(early, _NEVER)
         if plan.written:
-            logits = penalize(
-                logits,
-                state["written"][:, : plan.written],
-                state["counts"],
-                state["repetition_penalty"],
-                state["ngram_size"],
-                plan.longest_ngram,
-            )
-        if not plan.most:
-            return logits.argmax(-1)
-        drawn = self._draw(logits, state, plan.most, counts)
-        return torch.where(state["greedy"], logits.argmax(-1), drawn) if plan.greedy else drawn
-
-    def _draw(
-        self, logits: Tensor, state: dict[str, Tensor], most: int, counts: Tensor | None
-    ) -> Tensor:
+            past = state["written"][:, : plan.written], state["counts"]
+            if plan.repetition:
+                logits = penalize_repetition(logits, *past, state["repetition_penalty"])
+            if plan.ngrams:
+                matched = state["matched"][:, : plan.written]
+                logits = forbid_ngrams(logits, *past, state["ngram_size"], matched)
+            if plan.frequencies:
+                logits = penalize_frequency(logits, *past, state["presence"], state["frequency"])
         limits = state["temperature"], state["top_k"], state["top_p"]
         uniforms, following = state["uniforms"], state["draw"]
         if has_kernels(logits.device):
             from plug.kernels.sampling import MOST_CANDIDATES, draw_of_likeliest
 
-            if most <= MOST_CANDIDATES:
-                return draw_of_likeliest(logits, *limits, most, uniforms, following, counts)
-        chances, ids = candidates(logits, *limits, most)
-        drawn = draw(chances, ids, uniforms.gather(1, following[:, None])[:, 0])
-        # Rows that nobody reads go on and on; those whose choice counts no more have none left.
-        following.add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
-        return drawn
+            if plan.most <= MOST_CANDIDATES:  # a greedy row is one with a single candidate
+                return draw_of_likeliest(
+                    logits, *limits, max(1, plan.most), uniforms, following, counts,
+                    min_p=state["min_p"], no_token=NO_TOKEN,
+                )  # fmt: skip
+        if not plan.most:
+            chosen = logits.argmax(-1)
+        else:
+            min_p = state["min_p"] if plan.min_p else None
+            chances, ids = candidates(logits, *limits, plan.most, min_p)
+            chosen = draw(chances, ids, uniforms.gather(1, following[:, None])[:, 0])
+            # Rows that nobody reads go on and on; those whose choice counts no more have none left.
+            following.add_(1 if counts is None else counts).clamp_(max=self._draws - 1)
+            if plan.greedy:
+                chosen = torch.where(state["greedy"], logits.argmax(-1), chosen)
+        is_possible = logits.gather(1, chosen[:, None])[:, 0] > _NEVER  # False for NaN too
+        return chosen.masked_fill_(~is_possible, NO_TOKEN)
 
     def record(self, token_ids: Tensor, kept: Tensor, plan: Plan) -> None:
         """Take note that the first rows wrote ``token_ids`` (rows,) where ``kept`` is."""
         counts = self._state["counts"][: plan.rows]
         if plan.written:
-            written = self._state["written"][: plan.rows]
-            where = counts.clamp(max=written.shape[1] - 1)
+            written = self._state["written"][: plan.rows, : plan.written]
+            where = counts.clamp(max=plan.written - 1)
             written.scatter_(1, where[:, None], token_ids[:, None])
+            if plan.ngrams:
+                # What ended like the row before now also ends with its new token, one id later.
+                matched = self._state["matched"][: plan.rows, : plan.written]
+                longer = (matched + 1).masked_fill_(written != token_ids[:, None], 0)
+                longer = F.pad(longer[:, :-1], (1, 0))
+                matched.copy_(torch.where(kept[:, None], longer, matched))
         counts += kept

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from plug.device import has_kernels
+from plug.errors import UsageError
 from plug.generation.model_runner import Engine
 from plug.generation.prompt_lookup import PromptLookup, power_of_two
-from plug.generation.sampling import Plan, Sampler
+from plug.generation.sampling import NO_TOKEN, Plan, Sampler
 from plug.generation.settings import MAX_LOOKUP_TOKENS, GenerationSettings
 from plug.generation.window import FinishReason, Rules, prompt_limit
 
@@ -72,6 +73,8 @@ class Row:
 
     def take(self, token_id: int) -> None:
         """The outcome of the step that comes next in turn."""
+        if token_id == NO_TOKEN:  # to be this row's error alone
+            raise UsageError("这些设置禁止了所有的词元，或模型的输出不是数，写不下去。请放宽设置。")
         kept = self.rules.accept(token_id, self)
         if kept == "stop":
             self.finish_reason = "stop"
@@ -274,7 +277,8 @@ class Writer:
                 end=end, num_emitted=emitted, unknown=unknown, last=last,
             )  # fmt: skip
         else:
-            kept = chosen != end if counted is None else counted & (chosen != end)
+            kept = (chosen != end) & (chosen >= 0)
+            kept = kept if counted is None else counted & kept
             shown = chosen.masked_fill(chosen >= emitted, unknown)
             tokens.copy_(torch.where(kept, shown, tokens))
             positions.add_(kept).clamp_(max=last)  # rows that nobody reads go on and on
@@ -284,7 +288,7 @@ class Writer:
     @staticmethod
     def _take(rows: list[Row], fetched: _Fetched) -> None:
         for row, chosen in zip(rows, fetched.read(), strict=True):
-            outcomes = [token_id for token_id in chosen if token_id >= 0]
+            outcomes = [token_id for token_id in chosen if token_id != -1]
             right = len(outcomes) - 1  # each is a step that needed none of its own
             row.steps += right
             row.steps_in_window += right

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from plug.checkpoints.weights import check_finite
 from plug.errors import UsageError
 from plug.hf.config import PlugTransformersConfig, local_path
 from plug.hf.recording import Wanted, recording
@@ -79,8 +80,17 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; knows the name of the shipped model."""
-        return super().from_pretrained(local_path(pretrained_model_name_or_path), *args, **kwargs)
+        """As `PreTrainedModel.from_pretrained`; knows the name of the shipped model.
+
+        Raises:
+            PlugError: weights are NaN or infinite; it names the tensors.
+        """
+        place = local_path(pretrained_model_name_or_path)
+        loaded = super().from_pretrained(place, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        on_device = ((name, x) for name, x in model.named_parameters() if not x.is_meta)
+        check_finite(place, on_device)
+        return loaded
 
     def build_encoder(self, config: PlugConfig) -> None:
         """Make the parts of an understanding model alone."""

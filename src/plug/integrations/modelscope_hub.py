@@ -17,8 +17,10 @@ from plug.checkpoints.directory import (
     find_model_directory,
     is_original,
 )
+from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import CONFIGURATION_FILE
 from plug.checkpoints.original import OriginalReader, Progress, write_imported
+from plug.checkpoints.weights import check_finite, map_tensors
 from plug.errors import PlugError, UsageError
 from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.finetuning.settings import FinetuneSettings
@@ -129,7 +131,12 @@ def _check_configuration(directory: Path) -> None:
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:
-    """The files that make the model; not those of its run, which may quote the user's data."""
+    """The files that make the model; not those of its run, which may quote the user's data.
+
+    Raises:
+        PlugError: the weights are damaged, NaN or infinite.
+    """
+    check_finite(source, map_tensors(read_places(source)))
     files = sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)})
     total, done = sum(path.stat().st_size for path in files), 0
     for path in files:

@@ -24,8 +24,11 @@ def draw_of_likeliest(
     uniforms: Tensor,
     next_draw: Tensor,
     counts: Tensor | None = None,
+    *,
+    min_p: Tensor,
+    no_token: int,
 ) -> Tensor:
-    """What `candidates` and `draw` of `plug.generation.sampling` do, and the count of draws.
+    """Do what `candidates` and `draw` of `plug.generation.sampling` do, and count the draws.
 
     Args:
         logits: (rows, vocab) float32.
@@ -36,6 +39,8 @@ def draw_of_likeliest(
         uniforms: (rows, n) in [0, 1).
         next_draw: int64 (rows,), which of them is a row's next; 1 is added here, up to n - 1.
         counts: bool (rows,), where to add it; None is everywhere.
+        min_p: (rows,), drop what is less likely than this times the likeliest; 0 keeps all.
+        no_token: the result for a row whose likeliest logit is -inf or not a number.
 
     Returns:
         A token (rows,) each. Of equally likely ones, the smaller id comes first.
@@ -51,12 +56,14 @@ def draw_of_likeliest(
         temperature,
         top_k,
         top_p,
+        min_p,
         uniforms,
         next_draw,
         counts,
         out,
         parts * kept,
         uniforms.shape[1],
+        no_token,
         HAS_COUNTS=counts is not None,
         BLOCK=triton.next_power_of_2(parts * kept),
         KEPT=kept,
@@ -79,7 +86,7 @@ def keep(
     """What a choice changes for the next step, as `plug.generation.scheduler.Writer` has it.
 
     Args:
-        chosen: (rows,) ids.
+        chosen: (rows,) ids; one below 0 is no token, and is not kept.
         counts: bool (rows,), whose choice counts; None is everyone's.
         tokens: (rows,), becomes what is shown where that is kept.
         positions: (rows,), of what is kept the next; ``last`` at most.
@@ -133,12 +140,14 @@ def _draw(
     temperature,
     top_k,
     top_p,
+    min_p,
     uniforms,
     next_draw,
     counts,
     out,
     count,
     draws,
+    no_token,
     HAS_COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
@@ -151,6 +160,8 @@ def _draw(
     score = _in_order((top >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
     ids = 0x7FFFFFFF - (top & 0x7FFFFFFF)
     i = tl.arange(0, KEPT)
+    highest = tl.sum(tl.where(i == 0, score, 0.0), 0)  # NaN, which is above all, stays NaN
+    score = tl.where(highest > float("-inf"), score, 0.0)
     score = tl.where(i < tl.load(top_k + row), score, float("-inf")) / tl.load(temperature + row)
     weight = tl.exp(score - tl.max(score, 0))
     weight = weight / tl.sum(weight, 0)
@@ -158,6 +169,7 @@ def _draw(
     limit = tl.where(limit < 1, limit, 2.0)
     likelier = tl.cumsum(weight, 0) - weight
     weight = tl.where(likelier >= limit, 0.0, weight)
+    weight = tl.where(weight < tl.load(min_p + row) * tl.max(weight, 0), 0.0, weight)
     weight = weight / tl.sum(weight, 0)
     cumulative = tl.cumsum(weight, 0)
     draw = tl.load(next_draw + row)
@@ -165,7 +177,7 @@ def _draw(
     index = tl.sum((cumulative < target).to(tl.int32), 0)
     last = tl.sum((weight > 0).to(tl.int32), 0) - 1
     chosen = tl.sum(tl.where(i == tl.minimum(index, last), ids, 0), 0)
-    tl.store(out + row, chosen)
+    tl.store(out + row, tl.where(highest > float("-inf"), chosen, no_token))
     step = 1
     if HAS_COUNTS:
         step = tl.load(counts + row).to(tl.int32)
@@ -188,7 +200,7 @@ def _keep(
 ):
     row = tl.program_id(0)
     token = tl.load(chosen + row)
-    is_kept = token != end
+    is_kept = (token != end) & (token >= 0)
     if HAS_COUNTS:
         is_kept = is_kept & (tl.load(counts + row) != 0)
     seen = tl.where(token >= num_emitted, unknown, token)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, weight_shapes
-from plug.checkpoints.weights import DTYPES, Place, TensorSpec, locate_weights, map_tensors
+from plug.checkpoints.headers import locate_weights
+from plug.checkpoints.weights import DTYPES, Place, TensorSpec, check_finite, finite, map_tensors
 from plug.distributed import tensor_parallel
 from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
@@ -57,8 +58,8 @@ def load(
     Raises:
         UsageError: as in `find_model_directory`, ``dtype`` is none of `weights.DTYPES`, or the
             model cannot be shared out among so many.
-        PlugError: weights are missing, damaged, do not fit `config.json` or the device's memory, or
-            have a dtype that the device lacks.
+        PlugError: weights are missing, damaged, NaN or infinite, do not fit `config.json` or the
+            device's memory, or have a dtype that the device lacks.
     """
     directory = find_model_directory(name_or_path)
     device = torch.device(device)
@@ -71,7 +72,6 @@ def load(
     specs = _specs(directory, model, places, dtype)
     began = time.perf_counter()
     kept = choose(device_map, model, specs, device, room)
-    is_mapped = False
     if processes is not None and processes.world_size > 1:
         if device_map is not None:
             raise UsageError("--device-map 和多个进程不能一起用。请只用其中一种。")
@@ -80,24 +80,23 @@ def load(
             name: tensor_parallel.shard_slices(name, x.shape, processes)
             for name, x in specs.items()
         }
-        weights = _read(places, specs, regions, device, model, room)
+        weights = _read(directory, places, specs, regions, device, model, room)
         tensor_parallel.shard_model(model, weights, processes)
     elif device.type == "cpu" and not kept:
-        is_mapped = True
-        weights = {name: x.to(specs[name].dtype) for name, x in map_tensors(places)}
+        mapped = ((name, x.to(specs[name].dtype)) for name, x in map_tensors(places))
+        weights = dict(finite(directory, mapped))
         model.load_state_dict(weights, assign=True)
     else:
         here = {name: spec for name, spec in specs.items() if not is_elsewhere(name, kept)}
         besides = STREAMED_AT_ONCE * layer_bytes(specs) if kept else 0
-        weights = _read(places, here, {}, device, model, room, besides)
+        weights = _read(directory, places, here, {}, device, model, room, besides)
         model.load_state_dict(weights, assign=True, strict=not kept)
         if kept:
             keep_elsewhere(model, kept, places, specs, device)
     size, seconds = sum(x.nbytes for x in weights.values()), time.perf_counter() - began
     logger.info(
-        "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）%s。",
+        "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）。",
         *(size / 1e9, seconds, device, size / seconds / 1e9),
-        "，精度不变的部分用到时才真正读入" if is_mapped else "",
     )
     return model.eval()
 
@@ -117,22 +116,27 @@ def _specs(
     """What each tensor becomes in memory.
 
     Raises:
-        PlugError: integers where floats should be, or the reverse.
+        PlugError: integers where floats should be or the reverse, or a part of a quantised weight
+            in another dtype than its format's.
     """
     specs = {}
     for name, wanted in model.state_dict().items():
         saved = places[name].spec
-        if saved.dtype.is_floating_point != wanted.is_floating_point():
+        is_exact = is_quantized(name, wanted.dtype)
+        if saved.dtype.is_floating_point != wanted.is_floating_point() or (
+            is_exact and saved.dtype != wanted.dtype
+        ):
             raise PlugError(
                 f"{directory} 的 {name} 是 {saved.dtype}，应为 {wanted.dtype}。"
                 "请检查 config.json 的 quantization 与权重是否配套。"
             )
-        keeps = dtype is None or is_quantized(name, saved.dtype)
+        keeps = dtype is None or is_exact
         specs[name] = saved if keeps or dtype is None else saved._replace(dtype=dtype)
     return specs
 
 
 def _read(
+    directory: Path,
     places: Mapping[str, Place],
     specs: Mapping[str, TensorSpec],
     regions: Mapping[str, tuple[slice, ...]],
@@ -141,7 +145,18 @@ def _read(
     room: Room | None,
     besides: int = 0,
 ) -> dict[str, Tensor]:
-    """Every tensor, or its region if it has one, once they and ``besides`` are found to fit."""
+    """Read every tensor, or its region, once they and ``besides`` are found to fit.
+
+    Args:
+        directory: of the model, for messages.
+        places: of the tensors in files.
+        specs: what each tensor becomes in memory.
+        regions: the slices of tensors of which not all is read.
+        device: where they go.
+        model: without memory; its config and scheme count.
+        room: what writing needs besides the weights.
+        besides: bytes of other weights that must fit too.
+    """
     shapes = {
         name: tensor_parallel.shard_shape(regions.get(name, ()), x.shape)
         for name, x in specs.items()
@@ -166,6 +181,7 @@ def _read(
         transfer.fill(
             Part(places[name], target, regions.get(name, ())) for name, target in weights.items()
         )
+    check_finite(directory, weights.items())
     return weights
 
 

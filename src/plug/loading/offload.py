@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from plug.checkpoints.weights import Place, TensorSpec
+from plug.checkpoints.weights import Place, TensorSpec, check_finite
 from plug.errors import UsageError
 from plug.loading.memory import OVERHEAD_BYTES, STREAMED_AT_ONCE, Room, free_memory
 from plug.loading.transfer import Begun, Part, Transfer
@@ -60,6 +60,7 @@ class StreamedLayers(nn.ModuleList):
                     continue
                 tensors, begun = coming
                 self._transfer.finish(begun)
+                self._kept[index].check(index, tensors)
                 if index in following:
                     coming = self._begin(following[index])
                 _put(self._originals[index], tensors)
@@ -111,6 +112,7 @@ class KeptLayer:
             with Transfer(other) as transfer:
                 transfer.fill(Part(places[name], x) for name, x in self._on_other.items())
         self.nothing = self.targets(torch.device("meta"))
+        self._is_checked = False
 
     def targets(self, device: torch.device) -> dict[str, Tensor]:
         """Tensors without values."""
@@ -118,6 +120,13 @@ class KeptLayer:
             name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for name, spec in self._specs.items()
         }
+
+    def check(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raise a `PlugError` if values are NaN or infinite; looks the first time alone."""
+        if not self._is_checked:
+            named = ((f"{LAYERS}{index}.{name}", x) for name, x in tensors.items())
+            check_finite(next(iter(self._places.values())).file, named)
+            self._is_checked = True
 
     def begin(self, targets: Mapping[str, Tensor], transfer: Transfer) -> list[Begun]:
         """Have the values come into ``targets``; what to give to `Transfer.finish`."""

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plug.errors import UsageError
+from plug.jsonfiles import read_json, shown
 
-# Written into config.json by `transformers` or by us for it; they say nothing about the shape.
-BOOKKEEPING_KEYS = frozenset(
-    {
-        "architectures",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "quantization",
-        "return_dict",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
+# Written into config.json by `transformers` or by us for it; they say nothing about the shape. Each
+# has the types that it may have, and null.
+_BOOKKEEPING: dict[str, tuple[type, ...]] = {
+    "architectures": (list,),
+    "auto_map": (dict,),
+    "chunk_size_feed_forward": (int,),
+    "dtype": (str,),
+    "id2label": (dict,),
+    "is_encoder_decoder": (bool,),
+    "label2id": (dict,),
+    "model_type": (str,),
+    "num_labels": (int,),
+    "output_attentions": (bool,),
+    "output_hidden_states": (bool,),
+    "problem_type": (str,),
+    "quantization": (dict,),
+    "return_dict": (bool,),
+    "tie_word_embeddings": (bool,),
+    "torch_dtype": (str,),
+    "transformers_version": (str,),
+    "use_cache": (bool,),
+}
+BOOKKEEPING_KEYS = frozenset(_BOOKKEEPING)
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+# The largest sizes that are taken for meant: far above any model, and small enough that a damaged
+# number is refused before it makes anything slow.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 512,
+    "num_decoder_layers": 512,
+    "num_attention_heads": 2**12,
+    "intermediate_size": 2**19,
+    "max_position_embeddings": 2**20,
+    "type_vocab_size": 2**10,
+}
 
 ORIGINAL_SOURCE_LENGTH = 512  # tokens that the released 27B was trained to read (spec section 1)
 
@@ -71,7 +84,9 @@ class PlugConfig:
             value = getattr(self, field.name)
             wanted = float if field.type == "float" else int
             if isinstance(value, bool) or not isinstance(value, (int, wanted)):
-                raise UsageError(f"配置项 {field.name}={value!r} 应为数字（{wanted.__name__}）。")
+                raise UsageError(
+                    f"配置项 {field.name}={shown(value)} 应为数字（{wanted.__name__}）。"
+                )
         at_least_one = (
             "vocab_size num_emitted_tokens hidden_size num_hidden_layers num_attention_heads "
             "intermediate_size max_position_embeddings type_vocab_size"
@@ -79,6 +94,11 @@ class PlugConfig:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise UsageError(f"配置项 {name}={getattr(self, name)} 应不小于 1。")
+        for name, largest in _LARGEST.items():
+            if getattr(self, name) > largest:
+                raise UsageError(
+                    f"配置项 {name}={shown(getattr(self, name))} 太大，上限是 {largest}。请检查它。"
+                )
         if self.num_decoder_layers < 0:
             raise UsageError(f"配置项 num_decoder_layers={self.num_decoder_layers} 应不小于 0。")
         if self.hidden_size % self.num_attention_heads:
@@ -98,12 +118,21 @@ class PlugConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"配置项 {name}={getattr(self, name)} 应在 [0, 1) 之内。")
+        if not 0 < self.layer_norm_eps < 1:
+            raise UsageError(f"配置项 layer_norm_eps={self.layer_norm_eps} 应在 (0, 1) 之内。")
+        if not 0 <= self.initializer_range < 1:
+            raise UsageError(
+                f"配置项 initializer_range={self.initializer_range} 应在 [0, 1) 之内。"
+            )
         special = ("pad", "unk", "decoder_start", "eos", "mask")
         for name in (f"{kind}_token_id" for kind in special):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise UsageError(
-                    f"{name}={getattr(self, name)} 不在词表 0…{self.vocab_size - 1} 内。"
+                    f"{name}={shown(getattr(self, name))} 不在词表 0…{self.vocab_size - 1} 内。"
                 )
+        ids = [getattr(self, f"{kind}_token_id") for kind in special]
+        if len(set(ids)) < len(ids):
+            raise UsageError(f"[PAD] [UNK] [CLS] [SEP] [MASK] 的编号 {ids} 有重复，应各不相同。")
 
     @property
     def head_dim(self) -> int:
@@ -128,11 +157,11 @@ class PlugConfig:
         """
         model_type = values.get("model_type", "plug")
         if model_type != "plug":
-            raise UsageError(f"model_type={model_type!r}：这不是 PLUG 模型（应为 'plug'）。")
+            raise UsageError(f"model_type={shown(model_type)}：这不是 PLUG 模型（应为 'plug'）。")
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - names - BOOKKEEPING_KEYS)
         if unknown:
-            raise UsageError(f"配置里有不认识的键 {unknown}。请删去或改正拼写。")
+            raise UsageError(f"配置里有不认识的键 {shown(unknown)}。请删去或改正拼写。")
         return cls(**{name: values[name] for name in names & values.keys()})
 
     @classmethod
@@ -144,6 +173,7 @@ class PlugConfig:
         """
         values = read_config_file(path)
         try:
+            _check_bookkeeping(values)
             return cls.from_dict(values)
         except UsageError as error:
             raise UsageError(f"{path}：{error}") from None
@@ -153,18 +183,31 @@ class PlugConfig:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The keys and values of a `config.json`, unchecked.
+    """Return the keys and values of a `config.json`, unchecked.
 
     Raises:
-        UsageError: the file is not a JSON object.
+        UsageError: the file cannot be read, or is not a JSON object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} 不是有效的 JSON：{error}。") from None
+    values = read_json(path, UsageError)
     if not isinstance(values, dict):
         raise UsageError(f"{path} 应是一个 JSON 对象。")
     return values
+
+
+def _check_bookkeeping(values: dict[str, Any]) -> None:
+    """Raise a `UsageError` where a key that is no size has a value that it cannot have."""
+    for name, types in _BOOKKEEPING.items():
+        value = values.get(name)
+        if value is not None and type(value) not in types:
+            raise UsageError(f"配置项 {name}={shown(value)} 应为 {types[0].__name__}。")
+    for name in ("is_encoder_decoder", "tie_word_embeddings"):  # PLUG is nothing else
+        if values.get(name) is False:
+            raise UsageError(f"配置项 {name}=False：PLUG 只有 True 一种。请改正它。")
+    for name in ("dtype", "torch_dtype"):
+        if values.get(name) not in (None, "auto", *DTYPE_NAMES):
+            raise UsageError(
+                f"配置项 {name}={shown(values[name])} 不支持。可用：{'、'.join(DTYPE_NAMES)}。"
+            )
 
 
 _MINI_IDS = {

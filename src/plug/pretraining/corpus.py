@@ -7,15 +7,13 @@ the key `text`. Either may be compressed (`.gz`, `.zst`).
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plug.errors import PlugError, UsageError
+from plug.jsonfiles import parse_json
+from plug.textfiles import BYTE_ORDER_MARK, Notes, is_text, read_lines, trim
 from plug.tokenization import SENTENCE_END
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
@@ -57,10 +55,15 @@ def domain_name(path: Path) -> str:
     return re.sub(r"-\d+$", "", path.name.split(".")[0])
 
 
-def read_documents(path: Path) -> Iterator[str]:
+def read_documents(path: Path, notes: Notes | None = None) -> Iterator[str]:
     """The documents of one file, in order; paragraphs are joined by line breaks.
 
-    A paragraph is a line without the blanks around it; empty ones are left out, in JSON as well.
+    A paragraph is a line without the blanks and zero-width characters around it. Empty paragraphs
+    are left out, in JSON as well. U+FEFF is left out everywhere.
+
+    Args:
+        path: of a corpus file.
+        notes: is told of every U+FEFF that is left out.
 
     Raises:
         UsageError: the file is missing or holds no document.
@@ -68,22 +71,23 @@ def read_documents(path: Path) -> Iterator[str]:
             file that ends too early or cannot be read.
     """
     empty = True
-    for document in _documents(path):
+    for document in _documents(path, notes or Notes()):
         empty = False
         yield document
     if empty:
         raise UsageError(f"{path} 里没有任何文档。")
 
 
-def _documents(path: Path) -> Iterator[str]:
+def _documents(path: Path, notes: Notes) -> Iterator[str]:
     is_json = ".jsonl" in path.name
     paragraphs: list[str] = []
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, notes):
+        place = f"{path} 第 {number} 行"
         if is_json:
-            if line and (document := _json_text(line, path, number)):
+            if line.strip() and (document := _json_text(line, place, notes)):
                 yield document
-        elif line:
-            paragraphs.append(line)
+        elif paragraph := _paragraph(line, place, notes):
+            paragraphs.append(paragraph)
         elif paragraphs:
             yield "\n".join(paragraphs)
             paragraphs = []
@@ -91,73 +95,21 @@ def _documents(path: Path) -> Iterator[str]:
         yield "\n".join(paragraphs)
 
 
-def _json_text(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        raise PlugError(f'{path} 第 {number} 行不是带有 "text" 键的 JSON 对象。') from None
+def _paragraph(line: str, place: str, notes: Notes) -> str:
+    """The line without blanks and zero-width characters around it, and without U+FEFF in it."""
+    if BYTE_ORDER_MARK in line:
+        notes.add("去掉了一行里的字节顺序标记 U+FEFF", place)
+        line = line.replace(BYTE_ORDER_MARK, "")
+    return trim(line)
+
+
+def _json_text(line: str, place: str, notes: Notes) -> str:
+    value = parse_json(line.encode(), place)
+    if not isinstance(value, dict) or "text" not in value:
+        raise PlugError(f'{place}不是带有 "text" 键的 JSON 对象。')
+    text = value["text"]
     if not isinstance(text, str):
-        raise PlugError(f'{path} 第 {number} 行的 "text" 不是字符串。')
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PlugError(f'{path} 第 {number} 行的 "text" 含有孤立的代理码位，不是文本。')
-    return "\n".join(filter(None, map(str.strip, text.split("\n"))))
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, stripped text) of a file, decoded line by line."""
-    number = 0
-    try:
-        for number, raw in enumerate(_raw_lines(path), start=1):
-            if b"\0" in raw:
-                raise PlugError(f"{path} 第 {number} 行含有二进制字节，不是文本。")
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise PlugError(
-            f"{path} 第 {number} 行不是 UTF-8 文本（字节 {error.object[error.start]:#04x}）。"
-            "请先转换编码。"
-        ) from None
-    except _decompression_errors() as error:
-        raise PlugError(f"{path} 无法解压（第 {number} 行之后）：{error}。请重新取得。") from None
-    except OSError as error:
-        raise PlugError(f"{path} 读不了：{error.strerror or error}。") from None
-
-
-def _decompression_errors() -> tuple[type[Exception], ...]:
-    errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
-    if "zstandard" in sys.modules:
-        errors += (sys.modules["zstandard"].ZstdError,)
-    return errors
-
-
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    if not path.is_file():
-        raise UsageError(f"文件 {path} 不存在。")
-    if path.suffix == ".zst":
-        yield from _zst_lines(path)
-        return
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        yield from stream
-
-
-def _zst_lines(path: Path) -> Iterator[bytes]:
-    """Lines of all frames of the file; zstandard's own reader takes a cut file for a whole one."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UsageError(
-            f'读取 {path} 需要 zstandard。请安装：pip install "plug-zh[train]"'
-        ) from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame, rest = decompressor.decompressobj(), b""
-    with path.open("rb") as file:
-        while data := file.read(2**20):
-            while data:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
-                yield from lines
-                data = frame.unused_data
-    if not frame.eof:
-        raise EOFError("文件不完整")
-    if rest:
-        yield rest
+        raise PlugError(f'{place}的 "text" 不是字符串。')
+    if not is_text(text):
+        raise PlugError(f'{place}的 "text" 含有孤立的代理码位，不是文本。')
+    return "\n".join(filter(None, (_paragraph(part, place, notes) for part in text.split("\n"))))

@@ -42,6 +42,8 @@ def sample_documents(paths: Iterable[Path], characters_per_domain: int) -> Itera
 def train(documents: Iterable[str], vocab_size: int, alphabet_size: int) -> PlugTokenizer:
     """A tokenizer of at most ``vocab_size`` pieces, ``alphabet_size`` of them single characters.
 
+    The same documents in the same order give the same bytes.
+
     Raises:
         UsageError: ``vocab_size`` leaves no room beyond special tokens, bytes and characters, or
             ``alphabet_size`` none for what is always present.
@@ -53,18 +55,33 @@ def train(documents: Iterable[str], vocab_size: int, alphabet_size: int) -> Plug
         raise UsageError(
             f"词表大小 {vocab_size} 放不下 {len(fixed)} 个特殊符号与字节和 {alphabet_size} 个单字。"
         )
+    texts = list(documents)  # read twice: for their characters, then for their pieces
+    alphabet = frequent_characters(texts, alphabet_size)
     trainee = Tokenizer(models.BPE())
     trainee.pre_tokenizer = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), "isolated")
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(fixed),
-        limit_alphabet=alphabet_size,
-        initial_alphabet=list(ALWAYS_PRESENT),
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
         max_token_length=LONGEST_PIECE,
         show_progress=False,
     )
-    trainee.train_from_iterator(documents, trainer)
+    trainee.train_from_iterator(texts, trainer)
     trained = json.loads(trainee.to_str())["model"]
     learned = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
     vocabulary = {piece: index for index, piece in enumerate([*fixed, *learned])}
     merges = [(left, right) for left, right in trained["merges"]]
     return PlugTokenizer.from_pieces(vocabulary, merges)
+
+
+def frequent_characters(texts: Iterable[str], size: int) -> list[str]:
+    """`ALWAYS_PRESENT` and the most frequent other characters, ``size`` in all, by code point.
+
+    Of characters equally frequent the lower code points are taken. (`BpeTrainer` would choose among
+    them by the order of a hash table, which differs from run to run.)
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    others = sorted(counts.keys() - set(ALWAYS_PRESENT), key=lambda each: (-counts[each], each))
+    return sorted([*ALWAYS_PRESENT, *others[: size - len(ALWAYS_PRESENT)]])

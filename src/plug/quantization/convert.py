@@ -16,8 +16,9 @@ from plug.checkpoints.directory import (
     weight_shapes,
     write_configs,
 )
+from plug.checkpoints.headers import locate_weights
 from plug.checkpoints.original import OriginalReader
-from plug.checkpoints.weights import TensorSpec, WeightWriter, locate_weights, map_tensors
+from plug.checkpoints.weights import TensorSpec, WeightWriter, map_tensors
 from plug.errors import PlugError
 from plug.files import new_directory, refuse_used
 from plug.model.configuration import PlugConfig

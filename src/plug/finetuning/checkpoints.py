@@ -1,0 +1,107 @@
+"""Checkpoints of a fine-tuning run: which of them count, which are kept, what a signal saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from plug.distributed.processes import Vote
+from plug.files import remove_directory, sync_tree, write_text
+from plug.interrupts import Interrupted, Interrupts
+
+STATE_FILE = "trainer_state.json"  # of the Trainer, which writes it last
+SYNCED_FILE = "synced"  # ours: everything else of the checkpoint is on the disk
+EPOCH_FILE = "epoch_rng_state_{}.pt"  # of a process; in checkpoints amid an epoch
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None if the run has to begin anew.
+
+    A killed process may leave a newer one that is not. Checkpoints of earlier versions have no
+    `synced` file: they count if their state can be read.
+    """
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    by_step = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in by_step if _is_readable(path / STATE_FILE)]
+    synced = [path for path in whole if (path / SYNCED_FILE).is_file()]
+    return next(reversed(synced or whole), None)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+class Checkpoints(TrainerCallback):
+    """Syncs each checkpoint before older ones are removed; saves one when a signal comes.
+
+    Of the older ones the best is kept. Amid an epoch a checkpoint also needs the random state that
+    the epoch began with, from which the order of its examples was drawn.
+
+    Args:
+        interrupts: what is asked of this process; all processes stop at the same step.
+        output: of the run, for the message.
+        resumed: the checkpoint that the run goes on from.
+        resumable: whether checkpoints hold what ``--resume`` needs.
+    """
+
+    def __init__(
+        self, interrupts: Interrupts, output: Path, resumed: Path | None, resumable: bool
+    ) -> None:
+        self.interrupts, self.output, self.resumable = interrupts, output, resumable
+        self.processes = PartialState()
+        self.vote = Vote(self.processes.num_processes)
+        self.signal = 0
+        self.epoch_file = EPOCH_FILE.format(self.processes.process_index)
+        self.epoch_state = torch.get_rng_state()
+        self.restored: torch.Tensor | None = None
+        if resumed is not None and (resumed / self.epoch_file).is_file():
+            self.restored = torch.load(resumed / self.epoch_file, weights_only=True)
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        """Draw the order of the examples as the interrupted run drew it."""
+        if self.restored is not None:
+            torch.set_rng_state(self.restored)
+            self.restored = None
+        self.epoch_state = torch.get_rng_state()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Ask for a checkpoint if a signal came. At an epoch's end there is one in any case."""
+        self.signal = self.signal or self.vote(self.interrupts.asked or 0)
+        if self.signal and not self.resumable:
+            raise Interrupted("已中断。这次训练没有留下可以接着训练的检查点。", self.signal)
+        if self.signal and not _is_whole_epoch(state) and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Sync the checkpoint that the Trainer has just written, and remove older ones."""
+        folder = Path(args.output_dir)
+        current = folder / f"checkpoint-{state.global_step}"
+        if not _is_whole_epoch(state):
+            torch.save(self.epoch_state, current / self.epoch_file)
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            sync_tree(current)
+            write_text(current / SYNCED_FILE, "")
+            kept = {current.name, Path(state.best_model_checkpoint or current).name}
+            for path in folder.glob("checkpoint-*"):
+                if path.name not in kept:
+                    remove_directory(path)
+        if self.signal:
+            self.processes.wait_for_everyone()  # the launcher ends them all when one has ended
+            raise Interrupted(
+                f"已中断，第 {state.global_step} 步的检查点在 {self.output}。"
+                "用同样的命令加 --resume 接着训练。",
+                self.signal,
+            )
+
+
+def _is_whole_epoch(state: Any) -> bool:
+    return abs(state.epoch - round(state.epoch)) < 1e-6
