@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.kernels.rows import add_norm, embed, gelu_, quantize_rows
+from plug.kernels.rows import add_norm, add_norm_fp8, embed, gelu_, quantize_rows
 from plug.model.configuration import PRESETS
 from plug.model.layers import Embeddings
 
@@ -71,10 +71,25 @@ def test_rows_that_fp8_can_hold_are_held_exactly(generator: torch.Generator) -> 
     held[1] = 0
     units = torch.tensor([[2.0**-9], [1.0], [2.0**7]])
 
-    eight, scale = quantize_rows((held * units).bfloat16())
+    eight, scale, _ = quantize_rows((held * units).bfloat16())
 
     assert torch.equal(eight.float(), held)
     assert torch.equal(scale[[0, 2]], units[[0, 2]])
+
+
+@torch.inference_mode()
+def test_a_norm_in_fp8_is_the_rounded_norm(generator: torch.Generator) -> None:
+    x, delta = torch.randn(2, 5, 96, generator=generator).bfloat16()
+    layer = norm(96, generator).bfloat16()
+
+    total, got = add_norm_fp8(x, delta, layer)
+
+    expected_total, normalized = add_norm(x, delta, layer)
+    expected = quantize_rows(normalized)
+    assert torch.equal(total, expected_total)
+    assert torch.equal(got.values.float(), expected.values.float())
+    assert torch.equal(got.scale, expected.scale)
+    assert got.dtype == torch.bfloat16
 
 
 @torch.inference_mode()
@@ -82,7 +97,7 @@ def test_gelu_in_place_and_before_rounding(generator: torch.Generator) -> None:
     x = 3 * torch.randn(5, 1000, generator=generator)
     expected = F.gelu(x.double())
 
-    eight, scale = quantize_rows(x, gelu=True)
+    eight, scale, _ = quantize_rows(x, gelu=True)
     got = gelu_(x.clone())
 
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ tokens, without padding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -27,7 +27,7 @@ from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.packed_linear import PackedLinear
-from plug.kernels.rows import add_norm, embed
+from plug.kernels.rows import Fp8Rows, add_norm, add_norm_fp8, embed
 from plug.loading.memory import TOKENS_AT_ONCE
 from plug.loading.offload import StreamedLayers
 from plug.model.attention import Attention
@@ -67,9 +67,6 @@ class FusedModel:
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
         self._logits = gather_logits(model, self._head)
-        steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
-        for weight, following in pairwise([*steps, self._head, steps[0]]):
-            weight.comes_before(following)
         self.granularity = None
 
     # --- sources ----------------------------------------------------------------------------------
@@ -94,9 +91,11 @@ class FusedModel:
         hidden = embed(token_ids, positions, self._embeddings)
         delta = None
         for layer in self._encoder_layers:
-            hidden, normalized = add_norm(hidden, delta, layer.attention_norm)
+            in_fp8 = layer.query_key_value.wants_fp8(hidden)
+            normalize = add_norm_fp8 if in_fp8 else add_norm
+            hidden, normalized = normalize(hidden, delta, layer.attention_norm)
             context = self._attend_sources(layer.query_key_value(normalized), sources)
-            hidden, normalized = add_norm(hidden, layer.out(context), layer.feed_forward_norm)
+            hidden, normalized = normalize(hidden, layer.out(context), layer.feed_forward_norm)
             delta = layer.fc2.after(layer.fc1, normalized)
         for norm in self._encoder_norms:
             _, hidden = add_norm(hidden, delta, norm)
@@ -210,8 +209,6 @@ class _DecoderLayer:
         self.source_out = _summed(cross.out_proj)
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
-        self.in_a_step = [self.query_key_value, self.out, self.source_query, self.source_out]
-        self.in_a_step += [self.fc1, self.fc2]
 
 
 def _query_key_value(attention: Attention, *, for_sources: bool = False) -> PackedLinear:
@@ -237,8 +234,8 @@ class _RowParallelLinear(PackedLinear):
         result = super()._many_rows(x)
         return result if self._in_fp8 else all_reduce(result)
 
-    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return all_reduce(super()._multiply_fp8(rows, row_scale, dtype))
+    def _multiply_fp8(self, x: Fp8Rows) -> Tensor:
+        return all_reduce(super()._multiply_fp8(x))
 
 
 def _summed(layer: nn.Module, *, for_sources: bool = False) -> PackedLinear:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plug.kernels.launch import compile_kernel, launch
-from plug.kernels.rows import FP8, FP8_MAX, gelu_, quantize_rows
+from plug.kernels.rows import FP8, FP8_MAX, Fp8Rows, gelu_, quantize_rows
 from plug.kernels.tiles import tile_4bit, unpack_4bit
 from plug.quantization.linear import QuantizedLinear
 
@@ -24,9 +24,6 @@ _FEW_ROWS_OF_HALF = 8
 # Rows of one launch, and those up to which several launches are better than an unpacked weight.
 _ROWS_AT_ONCE = 32
 _FEW_ROWS_OF_INTEGERS = 64
-# Bytes of the next product's weight to fetch ahead, a multiple of 64 * 16. A step of the 27B took
-# 2.5% less with 8 bits and 0.8% less with 16; with 4 bits it took longer, at any size.
-_FETCHED_AHEAD = {16: 2**23, 8: 2**23, 4: 0}
 # The shape of a block of `skinny_gemm.cu`, by bits and by whether there are more than 8 rows.
 _SHAPES = {
     (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 2},
@@ -36,7 +33,7 @@ _SHAPES = {
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }
 # Bytes of its weights that a block fetches into the second cache before its inputs are there.
-_PREFETCH = 2048
+_PREFETCH = {16: 2**15, 8: 2**15, 4: 2**14}
 
 
 class PackedLinear:
@@ -74,28 +71,31 @@ class PackedLinear:
             self._fp8_scale, self._fp8_bias = row_scale[None, :], self._bias.bfloat16()
         self.out_features = len(self._bias)
         self._fits = _fits(self._weight, self._bits, self.out_features)
-        self._next, self._next_bytes = self._weight, 0
+        self.prefetch = _PREFETCH[self._bits]
 
-    def __call__(self, x: Tensor, *, wide: bool = False) -> Tensor:
-        """(rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
+    def __call__(self, x: Tensor | Fp8Rows, *, wide: bool = False) -> Tensor:
+        """Multiply rows (rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
+        if isinstance(x, Fp8Rows):
+            return self._multiply_fp8(x)
         if self._takes(x):
             return self._skinny(x, wide=wide)
         out = self._many_rows(x)
         return out.float() if wide else out
 
-    def comes_before(self, other: PackedLinear) -> None:
-        """Few rows will be multiplied with ``other`` next: have its first bytes fetched ahead."""
-        size = other._weight.numel() * other._weight.element_size()
-        most = _FETCHED_AHEAD[other._bits]
-        self._next, self._next_bytes = other._weight, min(size // 1024 * 1024, most)
+    def wants_fp8(self, x: Tensor) -> bool:
+        """Return whether rows of the shape of ``x`` will be multiplied in FP8."""
+        return self._in_fp8 and not self._takes(x)
 
-    def after(self, first: PackedLinear, x: Tensor) -> Tensor:
-        """A feed-forward layer: ``first``, the exact GELU, then this."""
-        if first._takes(x):
-            return self(first._skinny(x, gelu=True))
-        inside = first._many_rows(x)
+    def after(self, first: PackedLinear, x: Tensor | Fp8Rows) -> Tensor:
+        """Compute a feed-forward layer: ``first``, the exact GELU, then this."""
+        if isinstance(x, Tensor):
+            if first._takes(x):
+                return self(first._skinny(x, gelu=True))
+            inside = first._many_rows(x)
+        else:
+            inside = first._multiply_fp8(x)
         if self._in_fp8:
-            return self._multiply_fp8(*quantize_rows(inside, gelu=True), x.dtype)
+            return self._multiply_fp8(quantize_rows(inside, gelu=True))
         return self(gelu_(inside))
 
     def _takes(self, x: Tensor) -> bool:
@@ -110,8 +110,7 @@ class PackedLinear:
             kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
             arguments = [
                 *(rows, self._weight, self._scale, self._bias, result),
-                *(self._next, len(rows), self.out_features, x.shape[1]),
-                *(int(gelu), int(wide), self._next_bytes),
+                *(len(rows), self.out_features, x.shape[1], int(gelu), int(wide), self.prefetch),
             ]
             launch(kernel, self.out_features // outputs, threads, arguments)
         return out
@@ -124,29 +123,29 @@ class PackedLinear:
         if self._bits == 16:
             return F.linear(x, self._weight, self._bias)
         if self._in_fp8:
-            return self._multiply_fp8(*quantize_rows(x), x.dtype)
+            return self._multiply_fp8(quantize_rows(x))
         if self._bits == 8:
             weight = self._weight.to(x.dtype) * self._scale[:, None].to(x.dtype)
         else:
             weight = unpack_4bit(self._weight, self._scale, None)
         return F.linear(x, weight.to(x.dtype), self._bias)
 
-    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def _multiply_fp8(self, x: Fp8Rows) -> Tensor:
         weight = self._weight
         if self._bits == 4:
             weight = unpack_4bit(weight, self._scale, self._row_scale)
         elif weight.dtype != FP8:
             weight = weight.to(FP8)
         result = torch._scaled_mm(
-            rows,
+            x.values,
             weight.t(),
-            scale_a=row_scale,
+            scale_a=x.scale,
             scale_b=self._fp8_scale,
             bias=self._fp8_bias,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return result.to(dtype)
+        return result.to(x.dtype)
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -190,6 +189,5 @@ def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[An
     """The compiled kernel for the current device, its outputs and its threads a block."""
     shape = _SHAPES[bits, tiles > 1]
     settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
-    settings |= {"PREFETCH": _PREFETCH}
     kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

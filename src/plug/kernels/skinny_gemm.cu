@@ -17,7 +17,6 @@ typedef unsigned long long u64;
 #define PER (128 / BITS)  // weights in 16 bytes
 #define SPAN (4 * PER)    // inputs of a warp's step; with 4 bits, a group
 #define OUTPUTS (16 * PIECES * ACROSS)
-#define FETCHERS 64       // blocks that fetch for the next product
 
 #if HALF
 #define TYPE "f16"
@@ -124,19 +123,15 @@ __device__ __forceinline__ void load(uint4 w[PIECES][2], const uint4* mine, int 
 
 // Programmatic dependent launch: the next kernel may start on multiprocessors that have room. It
 // fetches its own weights, which no kernel writes, and then waits for the kernels before it.
-__device__ __forceinline__ void before_the_inputs(
-    const uint4* weight, int n_in)
-{
+__device__ __forceinline__ void before_the_inputs(const uint4* weight, int n_in, int prefetch) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#if PREFETCH
-    u64 bytes = (u64)n_in / PER * 16 * OUTPUTS;
-    if (threadIdx.x == 0) {
+    int bytes = n_in / PER * 16 * OUTPUTS;  // of a block, which lie together
+    if (threadIdx.x == 0 && prefetch) {
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"((const char*)weight + blockIdx.x * bytes),
-                        "r"((int)(bytes < PREFETCH ? bytes : PREFETCH)) : "memory");
+                     :: "l"((const char*)weight + (u64)blockIdx.x * bytes),
+                        "r"(bytes < prefetch ? bytes : prefetch) : "memory");
     }
-#endif
 #endif
 }
 
@@ -148,10 +143,9 @@ __device__ __forceinline__ void wait_for_the_inputs() {
 
 // x (rows, n_in); weight (n_out, n_in), packed; 8 bits: scale float (n_out); 4 bits: scale and center
 // bfloat16 (n_out, n_in / 128); bias (n_out); out (rows, n_out), in float where wide.
-// What the next product will read can be named: its first bytes are fetched into the second cache
-// while the kernels in between leave the memory idle.
 extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny_gemm(
-    const u16* x, const uint4* weight, const void* scale, const u16* bias, void* out, const char* next, int rows, int n_out, int n_in, int gelu, int wide, int next_bytes)
+    const u16* x, const uint4* weight, const void* scale, const u16* bias, void* out,
+    int rows, int n_out, int n_in, int gelu, int wide, int prefetch)
 {
     __shared__ float part[ALONG][8 * TILES][OUTPUTS + 1];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -169,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
     const u16* column = x + (u64)g * n_in + t * PER;
     float total[PIECES][TILES][4] = {};
 
-    before_the_inputs(weight, n_in);
+    before_the_inputs(weight, n_in, prefetch);
     wait_for_the_inputs();
 
     #pragma unroll UNROLL
@@ -255,14 +249,6 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
         }
     }
     __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    int late = (int)blockIdx.x + FETCHERS - (int)gridDim.x;  // the last blocks to start
-    if (late >= 0 && threadIdx.x == 0 && next_bytes) {
-        int bytes = next_bytes / FETCHERS;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(next + (u64)late * bytes), "r"(bytes) : "memory");
-    }
-#endif
     for (int at = threadIdx.x; at < 8 * TILES * OUTPUTS; at += ACROSS * ALONG * 32) {
         int m = at / OUTPUTS, o = at % OUTPUTS;
         if (m >= rows) break;
