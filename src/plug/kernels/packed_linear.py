@@ -33,6 +33,7 @@ _SHAPES = {
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }
 # Bytes of its weights that a block fetches into the second cache before its inputs are there.
+_DEPTH = 0
 _PREFETCH = {16: 2**15, 8: 2**15, 4: 2**14}
 
 
@@ -188,6 +189,6 @@ def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
 def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[Any, int, int]:
     """The compiled kernel for the current device, its outputs and its threads a block."""
     shape = _SHAPES[bits, tiles > 1]
-    settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
+    settings = {"DEPTH": 0 if tiles > 1 else _DEPTH} | shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
     kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

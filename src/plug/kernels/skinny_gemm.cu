@@ -107,19 +107,36 @@ __device__ __forceinline__ uint4 inputs(const u16* x, bool there) {
     return there ? *(const uint4*)x : make_uint4(0, 0, 0, 0);
 }
 
-// A step's weights of a lane: those of outputs g and g + 8 of each piece.
+// Where a lane's weights of a step lie: those of output g; those of output g + 8 lie further on.
+#if BITS == 4
+#define HALF_OF_PIECE 32
+#else
+#define HALF_OF_PIECE (8 * stride)
+#endif
+__device__ __forceinline__ const uint4* at_step(
+    const uint4* mine, int steps, u64 stride, int piece, int step)
+{
+#if BITS == 4
+    return mine + (piece * steps + step) * 64;
+#else
+    return mine + piece * 16 * stride + step * 4;
+#endif
+}
+
 __device__ __forceinline__ void load(uint4 w[PIECES][2], const uint4* mine, int steps, u64 stride, int s) {
     #pragma unroll
     for (int p = 0; p < PIECES; p++) {
-#if BITS == 4
-        w[p][0] = passing(mine + (p * steps + s) * 64);
-        w[p][1] = passing(mine + (p * steps + s) * 64 + 32);
-#else
-        w[p][0] = passing(mine + p * 16 * stride + s * 4);
-        w[p][1] = passing(mine + (p * 16 + 8) * stride + s * 4);
-#endif
+        w[p][0] = passing(at_step(mine, steps, stride, p, s));
+        w[p][1] = passing(at_step(mine, steps, stride, p, s) + HALF_OF_PIECE);
     }
 }
+
+#if DEPTH
+__device__ __forceinline__ void copy_early(uint4* to, const uint4* from) {
+    u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(at), "l"(from) : "memory");
+}
+#endif
 
 // Programmatic dependent launch: the next kernel may start on multiprocessors that have room. It
 // fetches its own weights, which no kernel writes, and then waits for the kernels before it.
@@ -164,11 +181,38 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
     float total[PIECES][TILES][4] = {};
 
     before_the_inputs(weight, n_in, prefetch);
+#if DEPTH
+    __shared__ uint4 early[DEPTH][PIECES][2][ACROSS * ALONG * 32];
+    #pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+        int s = along + d * ALONG;
+        #pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            if (s < steps) {
+                copy_early(&early[d][p][0][threadIdx.x], at_step(mine, steps, stride, p, s));
+                copy_early(&early[d][p][1][threadIdx.x], at_step(mine, steps, stride, p, s) + HALF_OF_PIECE);
+            }
+        }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
     wait_for_the_inputs();
+#if DEPTH
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 
     #pragma unroll UNROLL
     for (int s = along; s < steps; s += ALONG) {
         uint4 w[PIECES][2];
+#if DEPTH
+        if (s < DEPTH * ALONG) {
+            #pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                w[p][0] = early[s / ALONG][p][0][threadIdx.x];
+                w[p][1] = early[s / ALONG][p][1][threadIdx.x];
+            }
+        } else
+#endif
         load(w, mine, steps, stride, s);
         const u16* at = column + s * SPAN;
 #if BITS == 4
