@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from plug import __version__
-from plug.generation.model_runner import Engine
-from plug.generation.scheduler import Row, Writer, write
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
+from plug.generation.scheduler import Scheduler
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
 from plug.model.configuration import PRESETS
@@ -100,36 +101,42 @@ def measure(bits: int, arguments: argparse.Namespace, device: torch.device) -> d
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     model = random_model(PRESETS[arguments.preset], bits, device)
-    engine = Engine(model)
+    prepared = PreparedModel(model)
     found: dict[str, Any] = {"prepared_s": round(time.perf_counter() - began, 1)}
     config = model.config
     rules = PlugRules(config, OUT, OUT, OUT, range(5))
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(5, config.num_emitted_tokens, (64, PROMPT), generator=generator)
     sources = [[2, *prompt, 3] for prompt in prompts.tolist()]
-    writer: Writer | None = None
+    runner: ModelRunner | None = None
 
     def written(batch: int) -> None:
-        nonlocal writer
-        rows = [Row(prompt, rules, SETTINGS, 7) for prompt in prompts[:batch].tolist()]
-        writer = write(engine, rows, writer)
-        assert all(len(row.written) == OUT for row in rows)
+        assert runner is not None
+        scheduler = Scheduler(batch, ahead=runner.ahead)
+        sequences = [Sequence(prompt, rules, SETTINGS, 7) for prompt in prompts[:batch].tolist()]
+        for sequence in sequences:
+            scheduler.join(sequence)
+        while scheduler.running:
+            scheduler.update(runner.step(scheduler.plan()))
+        assert all(len(sequence.written) == OUT for sequence in sequences)
 
     for batch in arguments.batches:
+        runner = None  # its memory is free before the next one's is taken
+        runner = ModelRunner(prepared, Size(batch, PROMPT + 2, OUT))
         written(batch)  # makes the graphs
         times = [seconds(partial(written, batch), 1) for _ in range(arguments.rounds)]
         found[f"batch{batch}_tokens_per_s"] = round(batch * OUT / statistics.median(times), 1)
         found[f"batch{batch}_range"] = [round(batch * OUT / t, 1) for t in (max(times), min(times))]
         if batch == 1:
             found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        encoded = seconds(partial(engine._model.read, sources[:batch]), 5, rest=0.5)
+        encoded = seconds(partial(prepared.model.read, sources[:batch]), 5, rest=0.5)
         found[f"batch{batch}_encoder_ms"] = round(1e3 * encoded, 2)
     found["peak_gb_all"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    writer = None
+    runner = None
     read_by_weights = step_bytes(model, bits)
     found["steps"] = {}
     for batch in [*arguments.batches, *arguments.steps_of]:
-        took = step_seconds(engine, sources[:batch])
+        took = step_seconds(prepared, sources[:batch])
         cache = 2 * 2 * config.num_decoder_layers * config.hidden_size * batch * (512 + OUT // 2)
         read = read_by_weights + cache
         found["steps"][str(batch)] = {
@@ -140,17 +147,21 @@ def measure(bits: int, arguments: argparse.Namespace, device: torch.device) -> d
     return found
 
 
-def step_seconds(engine: Engine, sources: list[list[int]]) -> float:
+def step_seconds(prepared: PreparedModel, sources: list[list[int]]) -> float:
     """A step in the middle of the window, as a graph, without sampling."""
-    batch = len(sources)
-    engine.start(sources, OUT)
-    tokens = torch.full((batch,), 9, device=engine.device)
+    runner = ModelRunner(prepared, Size(len(sources), PROMPT + 2, OUT))
+    runner.start(sources)
+    tokens = torch.full((len(sources), 1), 9, device=prepared.device)
     positions = torch.full_like(tokens, OUT // 2)
 
     def step() -> torch.Tensor:
-        return engine.decode(tokens, positions, OUT // 2 + 1)
+        return prepared.model.decode(tokens, positions, OUT // 2 + 1, runner.cache)
 
-    return seconds(lambda: engine.replay("step", step, OUT // 2 + 1, batch), 30)
+    step()  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return seconds(graph.replay, 30)
 
 
 def step_bytes(model: Plug, bits: int) -> int:

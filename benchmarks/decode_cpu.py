@@ -28,8 +28,9 @@ from machine import processor
 
 import plug
 from plug.checkpoints.directory import find_model_directory
-from plug.generation.model_runner import Engine
-from plug.generation.scheduler import Row, write
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
+from plug.generation.scheduler import Scheduler
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
 from plug.quantization.convert import quantize_directory
@@ -119,15 +120,17 @@ def _runs(folder: Path, source: list[int], threads: int) -> dict[str, Run]:
 
 
 def _ours(model: plug.Plug, source: list[int]) -> Run:
-    engine = Engine(model)
+    runner = ModelRunner(PreparedModel(model), Size(1, len(source), TARGET))
     rules = PlugRules(model.config, TARGET, TARGET, min_length=TARGET)
     settings = GenerationSettings(do_sample=False)
 
-    @torch.inference_mode()
     def run() -> list[int]:
-        row = Row(source[1:-1], rules, settings, seed=0)
-        write(engine, [row])
-        return row.written
+        sequence = Sequence(source[1:-1], rules, settings, seed=0)
+        scheduler = Scheduler(1)
+        scheduler.join(sequence)
+        while scheduler.running:
+            scheduler.update(runner.step(scheduler.plan()))
+        return sequence.written
 
     return run
 

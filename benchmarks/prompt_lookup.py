@@ -24,7 +24,8 @@ from continuations import PROMPTS
 from machine import processor
 
 import plug
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel
+from plug.generation.scheduler import StepPlan
 
 Case = tuple[plug.Generator, list[str], dict[str, Any]]
 
@@ -72,7 +73,7 @@ def _measure(
 ) -> dict[str, Any]:
     """By the number of tokens of a draft at most, "0" without."""
     settings = [0, *tokens]
-    count = _count_steps(generator.engine)
+    count = _count_steps(generator.prepared)
     totals: dict[int, Counter[str]] = {each: Counter() for each in settings}
     written = 0
     for index, text in enumerate([texts[0], *texts]):
@@ -114,22 +115,23 @@ def _measure(
     }
 
 
-def _count_steps(engine: Engine) -> dict[str, float]:
-    """Steps that the engine takes from now on, those that check a draft, the encoder's seconds."""
+def _count_steps(prepared: PreparedModel) -> dict[str, float]:
+    """Steps that runners take from now on, those that check a draft, the encoder's seconds."""
     count = {"steps": 0.0, "with_draft": 0.0, "encoder": 0.0}
-    replay, read = engine.replay, engine.read
+    step, encode = ModelRunner.step, prepared.encode
 
-    def counted(key: tuple[Any, int], *arguments: Any) -> torch.Tensor:
+    def counted(runner: ModelRunner, plan: StepPlan) -> Any:
         count["steps"] += 1
-        count["with_draft"] += key[1] > 0
-        return replay(key, *arguments)
+        count["with_draft"] += plan.drafted > 0
+        return step(runner, plan)
 
-    def timed(*arguments: Any) -> None:
+    def timed(*arguments: Any) -> Any:
         start = time.perf_counter()
-        read(*arguments)
+        encoded = encode(*arguments)
         count["encoder"] += time.perf_counter() - start
+        return encoded
 
-    engine.replay, engine.read = counted, timed
+    ModelRunner.step, prepared.encode = counted, timed
     return count
 
 

@@ -27,7 +27,7 @@ import plug
 from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
 from plug.evaluation.language_model import cut, evaluate_language_model
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.loading.load import load
 from plug.pretraining.corpus import expand_paths, read_documents
 from plug.quantization.convert import quantize_directory
@@ -168,8 +168,9 @@ def _with_fp8_sources(model: plug.Plug) -> plug.Plug:
 def _decoded(
     model: plug.Plug, tokenizer: PlugTokenizer, documents: list[list[str]], batch_size: int = 32
 ) -> float:
-    """Nats a character of the engine, fed with what stands in the text; the mean over files."""
-    engine = Engine(model)
+    """Nats a character of decoding, fed with what stands in the text; the mean over files."""
+    prepared = PreparedModel(model)
+    runner = ModelRunner(prepared, Size(batch_size, 130, 129))
     start, found = model.config.decoder_start_token_id, []
     for texts in documents:
         examples = [each for text in texts if (each := cut(text, tokenizer, 128, 128)).target]
@@ -180,13 +181,12 @@ def _decoded(
             sources = [[tokenizer.cls_token_id, *e.source, tokenizer.sep_token_id] for e in batch]
             targets = torch.tensor(
                 [[*each.target, *[-100] * (longest - len(each.target))] for each in batch],
-                device=engine.device,
+                device=prepared.device,
             )
             fed = F.pad(targets[:, :-1].clamp_min(0), (1, 0), value=start)
-            engine.start(sources, longest)
+            runner.start(sources)
             for position in range(longest):
-                where = torch.full((len(batch),), position, device=engine.device)
-                logits = engine.decode(fed[:, position], where, position + 1)
+                logits = runner.logits(fed[:, position].tolist(), [position] * len(batch))
                 nats += F.cross_entropy(logits, targets[:, position], reduction="sum").item()
         found.append(nats / sum(each.characters for each in examples))
     return round(fmean(found), 4)

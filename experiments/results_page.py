@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from plug.evaluation.clue import CLUE_TASKS
+from plug.finetuning.clue import CLUE_TASKS
 from plug.finetuning.tasks import TASKS
 
 # What the issue expects of the shipped model, in percent.

@@ -18,7 +18,7 @@ LINES = (
     ("serving",),
     ("pretraining",),
     ("finetuning",),
-    ("zero_shot", "understanding"),
+    ("zero_shot",),
     ("evaluation",),
     ("generation",),
     ("hf",),
@@ -27,13 +27,23 @@ LINES = (
     ("distributed",),
     ("checkpoints",),
     ("model",),
-    ("tokenization", "options", "textfiles", "jsonfiles", "files", "progress", "device", "errors"),
+    (
+        "tokenization",
+        "options",
+        "shipped",
+        "interrupts",
+        "textfiles",
+        "jsonfiles",
+        "files",
+        "progress",
+        "device",
+        "errors",
+    ),
 )
 LEVELS = {room: level for level, rooms in enumerate(LINES) for room in rooms}
 # Imports that still go up, (file, room): shrink it to nothing.
 KNOWN: set[tuple[str, str]] = {
     ("distributed.tensor_parallel", "quantization"),
-    ("evaluation.clue", "finetuning"),
     ("integrations.modelscope.base", "cli"),
 }
 

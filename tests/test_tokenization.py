@@ -376,3 +376,11 @@ def test_a_file_that_says_to_cut_and_pad_is_read_without(
     for text in ("今", "我们去公园看花"):
         assert loaded.encode(text) == tiny_tokenizer.encode(text)
         assert loaded.encode(text, allow_special_tokens=True) == tiny_tokenizer.encode(text)
+
+
+def test_the_shipped_model_s_name_is_a_tokenizer_too(tmp_path: Path) -> None:
+    expected = PlugTokenizer.load(SHIPPED).encode("春天")
+    assert PlugTokenizer.load("plug-mini-zh").encode("春天") == expected
+    assert PlugTokenizer.load(Path("plug-mini-zh")).vocab_size > 0
+    with pytest.raises(UsageError, match="随附模型的名字"):
+        PlugTokenizer.load(tmp_path / "nothing")

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from plug.model.configuration import PlugConfig as PlugConfig
     from plug.model.plug import Plug as Plug
     from plug.tokenization import PlugTokenizer as PlugTokenizer
-    from plug.understanding.classify import classify as classify
-    from plug.understanding.embed import embed as embed
-    from plug.understanding.fill_mask import fill_mask as fill_mask
-    from plug.understanding.reader import TextReader as TextReader
+    from plug.zero_shot.classify import classify as classify
+    from plug.zero_shot.embed import embed as embed
+    from plug.zero_shot.encoder import TextEncoder as TextEncoder
+    from plug.zero_shot.fill_mask import fill_mask as fill_mask
 
 _HOMES = {  # public name -> the module it lives in
     "AsyncEngine": "plug.generation.async_engine",
@@ -68,11 +68,11 @@ _HOMES = {  # public name -> the module it lives in
     "Predictor": "plug.finetuning.predict",
     "PlugTokenizer": "plug.tokenization",
     "PlugTransformersConfig": "plug.hf",
-    "TextReader": "plug.understanding.reader",
+    "TextEncoder": "plug.zero_shot.encoder",
     "UsageError": "plug.errors",
-    "classify": "plug.understanding.classify",
-    "embed": "plug.understanding.embed",
-    "fill_mask": "plug.understanding.fill_mask",
+    "classify": "plug.zero_shot.classify",
+    "embed": "plug.zero_shot.embed",
+    "fill_mask": "plug.zero_shot.fill_mask",
     "finetune": "plug.finetuning.run",
     "generate": "plug.generation.generator",
     "load": "plug.loading.load",

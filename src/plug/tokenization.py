@@ -26,6 +26,7 @@ from tokenizers import (
 
 from plug.errors import UsageError
 from plug.files import write_json, write_text
+from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -95,12 +96,16 @@ class PlugTokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> PlugTokenizer:
-        """The tokenizer of a model directory: its `tokenizer.json`, or an original's `vocab.txt`.
+        """Return the tokenizer of a directory: its `tokenizer.json`, or an original's `vocab.txt`.
+
+        Args:
+            directory: a path, or the name of the shipped model.
 
         Raises:
             UsageError: neither file is there, or the file is not such a tokenizer.
         """
-        directory = Path(directory)
+        is_shipped = str(directory) == SHIPPED_MODEL
+        directory = SHIPPED_DIRECTORY if is_shipped else Path(directory).expanduser()
         if (path := directory / "tokenizer.json").is_file():
             try:
                 # `transformers` may have marked [MASK] as an ordinary token.
@@ -111,7 +116,11 @@ class PlugTokenizer:
                 raise UsageError(f"{path} 不是有效的分词器文件：{error}") from None
         if (path := directory / "vocab.txt").is_file():
             return cls.from_vocabulary_file(path)
-        raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。")
+        if not directory.is_dir():
+            raise UsageError(
+                f"找不到分词器 {directory}：它不是目录，也不是随附模型的名字 {SHIPPED_MODEL}。"
+            )
+        raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。请给出模型的目录。")
 
     @classmethod
     def from_vocabulary_file(cls, path: Path | str) -> PlugTokenizer:

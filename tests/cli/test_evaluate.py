@@ -53,6 +53,20 @@ def test_one_file_gives_its_score(
     assert report["domains"]["news"]["nats_per_token"] == report["nats_per_token"]
 
 
+def test_lengths_need_not_be_given_for_a_small_model(
+    run_plug: Callable, model_directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("今天天气很好。" * 40, encoding="utf-8")
+
+    ran = run_plug(
+        "evaluate", "lm", "--model", model_directory, "--text", tmp_path / "long.txt", "--json"
+    )
+
+    assert (ran.status, ran.err) == (0, "")
+    report = json.loads(ran.out)
+    assert (report["source_length"], report["target_length"], report["tokens"]) == (48, 48, 48)
+
+
 def test_several_files_give_each_domain_and_their_mean(
     run_plug: Callable, model_directory: Path, news: Path, poems: Path
 ) -> None:

@@ -41,8 +41,8 @@ def test_json_has_the_27b_s_figures(run_plug: Callable) -> None:
     assert {name: round(size / 1e9) for name, size in costs["generation_bytes"].items()} == {
         "fp32": 106,
         "bf16": 53,
-        "int8": 27,
-        "int4": 15,
+        "int8": 28,
+        "int4": 16,
     }
 
 
@@ -62,6 +62,11 @@ def test_the_table_shows_what_the_json_holds(run_plug: Callable) -> None:
     for size in costs["bytes"].values():
         assert f"{size / 1e6:,.1f} MB" in shown
     assert f"{costs['decoder_flops_per_token'] / 1e9:.3f} GFLOP" in shown
+
+
+def test_a_model_too_narrow_for_4_bits_is_said_to_have_none(run_plug: Callable) -> None:
+    assert json.loads(run_plug("info", "--model", "test", "--json").out)["bytes"]["int4"] is None
+    assert "不支持（宽度不是 128 的倍数）" in run_plug("info", "--model", "test").out
 
 
 def test_lengths_change_attention_s_share(run_plug: Callable) -> None:

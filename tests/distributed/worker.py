@@ -32,7 +32,7 @@ def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) 
         if fused:
             from plug.generation.fused_model import FusedModel
 
-            generator.engine._model = FusedModel(share)
+            generator.prepared.model = FusedModel(share)
         written = {
             name: [list(each.token_ids) for each in plug.generate(model=generator, **options)]
             for name, options in settings.items()
@@ -44,14 +44,14 @@ def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, 
     """Run `plug`: exit status, standard output and standard error."""
     from plug.cli import main
     from plug.errors import PlugError
-    from plug.generation.model_runner import Engine
+    from plug.generation.plain_model import PlainModel
 
     if failing_rank == int(os.environ["RANK"]):
 
         def fail(*_: object) -> None:
             raise PlugError("显存用完了。")
 
-        Engine.decode = fail  # type: ignore[assignment]
+        PlainModel.decode = fail  # type: ignore[assignment]
     sys.argv = ["plug", *arguments]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from plug.errors import UsageError
-from plug.evaluation.language_model import cut, evaluate_language_model
-from plug.model.configuration import PlugConfig
+from plug.evaluation.language_model import cut, default_lengths, evaluate_language_model
+from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import SPECIAL_TOKENS, PlugTokenizer
 
@@ -107,6 +107,18 @@ def test_the_loss_is_taken_in_fp32_whatever_the_model_s_dtype(
     narrow = evaluate_language_model(tiny_model.bfloat16(), tiny_tokenizer, DOCUMENTS, **lengths)
     assert narrow.nats != wide.nats
     assert narrow.nats_per_token == pytest.approx(wide.nats_per_token, rel=0.02)
+
+
+def test_lengths_that_nobody_gave_fit_the_model(
+    tiny_model: Plug, tiny_tokenizer: PlugTokenizer
+) -> None:
+    text = ["今天天气很好，我们去公园看花。" * 20]
+    assert default_lengths(PRESETS["mini"]) == (128, 128)
+    assert default_lengths(tiny_model.config) == (48, 48)
+
+    score = evaluate_language_model(tiny_model, tiny_tokenizer, text)
+
+    assert score.tokens == 48
 
 
 def test_documents_all_too_short_are_an_error_that_counts_them(

@@ -40,10 +40,22 @@ def test_cells_are_escaped_and_plots_drawn(tmp_path: Path) -> None:
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     assert "<td>&lt;b&gt;甲&lt;/b&gt; | 乙\n丙</td>" in page
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == {"accuracy": 1 / 3}
+    for text in (markdown, page):
+        assert "图中的编号：0 = 是。" in text  # of the matrix; "no" is drawn as it is
+        assert "图中的编号：0 = 人。" in text
+        assert text.count("图中的编号") == 2
     for name in ("matrix", "bars", "histogram", "curve"):
         assert f"({name}.png)" in markdown
         assert f'src="{name}.png"' in page
         assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_label_of_a_large_matrix_has_its_number_in_the_key() -> None:
+    labels = [f"L{index}" for index in range(31)]
+    plot = matrix_plot("matrix", "矩阵", [[0] * 31] * 31, labels)
+    assert plot.key.startswith("图中的编号：0 = L0，1 = L1，")
+    assert plot.key.endswith("30 = L30。")
+    assert matrix_plot("matrix", "矩阵", [[0]], ["a"]).key == ""
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def read_task(task: Task, path: Path, tokenizer: PlugTokenizer, answered: bool) 
 
 def _check_example(each: readers.Example) -> None:
     match each:
-        case readers.ReadingExample(start=int(start)):
+        case readers.QuestionExample(start=int(start)):
             if not each.answers[0] or not each.context.startswith(each.answers[0], start):
                 raise WrongAnswerError(f"{each.answers[0]!r} does not stand at {start}")
         case readers.LabellingExample(tags=tuple(tags)):
@@ -233,7 +233,7 @@ def try_format(each: Format, count: int, folder: Path) -> Counts:
         each.read(path)
 
     seed = SEED + zlib.crc32(each.name.encode())
-    return campaign(each.mutate(each.content, seed, count), read)
+    return campaign(each.mutate(each.content, seed, count), read, seconds=60)
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ from plug import PlugForConditionalGeneration, PlugForTokenClassification
 from plug.finetuning.generation import Generation
 from plug.finetuning.kind import frame
 from plug.finetuning.labelling import Labelling, best_paths
-from plug.finetuning.readers import GenerationExample, LabellingExample, ReadingExample
-from plug.finetuning.reading import Reading, best_span
+from plug.finetuning.question_answering import QuestionAnswering, best_span
+from plug.finetuning.readers import GenerationExample, LabellingExample, QuestionExample
 from plug.tokenization import PlugTokenizer
 
 
@@ -108,10 +108,10 @@ def test_long_sentences_are_labelled_in_windows(
 
 
 def test_reading_windows_hold_the_answer_where_it_is(tiny_tokenizer: PlugTokenizer) -> None:
-    kind = Reading(tiny_tokenizer, source_length=24)
+    kind = QuestionAnswering(tiny_tokenizer, source_length=24)
     context = "山上有座庙，庙里没有霾，今天天气很好，我们去公园看花。"
     start = context.index("公园")
-    example = ReadingExample(context=context, question="去？", answers=("公园",), start=start)
+    example = QuestionExample(context=context, question="去？", answers=("公园",), start=start)
     features = kind.features([example])
     covered = set()
     held = 0
@@ -171,7 +171,7 @@ def test_generation_reads_parts_and_writes_what_transformers_would(
 def test_a_question_model_answers_only_what_it_reads(
     base_model: Path, tiny_tokenizer: PlugTokenizer
 ) -> None:
-    kind = Reading(tiny_tokenizer, source_length=24, target_length=3)
+    kind = QuestionAnswering(tiny_tokenizer, source_length=24, target_length=3)
     model = kind.load_model(base_model)
     context = "山上有座庙，庙里没有霾，今天天气很好，我们去公园看花。"
     example = kind.example(["去？", context])

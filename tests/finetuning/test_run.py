@@ -248,6 +248,26 @@ def test_transformers_loads_the_result(settings: Make, data: Callable[..., Path]
     assert float(probabilities.max()) == pytest.approx(found["probability"], abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_the_pipeline_of_transformers_finds_the_entities_that_predict_finds(
+    settings: Make, data: Callable[..., Path]
+) -> None:
+    from transformers import pipeline
+
+    run = settings("labelling", data("labelling", 10), epochs=4.0)
+    result = finetune(run, device="cpu")
+    text = "今天气很好，我们"  # 今天 is one piece of the tokenizer, and was two tokens in training
+    find = pipeline(
+        "token-classification", model=str(result.directory), aggregation_strategy="simple"
+    )
+
+    theirs = [(each["start"], each["end"], each["entity_group"]) for each in find(text)]
+
+    found = Predictor(result.directory, "cpu").predict_text(text)["entities"]
+    assert found
+    assert theirs == [(each["start"], each["end"], each["type"]) for each in found]
+
+
 def test_going_on_from_another_task_s_model_is_refused(
     settings: Make, data: Callable[..., Path], tmp_path: Path
 ) -> None:

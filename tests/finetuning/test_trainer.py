@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from plug import (
     PlugForTokenClassification,
     PlugTransformersConfig,
 )
+from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.trainer import (
     ChildTuning,
@@ -131,3 +134,19 @@ def test_an_adversarial_step_without_a_gradient_goes_nowhere() -> None:
     table.weight.grad = torch.zeros_like(before)
     with moved_uphill(table.weight, 1.0):
         torch.testing.assert_close(table.weight.detach(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_tells_its_scores_and_no_dictionaries(
+    is_terminal: bool,
+    settings: Callable[..., FinetuneSettings],
+    data: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    result = finetune(settings("classification", data("classification")), device="cpu")
+    printed = capsys.readouterr()
+    assert f"第 1 轮（2/2 步）：accuracy {result.metrics['accuracy']:.4f}" in printed.err
+    assert ("2/2 [" in printed.err) == is_terminal
+    assert "{" not in printed.out + printed.err

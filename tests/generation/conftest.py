@@ -1,19 +1,21 @@
-"""Models that write: a lively random one, the golden one, and one that follows a script."""
+"""Models that write: a lively random one, the golden one; and a runner that follows a script."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from plug.checkpoints.original import import_original
 from plug.generation.generator import Generator
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
+from plug.generation.scheduler import Scheduler, StepPlan
+from plug.generation.sequence import Sequence as SequenceOfIds
+from plug.generation.window import prompt_limit
 from plug.loading.load import load
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
@@ -43,8 +45,8 @@ def golden_model(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Plug
 
 
 @pytest.fixture(scope="session")
-def golden_engine(golden_model: Plug) -> Engine:
-    return Engine(golden_model)
+def golden_prepared(golden_model: Plug) -> PreparedModel:
+    return PreparedModel(golden_model)
 
 
 @pytest.fixture(scope="session")
@@ -54,59 +56,95 @@ def golden_json(golden: Path) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
-def scripted_engine() -> type[ScriptedEngine]:
-    return ScriptedEngine
+def scripted_runner() -> type[ScriptedRunner]:
+    return ScriptedRunner
 
 
-class ScriptedEngine:
-    """An engine without a model, for tests of the loops: it says what it is told.
+Script = Sequence[int]
 
-    At step i, row r (numbered as at the start) gets ``scripts[r][i]`` as its likeliest token,
-    whatever is read.
+
+class ScriptedRunner:
+    """Takes the device's place: a sequence's i-th step chooses the i-th id of its script.
+
+    Scripts are given for each sequence, or in the order in which sequences join. Drafts are
+    checked as a device checks them. What plans say is compared with what the slots contain.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(self, config: PlugConfig, scripts: Sequence[Sequence[int]]) -> None:
-        self.config = config
-        self.scripts = scripts
-        self.order = list(range(len(scripts)))  # the script of each row
-        self.next_rows: list[int] | None = None  # those that read at the second encoding
-        self.moves = 0
-        self.steps = 0
+    def __init__(
+        self, scripts: Sequence[Script] | dict[SequenceOfIds, Script], ahead: int = 0
+    ) -> None:
+        self.ahead = ahead
+        self.scripts = dict(scripts) if isinstance(scripts, dict) else {}
+        self.slots: dict[int, SequenceOfIds] = {}
+        self.plans: list[StepPlan] = []
         self.windows: list[list[list[int]]] = []  # the sources of each encoding
         self.window_first_step: list[int] = []
-        self.fed: list[tuple[list[int], list[int]]] = []
+        self._left = [] if isinstance(scripts, dict) else list(scripts)
 
-    def open(self, rows: int, source_length: int, capacity: int) -> int:
-        assert rows == len(self.scripts)
-        self.source_length, self.capacity = source_length, capacity
-        return 1
+    def step(self, plan: StepPlan) -> ScriptedIds:
+        before = dict(self.slots)
+        for move in plan.moves:
+            self.slots[move.target] = before[move.source]
+        for slot in plan.joined:
+            self.slots[slot] = plan.sequences[slot]
+            if self._left:
+                self.scripts[plan.sequences[slot]] = self._left.pop(0)
+        for slot, sequence in enumerate(plan.sequences):
+            assert self.slots[slot] is sequence
+            assert sequence.steps_in_window <= plan.length
+        if plan.due:
+            self.windows.append([list(plan.sequences[slot].source) for slot in plan.due])
+            self.window_first_step.append(len(self.plans))
+        self.plans.append(plan)
+        return ScriptedIds(
+            [
+                self._chosen(self.scripts[sequence][at:], draft)
+                for sequence, at, draft in zip(plan.sequences, plan.steps, plan.drafts, strict=True)
+            ]
+        )
 
-    def rounded(self, rows: int) -> int:
-        return rows
+    @staticmethod
+    def _chosen(script: Sequence[int], draft: Sequence[int]) -> list[int]:
+        right = 0
+        while right < len(draft) and draft[right] == script[right]:
+            right += 1
+        return [*script[: right + 1], *[-1] * (len(draft) - right)]
 
-    def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
-        assert max(rows) < len(self.scripts)
-        assert max(map(len, sources)) <= self.source_length
-        if self.windows and self.next_rows is not None:
-            self.order = self.next_rows
-        self.windows.append([list(source) for source in sources])
-        self.window_first_step.append(self.steps)
 
-    def decode(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        assert max(positions) < length <= self.capacity
-        self.fed.append((token_ids.tolist(), positions.tolist()))
-        logits = torch.zeros(len(token_ids), self.config.vocab_size)
-        for row in range(len(token_ids)):
-            logits[row, self.scripts[self.order[row]][self.steps]] = 1
-        self.steps += 1
-        return logits
+@dataclass(frozen=True)
+class ScriptedIds:
+    ids: list[list[int]]
 
-    def replay(self, _key: object, step: Callable[[], Tensor], _length: int, _rows: int) -> Tensor:
-        return step()
+    def read(self) -> list[list[int]]:
+        return self.ids
 
-    def move(self, source: int, target: int, length: int) -> None:
-        assert length <= self.capacity
-        self.moves += 1
-        self.order[target] = self.order[source]
+    def logprobs(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[..., None]:
+    return write_all
+
+
+def write_all(
+    runner: Any, sequences: Sequence[SequenceOfIds], slots: int = 0, ahead: int | None = None
+) -> None:
+    """Write all; at most ``slots`` at once, the next joining where one leaves.
+
+    Args:
+        runner: a runner, or a `PreparedModel` that gets one with enough room.
+        sequences: new ones.
+        slots: 0 is as many as there are sequences.
+        ahead: as in `Scheduler`; None is the runner's.
+    """
+    slots = slots or len(sequences)
+    if isinstance(runner, PreparedModel):
+        limit = prompt_limit(runner.config) + 2
+        runner = ModelRunner(runner, Size(slots, limit, max(s.longest_window for s in sequences)))
+    scheduler = Scheduler(slots, ahead=runner.ahead if ahead is None else ahead)
+    waiting = list(sequences)
+    while waiting or scheduler.running:
+        while waiting and not scheduler.is_full:
+            scheduler.join(waiting.pop(0))
+        scheduler.update(runner.step(scheduler.plan()))

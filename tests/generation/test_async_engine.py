@@ -1,4 +1,4 @@
-"""In-flight batching against each text written alone."""
+"""Continuous batching against each text written alone."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.fixture
-def batcher(generator: Generator) -> Iterator[AsyncEngine]:
-    with AsyncEngine(generator, rows=3, max_waiting=8) as batcher:
-        yield batcher
+def engine(generator: Generator) -> Iterator[AsyncEngine]:
+    with AsyncEngine(generator, rows=3, max_waiting=8) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def hold(generator: Generator) -> Iterator[threading.Event]:
     """Steps wait while the event is not set, which it is at first."""
     may_step = threading.Event()
     may_step.set()
-    decode = generator.engine.decode
+    decode = generator.prepared.model.decode
 
     def held(*inputs: Any) -> Tensor:
         may_step.wait(20)
         return decode(*inputs)
 
-    generator.engine.decode = held  # type: ignore[method-assign]
+    generator.prepared.model.decode = held  # type: ignore[method-assign]
     yield may_step
     may_step.set()
 
@@ -66,9 +66,9 @@ def test_each_text_is_what_it_is_alone_whoever_joins_and_leaves(
         for index, (text, options) in enumerate(cases)
     ]
 
-    with AsyncEngine(generator, rows=3, max_waiting=8) as batcher:
+    with AsyncEngine(generator, rows=3, max_waiting=8) as engine:
         requests = [
-            batcher.submit(text, GenerationSettings(**options), seed=index)
+            engine.submit(text, GenerationSettings(**options), seed=index)
             for index, (text, options) in enumerate(cases)
         ]
         results = [request.result() for request in requests]
@@ -81,12 +81,12 @@ def test_each_text_is_what_it_is_alone_whoever_joins_and_leaves(
     assert len({len(result.token_ids) for result in results}) > 4, "all alike: no test"
 
 
-def test_threads_submit_and_read_at_once(batcher: AsyncEngine, generator: Generator) -> None:
+def test_threads_submit_and_read_at_once(engine: AsyncEngine, generator: Generator) -> None:
     texts: dict[int, str] = {}
 
     def ask(seed: int) -> None:
         settings = GenerationSettings(out_length=5 + seed, temperature=2.0)
-        texts[seed] = "".join(batcher.submit("山上", settings, seed=seed))
+        texts[seed] = "".join(engine.submit("山上", settings, seed=seed))
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
     for thread in threads:
@@ -94,26 +94,26 @@ def test_threads_submit_and_read_at_once(batcher: AsyncEngine, generator: Genera
     for thread in threads:
         thread.join(60)
 
-    batcher.close()
+    engine.close()
     for seed in range(6):
         alone = generate("山上", model=generator, out_length=5 + seed, temperature=2.0, seed=seed)
         assert texts[seed] == alone.text
 
 
 def test_the_first_to_come_are_the_first_to_be_written(
-    batcher: AsyncEngine, generator: Generator
+    engine: AsyncEngine, generator: Generator
 ) -> None:
     joined: list[int] = []
-    read = generator.engine.read
+    encode = generator.prepared.encode
 
-    def spy(rows: list[int], sources: list[list[int]]) -> None:
+    def spy(sources: list[list[int]]) -> Any:
         joined.extend(source[1] for source in sources)
-        read(rows, sources)
+        return encode(sources)
 
-    generator.engine.read = spy  # type: ignore[method-assign]
+    generator.prepared.encode = spy  # type: ignore[method-assign, assignment]
     settings = GenerationSettings(out_length=6, min_length=6)
     characters = "山天气很好我们去"
-    requests = [batcher.submit(text, settings) for text in characters]
+    requests = [engine.submit(text, settings) for text in characters]
     for request in requests:
         request.result()
 
@@ -121,16 +121,16 @@ def test_the_first_to_come_are_the_first_to_be_written(
 
 
 def test_too_many_waiting_are_refused_and_the_others_go_on(
-    batcher: AsyncEngine, hold: threading.Event
+    engine: AsyncEngine, hold: threading.Event
 ) -> None:
     hold.clear()
     settings = GenerationSettings(out_length=3, min_length=3)
-    going = [batcher.submit("山上", settings)]
-    wait_until(lambda: not batcher._waiting)
-    going += [batcher.submit("山上", settings) for _ in range(8)]
+    going = [engine.submit("山上", settings)]
+    wait_until(lambda: not engine._waiting)
+    going += [engine.submit("山上", settings) for _ in range(8)]
 
     with pytest.raises(PlugError, match="8 个，满了"):
-        batcher.submit("山上", settings)
+        engine.submit("山上", settings)
 
     hold.set()
     assert [len(each.result().token_ids) for each in going] == [3] * 9
@@ -147,12 +147,12 @@ def leave_the_block(request: Request) -> None:
 
 @pytest.mark.parametrize("leave", [leave_with_cancel, leave_the_block])
 def test_a_cancelled_text_makes_room_and_the_others_are_unharmed(
-    leave: Callable[[Request], None], batcher: AsyncEngine, generator: Generator
+    leave: Callable[[Request], None], engine: AsyncEngine, generator: Generator
 ) -> None:
     endless = GenerationSettings(out_length=100_000, min_length=100_000)
-    others = [batcher.submit("山上", endless) for _ in range(2)]
-    kept = batcher.submit("庙", GenerationSettings(out_length=40), seed=3)
-    waiting = batcher.submit("公园", GenerationSettings(out_length=5), seed=4)
+    others = [engine.submit("山上", endless) for _ in range(2)]
+    kept = engine.submit("庙", GenerationSettings(out_length=40), seed=3)
+    waiting = engine.submit("公园", GenerationSettings(out_length=5), seed=4)
     next(iter(others[0]))
 
     for other in others:
@@ -161,16 +161,16 @@ def test_a_cancelled_text_makes_room_and_the_others_are_unharmed(
     kept_result, waiting_result = kept.result(), waiting.result()
     with pytest.raises(PlugError, match="取消"):
         others[0].result()
-    batcher.close()
+    engine.close()
     expected = generate("庙", model=generator, out_length=40, seed=3)
     assert kept_result.token_ids == expected.token_ids
     expected = generate("公园", model=generator, out_length=5, seed=4)
     assert waiting_result.token_ids == expected.token_ids
 
 
-def test_a_request_that_nobody_refers_to_any_more_is_cancelled(batcher: AsyncEngine) -> None:
+def test_a_request_that_nobody_refers_to_any_more_is_cancelled(engine: AsyncEngine) -> None:
     endless = GenerationSettings(out_length=100_000, min_length=100_000)
-    pieces = [iter(batcher.submit("山上", endless)) for _ in range(3)]
+    pieces = [iter(engine.submit("山上", endless)) for _ in range(3)]
     for each in pieces:
         next(each)
 
@@ -178,16 +178,16 @@ def test_a_request_that_nobody_refers_to_any_more_is_cancelled(batcher: AsyncEng
     gc.collect()
 
     assert (
-        len(batcher.submit("庙", GenerationSettings(out_length=4, min_length=4)).result().token_ids)
+        len(engine.submit("庙", GenerationSettings(out_length=4, min_length=4)).result().token_ids)
         == 4
     )
 
 
-def test_what_waits_can_be_cancelled_too(batcher: AsyncEngine, hold: threading.Event) -> None:
+def test_what_waits_can_be_cancelled_too(engine: AsyncEngine, hold: threading.Event) -> None:
     hold.clear()
     settings = GenerationSettings(out_length=2)
-    going = [batcher.submit("山上", settings) for _ in range(3)]
-    waiting = batcher.submit("庙", settings)
+    going = [engine.submit("山上", settings) for _ in range(3)]
+    waiting = engine.submit("庙", settings)
     waiting.cancel()
     hold.set()
 
@@ -203,54 +203,140 @@ def test_what_waits_can_be_cancelled_too(batcher: AsyncEngine, hold: threading.E
         ("山上", {"window": 41, "out_length": 50}, r"window=41 超过缓存的长度 40"),
         ("山上", {"window": 97, "out_length": 20}, "window=97"),
         ("山上", {"num_beams": 2}, "num_beams=1"),
+        ("山上", {"num_return_sequences": 2}, "提交 2 次"),
         ("", {}, "空"),
     ],
 )
 def test_what_cannot_be_written_is_refused_at_once_and_the_others_go_on(
     text: str, options: dict[str, Any], says: str, generator: Generator
 ) -> None:
-    with AsyncEngine(generator, rows=2, capacity=40) as batcher:
-        other = batcher.submit("庙", GenerationSettings(out_length=20, min_length=20))
+    with AsyncEngine(generator, rows=2, capacity=40) as engine:
+        other = engine.submit("庙", GenerationSettings(out_length=20, min_length=20))
         with pytest.raises(UsageError, match=says):
-            batcher.submit(text, GenerationSettings(**options))
+            engine.submit(text, GenerationSettings(**options))
         assert len(other.result().token_ids) == 20
 
 
 def test_a_text_longer_than_the_caches_is_written_in_windows(generator: Generator) -> None:
-    with AsyncEngine(generator, rows=2, capacity=40) as batcher:
-        result = batcher.submit("庙", GenerationSettings(out_length=100), seed=1).result()
+    with AsyncEngine(generator, rows=2, capacity=40) as engine:
+        result = engine.submit("庙", GenerationSettings(out_length=100), seed=1).result()
 
     expected = generate("庙", model=generator, out_length=100, window=40, seed=1)
     assert result.token_ids == expected.token_ids
 
 
 def test_closing_fails_what_is_not_done(generator: Generator) -> None:
-    batcher = AsyncEngine(generator, rows=1)
+    engine = AsyncEngine(generator, rows=1)
     endless = GenerationSettings(out_length=100_000, min_length=100_000)
-    requests = [batcher.submit("山上", endless) for _ in range(2)]
+    requests = [engine.submit("山上", endless) for _ in range(2)]
 
-    batcher.close()
+    engine.close()
 
     for request in requests:
         with pytest.raises(PlugError, match="关闭"):
             request.result()
     with pytest.raises(PlugError, match="关闭"):
-        batcher.submit("山上")
+        engine.submit("山上")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failure_of_the_engine_reaches_everyone(generator: Generator) -> None:
-    def fail(*_: Any) -> Tensor:
-        raise RuntimeError("内存不足")
+def test_a_step_that_fails_ends_its_requests_and_no_others(
+    generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device fails once, with one request on it and one waiting."""
+    decode = generator.prepared.model.decode
+    may_fail = threading.Event()
 
-    generator.engine.decode = fail  # type: ignore[method-assign]
-    batcher = AsyncEngine(generator, rows=1)
-    requests = [batcher.submit("山上") for _ in range(2)]
+    def fail_once(*_: Any) -> Tensor:
+        generator.prepared.model.decode = decode  # type: ignore[method-assign]
+        may_fail.wait(20)
+        raise RuntimeError("设备坏了")
 
-    for request in requests:
-        with pytest.raises(PlugError, match="内存不足"):
+    expected = generate("庙", model=generator, out_length=5, seed=3)
+    generator.prepared.model.decode = fail_once  # type: ignore[method-assign]
+    with AsyncEngine(generator, rows=1) as engine:
+        broken = engine.submit("山上", out_length=5)
+        waiting = engine.submit("庙", out_length=5, seed=3)
+        may_fail.set()
+        with pytest.raises(PlugError, match="设备坏了"):
+            broken.result()
+        assert waiting.result().token_ids == expected.token_ids
+        assert engine.submit("庙", out_length=5, seed=3).result().text == expected.text
+    assert "1 个请求失败" in caplog.text
+
+
+def test_what_goes_wrong_for_one_request_is_its_own(generator: Generator) -> None:
+    """Its detokenizer fails, in the middle of the text."""
+    expected = generate("庙", model=generator, out_length=20, min_length=20, seed=3)
+    with AsyncEngine(generator, rows=2) as engine:
+        broken = engine.submit("山上", out_length=20, min_length=20, seed=1)
+        other = engine.submit("庙", out_length=20, min_length=20, seed=3)
+        pushed = 0
+
+        def fail_later(_: int) -> bool:
+            nonlocal pushed
+            pushed += 1
+            if pushed > 5:
+                raise ValueError("坏了")
+            return False
+
+        broken._work.sequence.detokenizer.push = fail_later  # type: ignore
+        with pytest.raises(PlugError, match=r"ValueError：坏了.*不受影响"):
+            broken.result()
+        assert other.result().token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {}, {"top_k": 0}, {"prompt_lookup_num_tokens": 8}], ids=str
+)
+def test_a_request_that_forbids_every_token_fails_alone(
+    options: dict[str, Any], generator: Generator
+) -> None:
+    """`no_repeat_ngram_size=1` forbids each id of a small vocabulary in turn."""
+    hostile = {"out_length": 400, "min_length": 400, "no_repeat_ngram_size": 1, "seed": 1}
+    expected = generate("庙", model=generator, out_length=30, seed=3)
+    with AsyncEngine(generator, rows=2) as engine:
+        request = engine.submit("山上", **hostile, **options)
+        good = engine.submit("庙", out_length=30, seed=3)
+        assert good.result().token_ids == expected.token_ids
+        with pytest.raises(UsageError, match="禁止了所有的词元"):
             request.result()
-    batcher.close()
+        assert engine.submit("庙", out_length=30, seed=3).result().text == expected.text
+    with pytest.raises(UsageError, match="禁止了所有的词元"):
+        generate("山上", model=generator, **hostile, **options)
+
+
+def test_waiting_for_a_result_may_end_before_the_text(
+    engine: AsyncEngine, hold: threading.Event
+) -> None:
+    hold.clear()
+    request = engine.submit("山上", out_length=5, min_length=5)
+    with pytest.raises(TimeoutError, match="还没有写完"):
+        request.result(timeout=0.05)
+    hold.set()
+    assert len(request.result(timeout=20).token_ids) == 5
+    assert len(request.result(timeout=0).token_ids) == 5
+
+
+def test_options_are_keywords_or_settings_or_both(
+    engine: AsyncEngine, generator: Generator
+) -> None:
+    settings = GenerationSettings(out_length=9, temperature=2.0)
+    expected = generator("山上", settings, seed=1, out_length=5)
+    assert len(expected.token_ids) == 5
+    assert engine.submit("山上", settings, seed=1, out_length=5).result().text == expected.text
+    with pytest.raises(UsageError, match=r"out_lengt.*out_length"):
+        engine.submit("山上", out_lengt=5)
+
+
+def test_the_generator_serves_other_calls_meanwhile(
+    engine: AsyncEngine, generator: Generator
+) -> None:
+    expected = generate("庙", model=generator, out_length=20, seed=3)
+    endless = engine.submit("山上", out_length=100_000, min_length=100_000)
+    next(iter(endless))
+
+    assert generate("庙", model=generator, out_length=20, seed=3).token_ids == expected.token_ids
+    endless.cancel()
 
 
 @pytest.mark.parametrize("name", ["rows", "max_waiting", "capacity"])

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from plug.generation.beam import Hypothesis, beam_search
-from plug.generation.model_runner import Engine
+from plug.generation.beam import Hypothesis, beam_search, beam_size
+from plug.generation.model_runner import ModelRunner, PreparedModel
 from plug.model.plug import Plug
 
 SOURCES = [[2, 9, 8, 7, 6, 5, 3], [2, 200, 3], [2, 30, 31, 32, 3], [2, 77, 70, 3]]
 
 
-@torch.inference_mode()
-def search(engine: Engine, sources: list[list[int]], **options: Any) -> list[Hypothesis]:
-    return beam_search(engine, sources, **options)
+def search(
+    prepared: PreparedModel, sources: list[list[int]], num_beams: int = 5, **options: Any
+) -> list[Hypothesis]:
+    size = beam_size(sources, num_beams, options["max_length"])
+    return beam_search(ModelRunner(prepared, size), sources, num_beams=num_beams, **options)
 
 
 def log_probabilities(model: Plug, source: list[int], written: list[int]) -> torch.Tensor:
@@ -36,12 +38,12 @@ def test_beams_are_those_of_the_original(
     max_length: int,
     min_length: int,
     golden_json: Callable[[str], Any],
-    golden_engine: Engine,
+    golden_prepared: PreparedModel,
 ) -> None:
     case = golden_json("beam_search.json")
     sources = unpadded(case)
 
-    found = search(golden_engine, sources, max_length=max_length, min_length=min_length)
+    found = search(golden_prepared, sources, max_length=max_length, min_length=min_length)
 
     assert [each.token_ids for each in found] == case[name]["predictions"]
     assert [each.score for each in found] == pytest.approx(case[name]["scores"], abs=1e-3)
@@ -49,11 +51,11 @@ def test_beams_are_those_of_the_original(
 
 @pytest.mark.shared
 def test_beams_of_one_text_alone_are_those_of_the_original(
-    golden_json: Callable[[str], Any], golden_engine: Engine
+    golden_json: Callable[[str], Any], golden_prepared: PreparedModel
 ) -> None:
     case = golden_json("beam_search.json")
     for source, expected in zip(unpadded(case), case["single"], strict=True):
-        found = search(golden_engine, [source], max_length=40)
+        found = search(golden_prepared, [source], max_length=40)
 
         assert [each.token_ids for each in found] == expected["predictions"]
         assert [each.score for each in found] == pytest.approx(expected["scores"], abs=1e-3)
@@ -75,7 +77,9 @@ def test_as_many_beams_as_tokens_find_the_best_pair_of_all(lively_model: Plug) -
     total = first[:, None] + second
     best = int(total.argmax())
 
-    [found] = search(Engine(lively_model), [source], num_beams=vocab, max_length=2, min_length=2)
+    [found] = search(
+        PreparedModel(lively_model), [source], num_beams=vocab, max_length=2, min_length=2
+    )
 
     assert found.token_ids == [best // vocab, best % vocab]
     assert found.score == pytest.approx(total.max().item() / (7 / 6) ** 0.6, abs=1e-4)
@@ -88,14 +92,16 @@ def test_one_beam_is_greedy(lively_model: Plug) -> None:
         scores[3] = float("-inf")
         written.append(int(scores.argmax()))
 
-    [found] = search(Engine(lively_model), SOURCES[:1], num_beams=1, max_length=6, min_length=6)
+    [found] = search(
+        PreparedModel(lively_model), SOURCES[:1], num_beams=1, max_length=6, min_length=6
+    )
 
     assert found.token_ids == written[1:]
 
 
 def test_the_score_is_the_log_probability_over_the_length_penalty(lively_model: Plug) -> None:
     [found] = search(
-        Engine(lively_model), SOURCES[:1], num_beams=3, max_length=9, length_penalty=1.5
+        PreparedModel(lively_model), SOURCES[:1], num_beams=3, max_length=9, length_penalty=1.5
     )
 
     scores = log_probabilities(lively_model, SOURCES[0], [2, *found.token_ids[:-1]])
@@ -105,14 +111,14 @@ def test_the_score_is_the_log_probability_over_the_length_penalty(lively_model: 
 
 
 def test_a_batch_of_n_is_n_single_searches(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
+    prepared = PreparedModel(lively_model)
     options = {"num_beams": 4, "max_length": 20, "min_length": 1}
     # This id as the end makes the texts of this model end at unlike steps, some of them never.
-    engine.config = dataclasses.replace(engine.config, eos_token_id=50)
+    prepared.config = dataclasses.replace(prepared.config, eos_token_id=50)
 
-    together = search(engine, SOURCES, **options)
+    together = search(prepared, SOURCES, **options)
 
-    alone = [search(engine, [source], **options)[0] for source in SOURCES]
+    alone = [search(prepared, [source], **options)[0] for source in SOURCES]
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
     assert [each.score for each in together] == pytest.approx([each.score for each in alone])
     assert len({len(each.token_ids) for each in together}) > 2, "all ended together: no test"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plug.generation.detokenizer import OriginalStream, RowStreams, TextStream, text_stream
+from plug.generation.detokenizer import Detokenizer, OriginalStream, TextStream, text_stream
 from plug.tokenization import SPECIAL_TOKENS, PlugTokenizer, original_text
 
 FIRST_BYTE = len(SPECIAL_TOKENS)
@@ -66,15 +68,85 @@ def test_the_original_text_in_pieces_is_the_text_of_the_whole(
     assert isinstance(text_stream(original_tokenizer), OriginalStream)
 
 
-def test_each_row_has_its_own_stream_and_its_own_number(tiny_tokenizer: PlugTokenizer) -> None:
-    heard: list[tuple[int, str]] = []
-    streams = RowStreams(tiny_tokenizer, lambda row, piece: heard.append((row, piece)), 2, first=8)
-    dragon, temple = tiny_tokenizer.encode("🐉"), tiny_tokenizer.encode("庙")
+# --- stop strings ---------------------------------------------------------------------------------
 
-    for row, token_id in [(0, dragon[0]), (1, temple[0]), (0, dragon[1]), (0, dragon[2])]:
-        streams.push(row, token_id)
-    streams.push(0, dragon[3])
-    streams.push(1, dragon[0])
-    streams.flush()
 
-    assert heard == [(9, "庙"), (8, "🐉"), (9, "\ufffd")]
+def end_of_text(text: str, stops: Sequence[str]) -> int | None:
+    """Where the text ends: before the stop string that is complete first, read by character."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return min(starts)
+    return None
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """The longest end of the text that is a proper beginning of a stop string."""
+    return max(
+        length
+        for length in range(len(text) + 1)
+        if not length or any(s.startswith(text[-length:]) and s != text[-length:] for s in stops)
+    )
+
+
+@given(
+    characters=st.lists(st.sampled_from("山庙🐉"), max_size=30),
+    stops=st.lists(st.text("山庙🐉", min_size=1, max_size=5), min_size=1, max_size=3),
+)
+def test_the_text_ends_before_a_stop_string_and_no_more_than_its_beginning_is_held_back(
+    characters: list[str], stops: list[str], tiny_tokenizer: PlugTokenizer
+) -> None:
+    """A dragon takes four tokens here; where tokens end makes no difference."""
+    shown: list[str] = []
+    detokenizer = Detokenizer(tiny_tokenizer, shown.append, stop=stops)
+    text, stopped = "", False
+    for character in characters:
+        text += character
+        stopped = any(list(map(detokenizer.push, tiny_tokenizer.encode(character))))
+        if stopped:
+            break
+        assert "".join(shown) == text[: len(text) - held_back(text, stops)]
+    if not stopped:
+        detokenizer.flush()
+
+    end = end_of_text("".join(characters), stops)
+    assert stopped == (end is not None)
+    assert "".join(shown) == detokenizer.text == "".join(characters)[:end]
+    assert "" not in shown
+
+
+def test_a_stop_string_within_one_token_and_over_several() -> None:
+    detokenizer = Detokenizer(_Words(["ab", "cde", "f"]), stop=["cd"])  # type: ignore[arg-type]
+    assert [detokenizer.push(each) for each in range(2)] == [False, True]
+    assert detokenizer.text == "ab"
+    detokenizer = Detokenizer(_Words(["a", "bc", "d"]), stop=["abcd"])  # type: ignore[arg-type]
+    assert [detokenizer.push(each) for each in range(3)] == [False, False, True]
+    assert detokenizer.text == ""
+
+
+def test_the_stop_string_that_is_complete_first_counts() -> None:
+    detokenizer = Detokenizer(_Words(["xabcdy"]), stop=["abcd", "bc"])  # type: ignore[arg-type]
+    assert detokenizer.push(0)
+    assert detokenizer.text == "xa"
+
+
+def test_stop_strings_wait_for_the_minimum_length(tiny_tokenizer: PlugTokenizer) -> None:
+    detokenizer = Detokenizer(tiny_tokenizer, stop=["山", "庙山"], min_length=2)
+    ids = tiny_tokenizer.encode("山庙山")
+    assert [detokenizer.push(each) for each in ids] == [False, False, True]
+    assert detokenizer.text == "山庙"  # what was given out before stays
+
+
+class _Words:
+    """A tokenizer whose ids are places in a list of words."""
+
+    is_original = False
+
+    def __init__(self, words: list[str]) -> None:
+        self._words = words
+
+    def decoder_stream(self) -> _Words:
+        return self
+
+    def push(self, token_id: int) -> str:
+        return self._words[token_id]

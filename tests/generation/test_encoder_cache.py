@@ -14,7 +14,7 @@ from plug.errors import UsageError
 from plug.generation.async_engine import AsyncEngine
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.generator import Generator, generate
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.generation.pipeline import TextGenerationPipeline
 from plug.generation.settings import GenerationSettings
 from plug.model.layers import KeyValue
@@ -24,16 +24,16 @@ from plug.tokenization import PlugTokenizer
 Sources = Sequence[Sequence[int]]
 
 
-def count_reads(engine: Engine) -> list[list[int]]:
+def count_reads(prepared: PreparedModel) -> list[list[int]]:
     """The sources that the encoder reads from now on."""
     read: list[list[int]] = []
-    encode = engine._model.encode
+    encode = prepared.model.encode
 
     def counted(sources: Sources) -> list[list[KeyValue]]:
         read.extend(list(source) for source in sources)
         return encode(sources)
 
-    engine._model.encode = counted  # type: ignore[method-assign]
+    prepared.model.encode = counted  # type: ignore[method-assign]
     return read
 
 
@@ -57,7 +57,7 @@ def test_a_repeated_source_gives_the_same_and_is_read_once(
     texts = ["山上有座庙", "公园", "山上有座庙"]
     expected = generate(texts, model=make_generator(0), seed=[1, 2, 1], **options)
     generator = make_generator(10**6)
-    read = count_reads(generator.engine)
+    read = count_reads(generator.prepared)
 
     first = generate(texts, model=generator, seed=[1, 2, 1], **options)
     after_first = len(read)
@@ -69,45 +69,47 @@ def test_a_repeated_source_gives_the_same_and_is_read_once(
     assert len(read) == after_first
 
 
-def test_pipeline_and_batcher_reuse_what_generate_read(
+def test_pipeline_and_async_engine_reuse_what_generate_read(
     make_generator: Callable[[int], Generator],
 ) -> None:
     plain, generator = make_generator(0), make_generator(10**6)
     expected = [generate("公园", model=plain, seed=seed, out_length=20) for seed in range(3)]
-    read = count_reads(generator.engine)
+    read = count_reads(generator.prepared)
 
     results = [generate("公园", model=generator, seed=0, out_length=20).text]
     pipe = TextGenerationPipeline(generator)
     results += [each["generated_text"] for each in pipe("公园", seed=1, out_length=20)]
-    with AsyncEngine(generator, rows=2) as batcher:
-        request = batcher.submit("公园", GenerationSettings(out_length=20), seed=2)
+    with AsyncEngine(generator, rows=2) as engine:
+        request = engine.submit("公园", GenerationSettings(out_length=20), seed=2)
         results.append(request.result().text)
 
     assert results == [each.text for each in expected]
     assert len(read) == 1
 
 
-@torch.inference_mode()
 def test_a_source_that_differs_in_one_id_is_not_taken_for_another(lively_model: Plug) -> None:
     base = [2, 9, 8, 7, 6, 3]
     sources = [base, *([*base[:at], 40, *base[at + 1 :]] for at in range(len(base))), base[:-1]]
-    engine, plain = Engine(lively_model, reuse_bytes=10**6), Engine(lively_model)
+    keeping, plain = (
+        ModelRunner(PreparedModel(lively_model, reuse_bytes=size), Size(1, 6, 1))
+        for size in (10**6, 0)
+    )
 
     for source in sources * 2:
-        for each in (engine, plain):
-            each.start([source], capacity=1)
-        assert torch.equal(engine.step([2], [0]), plain.step([2], [0]))
+        for each in (keeping, plain):
+            each.start([source])
+        assert torch.equal(keeping.logits([2], [0]), plain.logits([2], [0]))
 
 
 def test_what_is_kept_is_not_changed_by_writing(make_generator: Callable[[int], Generator]) -> None:
     generator = make_generator(10**6)
     generate("公园", model=generator, out_length=5, seed=0)
-    [(source, pairs)] = generator.engine._kept_sources._kept.items()
+    [(source, pairs)] = generator.prepared.encoder_cache._kept.items()
     before = [states.clone() for pair in pairs for states in pair]
 
     generate(["山上有座庙", "公园"], model=generator, out_length=40, window=9, seed=0)
 
-    after = [states for pair in generator.engine._kept_sources._kept[source] for states in pair]
+    after = [states for pair in generator.prepared.encoder_cache._kept[source] for states in pair]
     assert all(map(torch.equal, before, after))
 
 

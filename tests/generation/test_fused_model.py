@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
 from plug.generation.fused_model import FusedModel
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.generation.plain_model import PlainModel
-from plug.generation.scheduler import Row, write
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
 from plug.model.plug import Plug
@@ -34,26 +36,38 @@ def _on_the_device(lively_model: Plug) -> None:
         lively_model.cuda()
 
 
-def fused_engine(model: Plug) -> Engine:
-    engine = Engine(model)
-    engine._model = FusedModel(model)  # which a model in float32 does not get by itself
-    return engine
+def fused_model(model: Plug) -> PreparedModel:
+    prepared = PreparedModel(model)
+    prepared.model = FusedModel(model)  # which a model in float32 does not get by itself
+    return prepared
 
 
-def written(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    rules = PlugRules(engine.config, window=4, out_length=7)
+def runner_of(prepared: PreparedModel) -> ModelRunner:
+    return ModelRunner(prepared, Size(len(PROMPTS), 6, 8))
+
+
+def decode(runner: ModelRunner, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
+    assert runner.cache is not None
+    return runner.prepared.model.decode(token_ids, positions, length, runner.cache)
+
+
+def new_sequences(model: Plug) -> list[Sequence]:
+    rules = PlugRules(model.config, window=4, out_length=7)
     settings = GenerationSettings(temperature=3.0, top_k=0)
-    rows = [Row(prompt, rules, settings, seed) for seed, prompt in enumerate(prompts)]
-    write(engine, rows)
-    return [row.written for row in rows]
+    return [Sequence(prompt, rules, settings, seed) for seed, prompt in enumerate(PROMPTS)]
 
 
 @torch.inference_mode()
-def test_it_writes_what_the_plain_model_writes(lively_model: Plug) -> None:
-    plain = written(Engine(copy.deepcopy(lively_model)), PROMPTS)
+def test_it_writes_what_the_plain_model_writes(
+    lively_model: Plug, write: Callable[..., None]
+) -> None:
+    plain, fused = new_sequences(lively_model), new_sequences(lively_model)
 
-    assert written(fused_engine(lively_model), PROMPTS) == plain
-    assert any(len(ids) > 4 for ids in plain)  # a second window was read
+    write(PreparedModel(copy.deepcopy(lively_model)), plain)
+    write(fused_model(lively_model), fused)
+
+    assert [each.written for each in fused] == [each.written for each in plain]
+    assert any(len(each.written) > 4 for each in plain)  # a second window was read
 
 
 @pytest.mark.parametrize(
@@ -72,58 +86,61 @@ def test_half_precision_is_fused_where_the_kernels_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("plug.generation.model_runner.has_kernels", lambda _: kernels)
-    assert type(Engine(lively_model.to(dtype))._model) is expected
+    assert type(PreparedModel(lively_model.to(dtype)).model) is expected
 
 
 @torch.inference_mode()
 def test_logits_are_those_of_the_plain_model(lively_model: Plug) -> None:
     sources = [[2, *prompt, 3] for prompt in PROMPTS]
-    plain, fused = Engine(copy.deepcopy(lively_model)), fused_engine(lively_model)
-    for engine in (plain, fused):
-        engine.start(sources, capacity=2)
+    plain = runner_of(PreparedModel(copy.deepcopy(lively_model)))
+    fused = runner_of(fused_model(lively_model))
+    for runner in (plain, fused):
+        runner.start(sources)
 
     for position in range(2):
         ids = [60 + position + row for row in range(len(PROMPTS))]
-        expected = plain.step(ids, [position] * len(ids))
-        torch.testing.assert_close(fused.step(ids, [position] * len(ids)), expected)
+        expected = plain.logits(ids, [position] * len(ids))
+        torch.testing.assert_close(fused.logits(ids, [position] * len(ids)), expected)
 
 
 @torch.inference_mode()
 def test_tokens_may_stand_apart_in_memory(lively_model: Plug) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = torch.tensor([[60, 5], [61, 6]], device=device)
-    first = torch.zeros(2, dtype=torch.long, device=device)
-    engine = fused_engine(lively_model)
-    engine.start([[2, 9, 8, 3]] * 2, capacity=1)
+    first = torch.zeros(2, 1, dtype=torch.long, device=device)
+    runner = runner_of(fused_model(lively_model))
+    runner.start([[2, 9, 8, 3]] * 2)
 
-    expected = engine.decode(torch.tensor([60, 61], device=device), first, 1)
-    assert torch.equal(engine.decode(table[:, 0], first, 1), expected)
+    expected = decode(runner, torch.tensor([[60], [61]], device=device), first, 1)
+    assert torch.equal(decode(runner, table[:, :1], first, 1), expected)
 
 
 @torch.inference_mode()
 def test_several_positions_at_once_are_those_of_the_plain_model(lively_model: Plug) -> None:
     sources = [[2, *prompt, 3] for prompt in PROMPTS]
-    plain, fused = Engine(copy.deepcopy(lively_model)), fused_engine(lively_model)
-    ids = torch.arange(60, 60 + 8 * len(PROMPTS), device=plain.device).view(-1, 8)
-    for engine in (plain, fused):
-        engine.start(sources, capacity=8)
+    plain = runner_of(PreparedModel(copy.deepcopy(lively_model)))
+    fused = runner_of(fused_model(lively_model))
+    ids = torch.arange(60, 60 + 8 * len(PROMPTS), device=plain.prepared.device).view(-1, 8)
+    for runner in (plain, fused):
+        runner.start(sources)
 
     # The second time, rows stand at different positions and one of them repeats its last token.
     for positions in ([[0, 1, 2]] * 4, [[3, 4, 5], [3, 4, 4], [2, 3, 4], [1, 2, 3]]):
-        where = torch.tensor(positions, device=plain.device)
-        expected = plain.decode_several(ids.gather(1, where), where, 6)
-        got = fused.decode_several(ids.gather(1, where), where, 6)
+        where = torch.tensor(positions, device=plain.prepared.device)
+        expected = decode(plain, ids.gather(1, where), where, 6)
+        got = decode(fused, ids.gather(1, where), where, 6)
         torch.testing.assert_close(got, expected)
 
 
 @torch.inference_mode()
 def test_quantized_weights_are_read_as_the_plain_model_reads_them(lively_model: Plug) -> None:
     plain_model = quantized(lively_model, 8)  # tests/kernels/test_packed_linear.py has 4 bits
-    plain, fused = Engine(plain_model), fused_engine(copy.deepcopy(plain_model))
-    for engine in (plain, fused):
-        engine.start([[2, *PROMPTS[0], 3]], capacity=1)
+    plain = runner_of(PreparedModel(plain_model))
+    fused = runner_of(fused_model(copy.deepcopy(plain_model)))
+    for runner in (plain, fused):
+        runner.start([[2, *PROMPTS[0], 3]])
 
-    got, expected = fused.step([2], [0]), plain.step([2], [0])
+    got, expected = fused.logits([2], [0]), plain.logits([2], [0])
 
     # The CPU rounds activations to 8 bits, a GPU reads sources in FP8.
     assert (got - expected).norm() < 0.1 * expected.norm()

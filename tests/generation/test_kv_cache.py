@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.model.plug import Plug
 
 SOURCES = [[2, 9, 8, 7, 6, 5, 3], [2, 200, 3], [2, 30, 31, 32, 3]]  # unlike lengths: padding
 WRITTEN = [[2, 40, 41, 42, 43], [2, 50, 51, 52, 53], [2, 60, 61, 62, 63]]
+
+
+def new_runner(model: Plug) -> ModelRunner:
+    return ModelRunner(PreparedModel(model), Size(3, 10, 5))
 
 
 def uncached_logits(model: Plug, source: list[int], written: list[int]) -> torch.Tensor:
@@ -19,25 +23,25 @@ def uncached_logits(model: Plug, source: list[int], written: list[int]) -> torch
 
 @torch.inference_mode()
 def test_each_step_of_a_padded_batch_equals_the_uncached_pass_alone(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
+    runner = new_runner(lively_model)
     expected = [uncached_logits(lively_model, *each) for each in zip(SOURCES, WRITTEN, strict=True)]
 
-    engine.start(SOURCES, capacity=5)
+    runner.start(SOURCES)
     for position in range(5):
-        logits = engine.step([row[position] for row in WRITTEN], [position] * 3)
+        logits = runner.logits([row[position] for row in WRITTEN], [position] * 3)
 
         torch.testing.assert_close(logits, torch.stack([row[position] for row in expected]))
 
 
 @torch.inference_mode()
 def test_rows_may_stand_at_different_positions_and_repeat_them(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
-    engine.start(SOURCES, capacity=4)
+    runner = new_runner(lively_model)
+    runner.start(SOURCES)
     counts = [0, 0, 0]
     advance = [[1, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]]  # the second waits twice, …
 
     for moves in advance:
-        logits = engine.step([row[at] for row, at in zip(WRITTEN, counts, strict=True)], counts)
+        logits = runner.logits([row[at] for row, at in zip(WRITTEN, counts, strict=True)], counts)
 
         for row, at in enumerate(counts):
             expected = uncached_logits(lively_model, SOURCES[row], WRITTEN[row])[at]
@@ -47,28 +51,28 @@ def test_rows_may_stand_at_different_positions_and_repeat_them(lively_model: Plu
 
 @torch.inference_mode()
 def test_padding_ids_inside_a_source_are_not_read(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
+    runner = new_runner(lively_model)
     source = torch.tensor([[2, 9, 0, 7, 3]])
     mask = source != 0
     decoded = lively_model.decode(
         torch.tensor([[2]]), lively_model.encode(source, mask), attention_mask=mask
     )
 
-    engine.start(source.tolist(), capacity=1)
+    runner.start(source.tolist())
 
-    torch.testing.assert_close(engine.step([2], [0]), lively_model.lm_logits(decoded)[0])
+    torch.testing.assert_close(runner.logits([2], [0]), lively_model.lm_logits(decoded)[0])
 
 
 @torch.inference_mode()
 def test_selected_rows_keep_their_source_and_their_past(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
-    engine.start(SOURCES, capacity=5)
+    runner = new_runner(lively_model)
+    runner.start(SOURCES)
     for position in range(2):
-        engine.step([row[position] for row in WRITTEN], [position] * 3)
+        runner.logits([row[position] for row in WRITTEN], [position] * 3)
 
-    engine.select([2, 0])
+    runner.reorder([2, 0], 2, sources=True)
 
-    logits = engine.step([WRITTEN[2][2], WRITTEN[0][2]], [2, 2])
+    logits = runner.logits([WRITTEN[2][2], WRITTEN[0][2]], [2, 2])
     for got, row in zip(logits, (2, 0), strict=True):
         torch.testing.assert_close(
             got, uncached_logits(lively_model, SOURCES[row], WRITTEN[row])[2]
@@ -77,14 +81,14 @@ def test_selected_rows_keep_their_source_and_their_past(lively_model: Plug) -> N
 
 @torch.inference_mode()
 def test_reordered_rows_take_the_past_and_leave_the_source(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
-    engine.start(SOURCES[:1], capacity=5, copies=3)
+    runner = new_runner(lively_model)
+    runner.start(SOURCES[:1], copies=3)
     for position in range(2):
-        engine.step([row[position] for row in WRITTEN], [position] * 3)
+        runner.logits([row[position] for row in WRITTEN], [position] * 3)
 
-    engine.reorder([1, 1, 0])
+    runner.reorder([1, 1, 0], 2, sources=False)
 
-    logits = engine.step([70, 71, 72], [2, 2, 2])
+    logits = runner.logits([70, 71, 72], [2, 2, 2])
     for got, past, last in zip(logits, (1, 1, 0), (70, 71, 72), strict=True):
         written = [*WRITTEN[past][:2], last]
         torch.testing.assert_close(got, uncached_logits(lively_model, SOURCES[0], written)[2])

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from plug.errors import UsageError
 from plug.generation.async_engine import AsyncEngine
 from plug.generation.generator import Generator, generate
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.generation.prompt_lookup import LONGEST_MATCH, LONGEST_REST, PromptLookup, find_draft
-from plug.generation.scheduler import Row, Writer, write
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import OriginalRules, PlugRules, Rules
 from plug.model.plug import Plug
+
+Write = Callable[..., None]  # `conftest.write_all`
+WriteInFlight = Callable[..., list[tuple[object, ...]]]
 
 TEXTS = ["山上有座庙，山上有座庙", "今天天气很好，我们去公园看花。", "好", "我" * 60]
 MODES: list[dict[str, Any]] = [
@@ -104,22 +109,25 @@ def test_several_positions_at_once_equal_the_uncached_pass(lively_model: Plug) -
             for row, source in enumerate(sources)
         ]
     )
-    engine = Engine(lively_model)
-    engine.start(sources, capacity=6)
+    runner = ModelRunner(PreparedModel(lively_model), Size(2, 7, 6))
+    runner.start(sources)
+    assert runner.cache is not None
 
     # The second row is one behind from the second step on, and has less to feed.
     fed = [([0, 1, 2], [0, 1, 1]), ([3], [2]), ([4, 5], [3, 3])]
     for positions in fed:
         longest = max(map(max, positions)) + 1
         where = torch.tensor(positions)
-        logits = engine.decode_several(written.gather(1, where), where, longest)
+        logits = runner.prepared.model.decode(
+            written.gather(1, where), where, longest, runner.cache
+        )
 
         torch.testing.assert_close(
             logits, expected.gather(1, where[:, :, None].expand(-1, -1, expected.shape[2]))
         )
 
 
-def make_rows(model: Plug, prompts: list[list[int]], lookups: list[int | None]) -> list[Row]:
+def make_rows(model: Plug, prompts: list[list[int]], lookups: list[int | None]) -> list[Sequence]:
     """Unlike windows, lengths, rules and settings; the first rows without drafts if None."""
     config = model.config
     rules: list[Rules] = [
@@ -141,27 +149,29 @@ def make_rows(model: Plug, prompts: list[list[int]], lookups: list[int | None]) 
     rows = []
     for index, (prompt, lookup) in enumerate(zip(prompts, lookups, strict=True)):
         options = GenerationSettings(**chosen[index % len(chosen)], prompt_lookup_num_tokens=lookup)
-        rows.append(Row(prompt, rules[index % len(rules)], options, index))
+        rows.append(Sequence(prompt, rules[index % len(rules)], options, index))
     return rows
 
 
-@torch.inference_mode()
-def write_in_flight(engine: Engine, rows: list[Row], ahead: int = 0) -> list[tuple[object, ...]]:
-    """Three rows at a time; the next joins when one leaves."""
-    writer = Writer(engine, 3, 96)
-    writer._ahead = ahead
-    waiting = list(rows)
-    while waiting or writer.rows:
-        while waiting and len(writer.rows) < 3:
-            writer.join(waiting.pop(0))
-        writer.step()
-    return [(row.written, row.finish_reason) for row in rows]
+@pytest.fixture
+def write_in_flight(write: Callable[..., None]) -> WriteInFlight:
+    """Three at a time; the next joins when one leaves."""
+
+    def write_them(
+        prepared: PreparedModel, sequences: list[Sequence], ahead: int = 0
+    ) -> list[tuple[object, ...]]:
+        write(prepared, sequences, slots=3, ahead=ahead)
+        return [(sequence.written, sequence.finish_reason) for sequence in sequences]
+
+    return write_them
 
 
 class Foretold(PromptLookup):
     """Drafts that are right; with ``draws``, for a random while, and then not."""
 
-    def __init__(self, row: Row, future: list[int], draws: random.Random | None = None) -> None:
+    def __init__(
+        self, row: Sequence, future: list[int], draws: random.Random | None = None
+    ) -> None:
         most = row.settings.prompt_lookup_num_tokens
         assert most is not None
         super().__init__(row.prompt, most)
@@ -201,11 +211,16 @@ few_slow_examples = settings(
     ahead=st.integers(0, 2),
 )
 def test_whatever_is_drafted_and_right_of_it_the_text_is_that_of_plain_steps(
-    seed: int, prompts: list[list[int]], most: int, ahead: int, ending_model: Plug
+    seed: int,
+    prompts: list[list[int]],
+    most: int,
+    ahead: int,
+    ending_model: Plug,
+    write_in_flight: WriteInFlight,
 ) -> None:
-    engine = Engine(ending_model)
+    prepared = PreparedModel(ending_model)
     plain = make_rows(ending_model, prompts, [None] * 6)
-    expected = write_in_flight(engine, plain)
+    expected = write_in_flight(prepared, plain)
     draws = random.Random(seed)
     rows = make_rows(
         ending_model, prompts, [None if draws.random() < 0.3 else most for _ in prompts]
@@ -214,18 +229,22 @@ def test_whatever_is_drafted_and_right_of_it_the_text_is_that_of_plain_steps(
         if row.lookup is not None:
             row.lookup = Foretold(row, other.written, draws)
 
-    assert write_in_flight(engine, rows, ahead) == expected
+    assert write_in_flight(prepared, rows, ahead) == expected
     assert {reason for _, reason in expected} == {"stop", "length"}
 
 
 @pytest.mark.parametrize("granularity", [1, 64])
-def test_rounded_lengths_change_nothing(granularity: int, ending_model: Plug) -> None:
+def test_rounded_lengths_change_nothing(
+    granularity: int, ending_model: Plug, write_in_flight: WriteInFlight
+) -> None:
     prompts = [[9, 8, 7] * 5, [30, 31], [77], [5, 6], [7] * 9, [6, 7, 8, 6, 7]]
-    expected = write_in_flight(Engine(ending_model), make_rows(ending_model, prompts, [None] * 6))
-    engine = Engine(ending_model)
-    engine._model.granularity = granularity
+    expected = write_in_flight(
+        PreparedModel(ending_model), make_rows(ending_model, prompts, [None] * 6)
+    )
+    prepared = PreparedModel(ending_model)
+    prepared.model.granularity = granularity
 
-    assert write_in_flight(engine, make_rows(ending_model, prompts, [3, None, 8, 32, 5, 10])) == (
+    assert write_in_flight(prepared, make_rows(ending_model, prompts, [3, None, 8, 32, 5, 10])) == (
         expected
     )
 
@@ -238,7 +257,7 @@ def writing(request: pytest.FixtureRequest, generator: Generator) -> Generator:
     """One model that hardly repeats itself, and one that does nothing else."""
     if request.param == "repetitive":
         with torch.no_grad():
-            generator.engine._model._embeddings.position_embeddings.weight /= 50
+            generator.prepared.model._embeddings.position_embeddings.weight /= 50
     return generator
 
 
@@ -254,92 +273,96 @@ def test_with_and_without_are_the_same(options: dict[str, Any], writing: Generat
 
 
 @torch.inference_mode()
-def test_what_a_step_has_written_itself_is_not_written_again(tiny_model: Plug) -> None:
+def test_what_a_step_has_written_itself_is_not_written_again(
+    tiny_model: Plug, write: Write
+) -> None:
     """The ids to look back on grow by 64 at a time; here a draft reaches beyond 64."""
     options = GenerationSettings(
         do_sample=False, no_repeat_ngram_size=1, prompt_lookup_num_tokens=8
     )
     rules = PlugRules(tiny_model.config, 90, 90, min_length=90)
-    plain, row = (Row([9, 8, 7], rules, options, 0) for _ in range(2))
+    plain, row = (Sequence([9, 8, 7], rules, options, 0) for _ in range(2))
     plain.lookup = None
-    write(Engine(tiny_model), [plain])
+    write(PreparedModel(tiny_model), [plain])
     row.lookup = foretold = Foretold(row, plain.written)
 
-    write(Engine(tiny_model), [row])
+    write(PreparedModel(tiny_model), [row])
 
     assert row.written == plain.written
     assert foretold.right == 80  # ten steps of nine tokens
 
 
 @torch.inference_mode()
-def test_an_end_that_ends_nothing_uses_up_a_step_and_is_not_written(lively_model: Plug) -> None:
+def test_an_end_that_ends_nothing_uses_up_a_step_and_is_not_written(
+    lively_model: Plug, write: Write
+) -> None:
     """In original mode, before 80% are written; here a draft stops at it."""
 
-    def start(lookup: int | None) -> Row:
+    def start(lookup: int | None) -> Sequence:
         options = GenerationSettings(
             do_sample=False, mode="original", prompt_lookup_num_tokens=lookup
         )
-        return Row([9, 8, 7], OriginalRules(lively_model.config, 9, 40), options, 0)
+        return Sequence([9, 8, 7], OriginalRules(lively_model.config, 9, 40), options, 0)
 
-    write(Engine(lively_model), [never_ending := start(None)])
+    write(PreparedModel(lively_model), [never_ending := start(None)])
     end = never_ending.written[6]
     lively_model.config = dataclasses.replace(lively_model.config, eos_token_id=end)
-    write(Engine(lively_model), [plain := start(None)])
+    write(PreparedModel(lively_model), [plain := start(None)])
     row = start(8)
     row.lookup = Foretold(row, plain.written)
 
-    write(Engine(lively_model), [row])
+    write(PreparedModel(lively_model), [row])
 
     assert row.written == plain.written
     assert 6 <= len(plain.written) < 40
     assert plain.steps == row.steps == 40
 
 
-def count_steps(engine: Engine) -> dict[str, int]:
-    counts = {"decode": 0, "decode_several": 0}
-    for name in counts:
-        method = getattr(engine, name)
+def count_steps(prepared: PreparedModel) -> list[int]:
+    """The tokens fed in each step from now on."""
+    fed: list[int] = []
+    decode = prepared.model.decode
 
-        def counted(*inputs: Any, name: str = name, method: Any = method) -> Any:
-            counts[name] += 1
-            return method(*inputs)
+    def counted(token_ids: Tensor, *inputs: Any) -> Tensor:
+        fed.append(token_ids.shape[1])
+        return decode(token_ids, *inputs)
 
-        setattr(engine, name, counted)
-    return counts
+    prepared.model.decode = counted  # type: ignore[method-assign]
+    return fed
 
 
 @torch.inference_mode()
-def test_a_text_that_repeats_itself_takes_few_steps(tiny_model: Plug) -> None:
-    engine = Engine(tiny_model)
-    row = Row(
+def test_a_text_that_repeats_itself_takes_few_steps(tiny_model: Plug, write: Write) -> None:
+    prepared = PreparedModel(tiny_model)
+    row = Sequence(
         [9, 8, 7],
         PlugRules(tiny_model.config, 90, 90, min_length=90),
         GenerationSettings(do_sample=False, prompt_lookup_num_tokens=10),
         0,
     )
-    steps = count_steps(engine)
-    write(engine, [row])
+    steps = count_steps(prepared)
+    write(prepared, [row])
 
     assert len(row.written) == 90
     assert len(set(row.written[10:])) == 1, "it was to repeat itself"
-    assert sum(steps.values()) < 25
+    assert len(steps) < 25
 
 
 @torch.inference_mode()
-def test_without_a_draft_steps_are_plain(lively_model: Plug) -> None:
-    engine = Engine(lively_model)
+def test_without_a_draft_steps_are_plain(lively_model: Plug, write: Write) -> None:
+    prepared = PreparedModel(lively_model)
     options = GenerationSettings(
         do_sample=False, no_repeat_ngram_size=1, prompt_lookup_num_tokens=8
     )
     rules = PlugRules(lively_model.config, 40, 40, min_length=40, banned=[100, 101])
-    row = Row([100, 101], rules, options, 0)
-    steps = count_steps(engine)
-    write(engine, [row])
+    row = Sequence([100, 101], rules, options, 0)
+    steps = count_steps(prepared)
+    write(prepared, [row])
 
-    assert steps == {"decode": 40, "decode_several": 0}
+    assert steps == [1] * 40
 
 
-def test_texts_with_and_without_share_a_batcher(writing: Generator) -> None:
+def test_texts_with_and_without_share_an_async_engine(writing: Generator) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         (text, {"out_length": 35, **options, "prompt_lookup_num_tokens": most})
         for text, options, most in zip(
@@ -351,9 +374,9 @@ def test_texts_with_and_without_share_a_batcher(writing: Generator) -> None:
         for text, options in cases
     ]
 
-    with AsyncEngine(writing, rows=3) as batcher:
+    with AsyncEngine(writing, rows=3) as engine:
         requests = [
-            batcher.submit(text, GenerationSettings(**options), seed=3) for text, options in cases
+            engine.submit(text, GenerationSettings(**options), seed=3) for text, options in cases
         ]
         results = [request.result() for request in requests]
 

@@ -1,114 +1,169 @@
-"""What CUDA changes in the loop, on the CPU: the host a step behind, and rounded lengths."""
+"""The host's side of a step, with a scripted runner in the device's place."""
 
 from __future__ import annotations
 
-import dataclasses
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from plug.generation.model_runner import Engine
-from plug.generation.scheduler import Row, Writer, write
+from plug.generation.detokenizer import Detokenizer
+from plug.generation.scheduler import Scheduler
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
-from plug.generation.window import OriginalRules, PlugRules, Rules
-from plug.model.plug import Plug
+from plug.generation.window import PlugRules
+from plug.model.configuration import PRESETS
+from plug.tokenization import PlugTokenizer
 
-PROMPTS = [[9, 8, 7], [200] * 40, [30, 31], [77], [5, 6]]
+CONFIG = PRESETS["test"]
+SEP = CONFIG.eos_token_id
 
-
-def make_rows(model: Plug) -> list[Row]:
-    """Unlike windows, lengths and settings."""
-    config = model.config
-    rules: list[Rules] = [
-        PlugRules(config, 20, 45, min_length=3),
-        PlugRules(config, 7, 30),
-        OriginalRules(config, 9, 40),
-        PlugRules(config, 96, 90),
-        PlugRules(config, 1, 4),
-    ]
-    settings = [
-        GenerationSettings(temperature=2.0, top_k=0),
-        GenerationSettings(do_sample=False),
-        GenerationSettings(temperature=3.0, top_k=0, mode="original"),
-        GenerationSettings(no_repeat_ngram_size=2, temperature=1.5),
-        GenerationSettings(),
-    ]
-    parts = zip(PROMPTS, rules, settings, strict=True)
-    return [Row(prompt, rule, each, seed) for seed, (prompt, rule, each) in enumerate(parts)]
+MakeRunner = Callable[..., Any]  # `conftest.ScriptedRunner`
 
 
-@torch.inference_mode()
-def write_in_flight(engine: Engine, rows: list[Row], ahead: int) -> list[tuple[object, ...]]:
-    """Two rows at a time; the next joins when one leaves."""
-    writer = Writer(engine, 2, 96)
-    writer._ahead = ahead
-    waiting = list(rows)
-    while waiting or writer.rows:
-        while waiting and len(writer.rows) < 2:
-            writer.join(waiting.pop(0))
-        writer.step()
-    return [(row.written, row.finish_reason) for row in rows]
+def new_sequence(
+    out_length: int = 9, window: int = 9, detokenizer: Detokenizer | None = None, **options: Any
+) -> Sequence:
+    rules = PlugRules(CONFIG, window, out_length)
+    return Sequence([7, 8], rules, GenerationSettings(**options), 0, detokenizer)
 
 
-@pytest.fixture
-def ending_model(lively_model: Plug) -> Plug:
-    """[SEP] is another token, one that it does write."""
-    lively_model.config = dataclasses.replace(lively_model.config, eos_token_id=50)
-    return lively_model
+def test_it_needs_no_torch() -> None:
+    code = "import sys, plug.generation.scheduler; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert found.stdout == "False\n"
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2])
-@pytest.mark.parametrize("granularity", [1, 64])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_host_that_reads_late_and_rounded_lengths_and_rows_change_nothing(
-    ahead: int, granularity: int, rows: int, ending_model: Plug, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_says_who_joins_who_moves_and_who_is_due(scripted_runner: MakeRunner) -> None:
+    runner = scripted_runner([[10, SEP], [20, 21, 22], [30, 31, 32]])
+    scheduler = Scheduler(2)
+    first, second, third = new_sequence(), new_sequence(window=2), new_sequence()
+    for sequence in (first, second):
+        scheduler.join(sequence)
+    assert scheduler.is_full
+
+    plan = scheduler.plan()
+    assert (plan.joined, plan.due, plan.moves, plan.steps) == ([0, 1], [0, 1], [], [0, 0])
+    assert scheduler.update(runner.step(plan)) == []
+    plan = scheduler.plan()
+    assert (plan.joined, plan.due, plan.moves, plan.steps) == ([], [], [], [1, 1])
+    assert scheduler.update(runner.step(plan)) == [first]
+    scheduler.join(third)
+    plan = scheduler.plan()
+    # The second one's window is full, so nothing of its cache is copied.
+    assert (plan.joined, plan.due, plan.moves) == ([1], [0, 1], [(1, 0, 0)])
+    assert plan.steps == [2, 0]
+    assert scheduler.update(runner.step(plan)) == []
+
+
+@given(seed=st.integers(0, 2**32), ahead=st.integers(0, 2), slots=st.integers(1, 4))
+def test_whoever_joins_and_leaves_each_writes_its_script(
+    seed: int, ahead: int, slots: int, scripted_runner: MakeRunner
 ) -> None:
-    alone = []
-    for row in make_rows(ending_model):
-        alone += write_in_flight(Engine(ending_model), [row], ahead=0)
-    engine = Engine(ending_model)
-    engine._model.granularity = granularity
-    monkeypatch.setattr(engine, "rounded", lambda count: -(-count // rows) * rows)
+    """The runner checks that every plan puts each sequence into the slot that it says."""
+    draws = random.Random(seed)
+    scripts = [
+        [*(draws.randrange(10, 60) for _ in range(draws.randrange(12))), SEP, *[9] * 16]
+        for _ in range(9)
+    ]
+    sequences = [
+        new_sequence(
+            draws.randrange(1, 13),
+            draws.randrange(1, 6),
+            prompt_lookup_num_tokens=draws.choice([None, 3]),
+        )
+        for _ in scripts
+    ]
+    runner = scripted_runner(dict(zip(sequences, scripts, strict=True)))
+    scheduler = Scheduler(slots, ahead=ahead)
+    waiting, gone, finished = list(sequences), set(), set()
 
-    together = write_in_flight(engine, make_rows(ending_model), ahead)
+    while waiting or scheduler.running:
+        while waiting and not scheduler.is_full and draws.random() < 0.7:
+            scheduler.join(waiting.pop(0))
+        if scheduler.running and draws.random() < 0.1:
+            scheduler.leave([left := draws.choice(scheduler.running)])
+            gone.add(left)
+        if scheduler.running:
+            finished.update(scheduler.update(runner.step(scheduler.plan())))
 
-    assert together == alone
-    assert {reason for _, reason in together} == {"stop", "length"}
-
-
-@torch.inference_mode()
-def test_the_buffers_serve_again_while_they_have_room(ending_model: Plug) -> None:
-    def fresh() -> list[Row]:
-        return make_rows(ending_model)
-
-    def written(rows: list[Row]) -> list[list[int]]:
-        return [row.written for row in rows]
-
-    alone = fresh()
-    for row in alone:
-        write(Engine(ending_model), [row])
-    engine = Engine(ending_model)
-
-    first = write(engine, three := fresh()[:3])
-    second = write(engine, two := fresh()[1:3], first)
-    third = write(engine, more := fresh(), second)
-    engine.start([[2, 3]], capacity=4)  # somebody else
-    fourth = write(engine, again := fresh(), third)
-
-    assert second is first
-    assert third is not second
-    assert fourth is not third
-    assert written(three) == written(alone[:3])
-    assert written(two) == written(alone[1:3])
-    assert written(more) == written(again) == written(alone)
+    assert finished | gone == set(sequences)
+    for sequence, script in zip(sequences, scripts, strict=True):
+        if sequence in finished:
+            whole = script[: script.index(SEP)]
+            assert sequence.written == whole[: sequence.rules.steps]
+            is_whole = len(whole) < sequence.rules.steps
+            assert sequence.finish_reason == ("stop" if is_whole else "length")
 
 
-@torch.inference_mode()
-def test_what_was_broken_off_is_not_gone_on_with(ending_model: Plug) -> None:
-    engine = Engine(ending_model)
-    first = write(engine, make_rows(ending_model)[:1])
-    assert first is not None
-    first.join(make_rows(ending_model)[0])
-    first.step()
+def test_right_drafts_are_taken_in_one_step(scripted_runner: MakeRunner) -> None:
+    runner = scripted_runner([[7, 8, 7, 8, 7, 8, 7, 8, 7]])
+    scheduler = Scheduler(1)
+    scheduler.join(sequence := new_sequence(prompt_lookup_num_tokens=8))
 
-    assert write(engine, make_rows(ending_model)[:1], first) is not first
+    while scheduler.running:
+        scheduler.update(runner.step(scheduler.plan()))
+
+    assert sequence.written == [7, 8, 7, 8, 7, 8, 7, 8, 7]
+    assert len(runner.plans) < 5
+
+
+def test_the_host_runs_ahead_and_waits_where_it_must(scripted_runner: MakeRunner) -> None:
+    runner = scripted_runner([list(range(10, 30))], ahead=1)
+    scheduler = Scheduler(1, ahead=1)
+    scheduler.join(sequence := new_sequence(out_length=6, window=4))
+
+    lengths = []
+    while scheduler.running:
+        scheduler.update(runner.step(scheduler.plan()))
+        lengths.append(len(sequence.written))
+
+    assert lengths == [0, 1, 2, 4, 4, 6]  # at the window's end and at the text's
+    assert sequence.written == [10, 11, 12, 13, 14, 15]
+
+
+def test_a_callback_that_raises_ends_its_own_sequence_alone(
+    scripted_runner: MakeRunner, tiny_tokenizer: PlugTokenizer
+) -> None:
+    def fail(_: str) -> None:
+        raise ConnectionError("gone")
+
+    mountain = tiny_tokenizer.encode("山")
+    broken = new_sequence(detokenizer=Detokenizer(tiny_tokenizer, fail))
+    other = new_sequence(detokenizer=Detokenizer(tiny_tokenizer))
+    runner = scripted_runner([mountain * 9, mountain * 9])
+    scheduler = Scheduler(2)
+    scheduler.join(broken)
+    scheduler.join(other)
+
+    assert scheduler.update(runner.step(scheduler.plan())) == [broken]
+    while scheduler.running:
+        scheduler.update(runner.step(scheduler.plan()))
+
+    assert isinstance(broken.error, ConnectionError)
+    assert other.written == mountain * 9
+    assert other.error is None
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_stop_string_ends_the_sequence(
+    ahead: int, scripted_runner: MakeRunner, tiny_tokenizer: PlugTokenizer
+) -> None:
+    ids = tiny_tokenizer.encode("山上有庙，好")
+    sequence = new_sequence(detokenizer=Detokenizer(tiny_tokenizer, stop=["庙，"]))
+    runner = scripted_runner([[*ids, *ids]])
+    scheduler = Scheduler(1, ahead=ahead)
+    scheduler.join(sequence)
+
+    while scheduler.running:
+        scheduler.update(runner.step(scheduler.plan()))
+
+    assert sequence.detokenizer is not None
+    assert sequence.detokenizer.text == "山上有"
+    assert sequence.written == ids[:-1]
+    assert sequence.finish_reason == "stop"

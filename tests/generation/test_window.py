@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from plug.errors import UsageError
-from plug.generation.model_runner import Engine
-from plug.generation.scheduler import Row, write
+from plug.generation.model_runner import PreparedModel
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import OriginalRules, PlugRules, Rules, window_length
 from plug.model.configuration import PRESETS, PlugConfig
@@ -23,100 +23,89 @@ CLS, SEP = CONFIG.decoder_start_token_id, CONFIG.eos_token_id
 ORIGINAL = PlugConfig(hidden_size=64, num_attention_heads=8, max_position_embeddings=640)
 GREEDY = GenerationSettings(do_sample=False)
 
-MakeEngine = Callable[[PlugConfig, list[list[int]]], Any]  # `conftest.ScriptedEngine`
+MakeRunner = Callable[[list[list[int]]], Any]  # `conftest.ScriptedRunner`
+WriteGreedily = Callable[[Any, list[list[int]], Rules], list[Sequence]]
 ReadGolden = Callable[[str], Any]
 
 
-def write_greedily(engine: Any, prompts: list[list[int]], rules: Rules) -> list[Row]:
-    rows = [Row(prompt, rules, GREEDY, 0) for prompt in prompts]
-    with torch.inference_mode():
-        write(engine, rows)
-    return rows
+@pytest.fixture
+def write_greedily(write: Callable[..., None]) -> WriteGreedily:
+    def write_them(runner: Any, prompts: list[list[int]], rules: Rules) -> list[Sequence]:
+        sequences = [Sequence(prompt, rules, GREEDY, 0) for prompt in prompts]
+        write(runner, sequences)
+        return sequences
+
+    return write_them
 
 
 # --- ours -----------------------------------------------------------------------------------------
 
 
 def test_a_full_window_joins_the_source_and_the_decoder_starts_afresh(
-    scripted_engine: MakeEngine,
+    scripted_runner: MakeRunner, write_greedily: WriteGreedily
 ) -> None:
-    engine = scripted_engine(CONFIG, [[10, 11, 12, 13, 14, 15, 16]])
+    runner = scripted_runner([[10, 11, 12, 13, 14, 15, 16]])
 
-    [row] = write_greedily(engine, [[7, 8]], PlugRules(CONFIG, window=3, out_length=7))
+    [row] = write_greedily(runner, [[7, 8]], PlugRules(CONFIG, window=3, out_length=7))
 
     assert row.written == [10, 11, 12, 13, 14, 15, 16]
     assert row.finish_reason == "length"
-    assert engine.windows == [
+    assert runner.windows == [
         [[CLS, 7, 8, SEP]],
         [[CLS, 7, 8, 10, 11, 12, SEP]],
         [[CLS, 7, 8, 10, 11, 12, 13, 14, 15, SEP]],
     ]
-    fed = [(token, position) for [token], [position] in engine.fed]
-    assert fed == [(CLS, 0), (10, 1), (11, 2), (CLS, 0), (13, 1), (14, 2), (CLS, 0)]
+    assert [plan.length for plan in runner.plans] == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_the_source_keeps_the_last_510_tokens_of_prompt_and_text(
-    scripted_engine: MakeEngine,
+    scripted_runner: MakeRunner, write_greedily: WriteGreedily
 ) -> None:
     config = dataclasses.replace(CONFIG, max_position_embeddings=700)
-    engine = scripted_engine(config, [[10] * 600])
+    runner = scripted_runner([[10] * 600])
 
-    write_greedily(engine, [[7] * 510 + [8] * 90], PlugRules(config, 550, 600))
+    write_greedily(runner, [[7] * 510 + [8] * 90], PlugRules(config, 550, 600))
 
-    assert engine.windows == [[[CLS, *[7] * 420, *[8] * 90, SEP]], [[CLS, *[10] * 510, SEP]]]
+    assert runner.windows == [[[CLS, *[7] * 420, *[8] * 90, SEP]], [[CLS, *[10] * 510, SEP]]]
 
 
-def test_the_source_is_no_longer_than_the_model_has_positions(scripted_engine: MakeEngine) -> None:
-    engine = scripted_engine(CONFIG, [[10] * 3])
+def test_the_source_is_no_longer_than_the_model_has_positions(
+    scripted_runner: MakeRunner, write_greedily: WriteGreedily
+) -> None:
+    runner = scripted_runner([[10] * 3])
 
-    write_greedily(engine, [[7] * 200], PlugRules(CONFIG, 2, 3))
+    write_greedily(runner, [[7] * 200], PlugRules(CONFIG, 2, 3))
 
     positions = CONFIG.max_position_embeddings
-    assert engine.windows == [
+    assert runner.windows == [
         [[CLS, *[7] * (positions - 2), SEP]],
         [[CLS, *[7] * (positions - 4), 10, 10, SEP]],
     ]
 
 
-def test_sep_ends_a_row_and_is_not_kept_and_the_others_go_on(scripted_engine: MakeEngine) -> None:
-    engine = scripted_engine(CONFIG, [[10, 11, SEP], [20, SEP], [30, 31, 32, 33, 34]])
+def test_sep_ends_a_row_and_is_not_kept_and_the_others_go_on(
+    scripted_runner: MakeRunner, write_greedily: WriteGreedily
+) -> None:
+    runner = scripted_runner([[10, 11, SEP], [20, SEP], [30, 31, 32, 33, 34]])
 
-    rows = write_greedily(engine, [[7], [8], [9]], PlugRules(CONFIG, 4, 5))
+    rows = write_greedily(runner, [[7], [8], [9]], PlugRules(CONFIG, 4, 5))
 
     assert [row.written for row in rows] == [[10, 11], [20], [30, 31, 32, 33, 34]]
     assert [row.finish_reason for row in rows] == ["stop", "stop", "length"]
-    assert engine.windows[1:] == [[[CLS, 9, 30, 31, 32, 33, SEP]]]
+    assert runner.windows[1:] == [[[CLS, 9, 30, 31, 32, 33, SEP]]]
 
 
 def test_rows_that_end_with_a_window_do_not_come_into_the_next(
-    scripted_engine: MakeEngine,
+    scripted_runner: MakeRunner, write_greedily: WriteGreedily
 ) -> None:
-    engine = scripted_engine(CONFIG, [[10, SEP], [20, 21, 22]])
-    engine.next_rows = [1]
+    runner = scripted_runner([[10, SEP], [20, 21, 22]])
 
-    rows = write_greedily(engine, [[7], [8]], PlugRules(CONFIG, 2, 3))
+    rows = write_greedily(runner, [[7], [8]], PlugRules(CONFIG, 2, 3))
 
     assert [row.written for row in rows] == [[10], [20, 21, 22]]
-    assert engine.windows[1:] == [[[CLS, 8, 20, 21, SEP]]]
-    assert engine.moves == 0  # the full window's cache goes anyway: no copy of it
-
-
-def test_sep_waits_for_the_minimum_length(scripted_engine: MakeEngine) -> None:
-    engine = scripted_engine(CONFIG, [[SEP, 11, SEP, SEP, SEP]])
-
-    [row] = write_greedily(engine, [[7]], PlugRules(CONFIG, 5, 5, min_length=3))
-
-    assert row.written == [0, 11, 0]  # where [SEP] may not come, the first of the equals does
-    assert row.finish_reason == "stop"
-
-
-def test_padding_rows_and_banned_ids_are_never_written(scripted_engine: MakeEngine) -> None:
-    config = dataclasses.replace(CONFIG, num_emitted_tokens=300)
-    engine = scripted_engine(config, [[310, 4, 299]])
-
-    [row] = write_greedily(engine, [[7]], PlugRules(config, 3, 3, banned=[0, 4]))
-
-    assert row.written == [1, 1, 299]
+    assert runner.windows[1:] == [[[CLS, 8, 20, 21, SEP]]]
+    [move] = runner.plans[2].moves
+    assert move == (1, 0, 0)  # the full window's cache goes anyway: no copy of it
 
 
 def test_a_window_must_fit_the_positions() -> None:
@@ -129,7 +118,7 @@ def test_a_window_must_fit_the_positions() -> None:
 
 
 def test_the_loop_with_a_model_equals_the_uncached_model_called_anew_at_each_step(
-    lively_model: Plug,
+    lively_model: Plug, write_greedily: WriteGreedily
 ) -> None:
     prompt, window, out_length = [7, 8, 9, 10], 5, 13
     written: list[int] = []
@@ -144,7 +133,7 @@ def test_the_loop_with_a_model_equals_the_uncached_model_called_anew_at_each_ste
         written.append(int(logits.argmax()))
 
     rules = PlugRules(CONFIG, window, out_length, min_length=out_length)
-    [row] = write_greedily(Engine(lively_model), [prompt], rules)
+    [row] = write_greedily(PreparedModel(lively_model), [prompt], rules)
 
     assert row.written == written
     assert len(set(written)) > window, "it repeats itself: a wrong position would not show"
@@ -155,7 +144,10 @@ def test_the_loop_with_a_model_equals_the_uncached_model_called_anew_at_each_ste
 
 @pytest.mark.shared
 def test_the_original_loop_does_what_the_original_did_with_a_scripted_model(
-    golden_json: ReadGolden, original_tokenizer: PlugTokenizer, scripted_engine: MakeEngine
+    golden_json: ReadGolden,
+    original_tokenizer: PlugTokenizer,
+    scripted_runner: MakeRunner,
+    write_greedily: WriteGreedily,
 ) -> None:
     compared = 0
     for case in golden_json("generation_scripted.json"):
@@ -165,15 +157,15 @@ def test_the_original_loop_does_what_the_original_did_with_a_scripted_model(
         prompt = original_tokenizer.encode(
             replace_original_punctuation(case["prompt"]), allow_special_tokens=True
         )
-        engine = scripted_engine(ORIGINAL, [expected["emitted"]])
+        runner = scripted_runner([expected["emitted"]])
 
-        [row] = write_greedily(engine, [prompt], OriginalRules(ORIGINAL, 128, case["length"]))
+        [row] = write_greedily(runner, [prompt], OriginalRules(ORIGINAL, 128, case["length"]))
 
         assert len(prompt) == case["prompt_tokens"], case["name"]
         assert row.written == expected["generated_ids"], case["name"]
-        assert engine.steps == expected["steps"], case["name"]
-        assert [source for [source] in engine.windows] == expected["windows"], case["name"]
-        assert engine.window_first_step == expected["window_first_step"], case["name"]
+        assert len(runner.plans) == expected["steps"], case["name"]
+        assert [source for [source] in runner.windows] == expected["windows"], case["name"]
+        assert runner.window_first_step == expected["window_first_step"], case["name"]
         assert original_text(row.written, original_tokenizer) == expected["text"], case["name"]
         compared += 1
     assert compared == 24  # all but the one in which the reference fails
@@ -181,28 +173,32 @@ def test_the_original_loop_does_what_the_original_did_with_a_scripted_model(
 
 @pytest.mark.shared
 def test_where_the_original_fails_on_two_seps_the_last_gives_way(
-    golden_json: ReadGolden, scripted_engine: MakeEngine
+    golden_json: ReadGolden, scripted_runner: MakeRunner, write_greedily: WriteGreedily
 ) -> None:
     cases = golden_json("generation_scripted.json")
     [case] = [case["alicemind"] for case in cases if case["alicemind"]["error"]]
     [source] = case["windows"]
-    engine = scripted_engine(ORIGINAL, [[*case["emitted"], *[5000] * 12]])
+    runner = scripted_runner([[*case["emitted"], *[5000] * 12]])
 
-    [row] = write_greedily(engine, [source[1:-1]], OriginalRules(ORIGINAL, 128, 140))
+    [row] = write_greedily(runner, [source[1:-1]], OriginalRules(ORIGINAL, 128, 140))
 
     assert row.written == [*case["generated_ids"], *[5000] * 12]
-    assert engine.windows == [[source], [[*source[:-1], *case["generated_ids"], 102]]]
+    assert runner.windows == [[source], [[*source[:-1], *case["generated_ids"], 102]]]
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["prompt40", "prompt600"])
 def test_the_original_mode_writes_what_the_original_wrote(
-    name: str, golden_json: ReadGolden, golden_engine: Engine, original_tokenizer: PlugTokenizer
+    name: str,
+    golden_json: ReadGolden,
+    golden_prepared: PreparedModel,
+    original_tokenizer: PlugTokenizer,
+    write_greedily: WriteGreedily,
 ) -> None:
     case = golden_json("generation.json")["alicemind"][name]
-    rules = OriginalRules(golden_engine.config, 128, case["out_length"])
+    rules = OriginalRules(golden_prepared.config, 128, case["out_length"])
 
-    [row] = write_greedily(golden_engine, [case["prompt_token_ids"]], rules)
+    [row] = write_greedily(golden_prepared, [case["prompt_token_ids"]], rules)
 
     assert row.written == case["generated_ids"]
     assert original_text(row.written, original_tokenizer) == case["text"]
@@ -210,12 +206,12 @@ def test_the_original_mode_writes_what_the_original_wrote(
 
 @pytest.mark.shared
 def test_the_original_loop_works_in_batches_too(
-    golden_json: ReadGolden, golden_engine: Engine
+    golden_json: ReadGolden, golden_prepared: PreparedModel, write_greedily: WriteGreedily
 ) -> None:
     cases = golden_json("generation.json")["alicemind"]
     cases = [cases["prompt600"], cases["prompt40"]]
-    rules = OriginalRules(golden_engine.config, 128, 300)
+    rules = OriginalRules(golden_prepared.config, 128, 300)
 
-    rows = write_greedily(golden_engine, [case["prompt_token_ids"] for case in cases], rules)
+    rows = write_greedily(golden_prepared, [case["prompt_token_ids"] for case in cases], rules)
 
     assert [row.written for row in rows] == [case["generated_ids"] for case in cases]

@@ -119,7 +119,7 @@ def test_the_fused_model_takes_them(directory: Path) -> None:
 
     model = load(directory, device_map={f"{LAYERS}1": FILE, f"{LAYERS}3": OTHER})
     generator = Generator(model, Generator(directory).tokenizer)
-    generator.engine._model = FusedModel(model)
+    generator.prepared.model = FusedModel(model)
 
     assert written(generator) == written(directory)
 

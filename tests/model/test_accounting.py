@@ -40,26 +40,6 @@ def test_parameters_by_part_are_those_of_the_modules(config: PlugConfig) -> None
     assert accounting.total(config).parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
-def test_bytes_are_those_of_the_tensors_packed_one_by_one(config: PlugConfig) -> None:
-    model = on_meta(config)
-    linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}
-    linear.add(id(model.embeddings.word_embeddings.weight))
-    expected = dict.fromkeys(("fp32", "bf16", "int8", "int4"), 0)
-    for parameter in model.parameters():
-        expected["fp32"] += parameter.numel() * torch.float32.itemsize
-        expected["bf16"] += parameter.numel() * torch.bfloat16.itemsize
-        if id(parameter) not in linear:
-            expected["int8"] += parameter.numel() * torch.bfloat16.itemsize
-            expected["int4"] += parameter.numel() * torch.bfloat16.itemsize
-            continue
-        for _ in range(parameter.shape[0]):
-            expected["int8"] += parameter.shape[1] + torch.bfloat16.itemsize
-            expected["int4"] += (parameter.shape[1] + 1) // 2
-            expected["int4"] += len(range(0, parameter.shape[1], 128)) * 2 * torch.bfloat16.itemsize
-    assert accounting.total(config).bytes() == expected
-
-
 @pytest.mark.parametrize("name", ["mini", "27b"])
 @pytest.mark.parametrize("length", [17, 512])
 def test_encoder_operations_are_those_torch_counts(name: str, length: int) -> None:
@@ -120,12 +100,6 @@ def test_the_27b_costs_what_the_specification_says() -> None:
     assert accounting.cache_bytes(config) == 196_608
     attention = 24 * 4 * config.hidden_size * 512**2
     assert round((accounting.encoder_flops(config, 512) - attention) / 1e12, 1) == 19.8
-    sizes = accounting.total(config).bytes()
-    assert {name: round(sizes[name] / 1e9) for name in ("bf16", "int8", "int4")} == {
-        "bf16": 52,
-        "int8": 26,
-        "int4": 14,
-    }
 
 
 def test_an_encoder_alone_writes_nothing() -> None:

@@ -171,8 +171,7 @@ def test_a_quantized_model_is_smaller_and_writes(
     quantize_directory(wide_directory, tmp_path / "small", bits=bits)
 
     config = json.loads((tmp_path / "small" / "config.json").read_text())
-    in_4_bits = {"bits": 4, "group_size": 128, "packing": "02461357"}
-    assert config["quantization"] == ({"bits": 8} if bits == 8 else in_4_bits)
+    assert config["quantization"] == Scheme.of(bits).to_dict()
     assert config["dtype"] == "float32"
     result = generate("山上", model=tmp_path / "small", out_length=9, seed=1, device="cpu")
     assert len(result.token_ids) == 9

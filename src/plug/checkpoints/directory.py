@@ -20,10 +20,9 @@ from plug.checkpoints.weights import TensorSpec
 from plug.errors import UsageError
 from plug.files import recover, write_json
 from plug.model.configuration import PlugConfig, read_config_file
+from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
 
-SHIPPED_MODEL = "plug-mini-zh"
 CONFIG_FILE = "config.json"
-_ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def find_model_directory(name_or_path: str | Path | None = None) -> Path:
@@ -33,7 +32,7 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
         UsageError: there is no such directory, it is empty, or it holds something else.
     """
     if name_or_path is None or str(name_or_path) == SHIPPED_MODEL:
-        directory = _ASSETS / SHIPPED_MODEL
+        directory = SHIPPED_DIRECTORY
         if not directory.is_dir():
             raise UsageError(
                 f"安装包里没有随附的模型 {SHIPPED_MODEL}。请重新安装 plug-zh，或用目录指定模型。"

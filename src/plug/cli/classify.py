@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import SHIPPED, AsJson, Device, Model
+from plug.cli.options import AsJson, Device, Model
+from plug.shipped import SHIPPED_MODEL
 
 
 class Method(StrEnum):
@@ -30,15 +31,15 @@ def classify(
         typer.Option(help="提示：{text} 处放文字，末尾接标签。[默认：{text}这段话说的是]"),
     ] = None,
     method: Annotated[Method, typer.Option(help="用解码器或 masked-LM 头评分。")] = Method.DECODER,
-    model: Model = SHIPPED,
+    model: Model = SHIPPED_MODEL,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """不经微调的分类：比较各标签接在提示之后有多可能。"""
     from plug.errors import UsageError
     from plug.finetuning.readers import ClassificationExample, read_classification
-    from plug.understanding.classify import PROMPT
-    from plug.understanding.classify import classify as run
+    from plug.zero_shot.classify import PROMPT
+    from plug.zero_shot.classify import classify as run
 
     wanted = [label.strip() for label in labels.replace("，", ",").split(",")]
     shown = []

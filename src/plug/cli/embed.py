@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import SHIPPED, BatchSize, Device, Model
+from plug.cli.options import BatchSize, Device, Model
 from plug.errors import PlugError, UsageError
+from plug.shipped import SHIPPED_MODEL
 
 
 def embed(
@@ -19,7 +20,7 @@ def embed(
         Path | None, typer.Option(help="把向量写成 NumPy 的 .npy 文件，而不是打印 JSON。")
     ] = None,
     batch_size: BatchSize = 32,
-    model: Model = SHIPPED,
+    model: Model = SHIPPED_MODEL,
     device: Device = None,
 ) -> None:
     """把文字变成长度为 1 的向量（一行一个 JSON 列表）；两个向量的内积是余弦相似度。"""
@@ -31,7 +32,7 @@ def embed(
         raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
     from plug.textfiles import read_lines, trim
-    from plug.understanding.embed import embed as run
+    from plug.zero_shot.embed import embed as run
 
     texts = text or []
     if file is not None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plug.cli.convert import Precision
-from plug.cli.options import SHIPPED, AsJson, BatchSize, Device, Model, TunedBeams, TunedModel
+from plug.cli.options import AsJson, BatchSize, Device, Model, TunedBeams, TunedModel
 from plug.finetuning.tasks import TASKS
+from plug.shipped import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from plug.evaluation.language_model import LanguageModelScore
@@ -31,9 +32,15 @@ def lm(
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="FILE", help="更多语料文件。")
     ] = None,
-    model: Model = SHIPPED,
-    source_length: Annotated[int, typer.Option(min=1, help="每篇先读多少个词元。")] = 128,
-    target_length: Annotated[int, typer.Option(min=1, help="接着给多少个词元评分。")] = 128,
+    model: Model = SHIPPED_MODEL,
+    source_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="每篇先读多少个词元（默认 128，至多是模型最大长度的一半）。"),
+    ] = None,
+    target_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="接着给多少个词元评分（默认 128，至多是模型最大长度的一半）。"),
+    ] = None,
     batch_size: BatchSize = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="每个领域只取前几篇。")] = None,
     device: Device = None,
@@ -48,7 +55,7 @@ def lm(
     from plug.checkpoints.directory import find_model_directory
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
-    from plug.evaluation.language_model import evaluate_language_model
+    from plug.evaluation.language_model import default_lengths, evaluate_language_model
     from plug.loading.load import load
     from plug.pretraining.corpus import domain_name, expand_paths, read_documents
     from plug.tokenization import PlugTokenizer
@@ -60,6 +67,11 @@ def lm(
     tokenizer = PlugTokenizer.load(directory)
     wanted = None if dtype is None else DTYPES[dtype.value]
     network = load(directory, device=find_device(device), dtype=wanted)
+    default_source, default_target = default_lengths(network.config)
+    lengths = {
+        "source_length": source_length or default_source,
+        "target_length": target_length or default_target,
+    }
     scores = {}
     for name, paths in domains.items():
         documents = chain.from_iterable(map(read_documents, paths))
@@ -67,11 +79,10 @@ def lm(
             network,
             tokenizer,
             islice(documents, limit),
-            source_length=source_length,
-            target_length=target_length,
             batch_size=batch_size,
+            **lengths,
         )
-    report = {"model": model, **_report(scores)}
+    report = {"model": model, **lengths, **_report(scores)}
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
@@ -139,7 +150,7 @@ def clue(
     """CLUE 各分类任务的准确率及其平均（Score）；--submit 写官方提交文件。"""
     from rich.console import Console
 
-    from plug.evaluation.clue import evaluate_clue, write_submission
+    from plug.finetuning.clue import evaluate_clue, write_submission
 
     tell = Console(stderr=True).print
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "on_task": tell}

@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import SHIPPED, AsJson, Device, Model
+from plug.cli.options import AsJson, Device, Model
+from plug.shipped import SHIPPED_MODEL
 
 
 def fill_mask(
     text: Annotated[str, typer.Argument(help="文字，要填的地方写 [MASK]。")],
     top_k: Annotated[int, typer.Option(min=1, help="每处给出几个。")] = 5,
-    model: Model = SHIPPED,
+    model: Model = SHIPPED_MODEL,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """填空：每个 [MASK] 处最可能的字词。"""
-    from plug.understanding.fill_mask import fill_mask as run
+    from plug.zero_shot.fill_mask import fill_mask as run
 
     fillings = run(text, top_k=top_k, model=model, device=device)
     if as_json:

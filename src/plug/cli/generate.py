@@ -64,7 +64,8 @@ def generate(
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     rows = min(batch_size, len(texts)) * settings.num_beams
-    shown_as_written = file is None and not as_json
+    texts_each = settings.num_return_sequences
+    shown_as_written = file is None and not as_json and texts_each == 1
     with start_processes(device) as processes:
         generator = Generator(
             model,
@@ -82,7 +83,8 @@ def generate(
                 allow_special_tokens=allow_special_tokens,
                 on_text=_show if shown_as_written else None,
             )
-            for prompt, result in zip(texts[first:], results, strict=False):
+            for number, result in enumerate(results):
+                prompt = texts[first + number // texts_each]
                 if as_json:
                     print(json.dumps(_record(prompt, result), ensure_ascii=False), flush=True)
                 else:
@@ -125,4 +127,17 @@ def _record(prompt: str, result: GenerationResult) -> dict[str, object]:
         "seed": result.seed,
         "seconds": round(result.seconds, 4),
         "tokens_per_second": round(result.tokens_per_second, 2),
+    } | _logprobs(result)
+
+
+def _logprobs(result: GenerationResult) -> dict[str, object]:
+    """As vLLM's and OpenAI's: of each token, and of the likeliest ones at its place."""
+    if result.logprobs is None:
+        return {}
+    return {
+        "logprobs": [round(each.logprob, 4) for each in result.logprobs],
+        "top_logprobs": [
+            {str(token_id): round(logprob, 4) for token_id, logprob in each.top}
+            for each in result.logprobs
+        ],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,28 +60,31 @@ def _length(option: str, asked: int | None, default: int, config: PlugConfig) ->
 def _costs(
     config: PlugConfig, source_length: int, position: int, batch_size: int
 ) -> dict[str, Any]:
-    from plug.loading.memory import generation_need
+    from plug.errors import UsageError
+    from plug.loading.memory import generation_need, weight_bytes
     from plug.model import accounting
 
-    sizes = accounting.total(config).bytes()
-    needs = {
-        name: generation_need(
-            config,
-            weights=size,
-            batch_size=batch_size,
-            source_length=source_length,
-            capacity=position,
-            bytes_per_value=4 if name == "fp32" else 2,
-        )
-        for name, size in sizes.items()
-    }
+    sizes: dict[str, int | None] = {}  # None: the model cannot be had so
+    needs: dict[str, int | None] = {}
+    for name, bits in (("fp32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)):
+        sizes[name] = needs[name] = None
+        with contextlib.suppress(UsageError):  # too narrow for groups of 4 bits
+            sizes[name] = size = weight_bytes(config, bits)
+            needs[name] = generation_need(
+                config,
+                weights=size,
+                batch_size=batch_size,
+                source_length=source_length,
+                capacity=position,
+                bytes_per_value=4 if name == "fp32" else 2,
+            ).total
     by_part = {name: part.parameters for name, part in accounting.parts(config).items()}
     return {
         "config": config.to_dict(),
         "parameters": {**by_part, "total": sum(by_part.values())},
         "bytes": sizes,
         "batch_size": batch_size,
-        "generation_bytes": {name: need.total for name, need in needs.items()},
+        "generation_bytes": needs,
         "source_length": source_length,
         "position": position,
         "encoder_flops_per_token": accounting.encoder_flops(config, source_length) // source_length,
@@ -100,11 +104,11 @@ def _print_tables(model: str, costs: dict[str, Any]) -> None:
     source, position = costs["source_length"], costs["position"]
     tables = {
         f"{model} 的参数": {words[name]: f"{n:,}" for name, n in costs["parameters"].items()},
-        "权重大小（int8 按行缩放，int4 每 128 个一组）": {
-            name: f"{count / 1e6:,.1f} MB" for name, count in costs["bytes"].items()
+        "权重大小（int8、int4：编码层和解码层的矩阵量化，其余为 bf16）": {
+            name: _megabytes(count) for name, count in costs["bytes"].items()
         },
         f"写作需要的显存（一起写 {costs['batch_size']} 段，各读 {source}、写 {position} 个词元）": {
-            name: f"{count / 1e6:,.1f} MB" for name, count in costs["generation_bytes"].items()
+            name: _megabytes(count) for name, count in costs["generation_bytes"].items()
         },
         "计算量（每词元的浮点运算）": {
             f"编码（原文 {source} 个词元）": _giga(costs["encoder_flops_per_token"]),
@@ -127,6 +131,10 @@ def _print_tables(model: str, costs: dict[str, Any]) -> None:
             table.add_row(*row)
         console.print(f"[bold]{title}[/bold]")
         console.print(table)
+
+
+def _megabytes(count: int | None) -> str:
+    return "不支持（宽度不是 128 的倍数）" if count is None else f"{count / 1e6:,.1f} MB"
 
 
 def _giga(operations: int) -> str:

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from plug.options import Option, merge, options_of
+from plug.shipped import SHIPPED_MODEL
 
-SHIPPED = "plug-mini-zh"
-
-Model = Annotated[str, typer.Option(help=f"{SHIPPED} 或模型目录。")]
+Model = Annotated[str, typer.Option(help=f"{SHIPPED_MODEL} 或模型目录。")]
 TunedModel = Annotated[str, typer.Option(help="plug finetune 的输出目录。")]
 TunedBeams = Annotated[
     int | None, typer.Option(min=1, help="生成任务的束宽；1 为贪心；默认与微调时相同。")

@@ -55,7 +55,7 @@ def vocab(
 @app.command()
 def data(
     corpus: CorpusOption,
-    tokenizer: Annotated[Path, typer.Option(help="分词器（或模型）文件夹。")],
+    tokenizer: Annotated[Path, typer.Option(help="分词器或模型的文件夹，或 plug-mini-zh。")],
     output: Annotated[Path, typer.Option(help="编码好的语料写到这个文件夹。")],
     heldout: Annotated[
         float, typer.Option(help="每个领域留作评测、不参加训练的文档比例。")

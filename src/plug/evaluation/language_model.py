@@ -22,6 +22,7 @@ from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 
 IGNORE_INDEX = -100
+LENGTH = 128  # tokens read, and scored, where the model has positions for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def evaluate_language_model(
     tokenizer: PlugTokenizer,
     documents: Iterable[str],
     *,
-    source_length: int = 128,
-    target_length: int = 128,
+    source_length: int | None = None,
+    target_length: int | None = None,
     batch_size: int = 16,
 ) -> LanguageModelScore:
     """Score ``model`` on ``documents``; on the model's device, in its dtype, the loss in fp32.
@@ -72,10 +73,21 @@ def evaluate_language_model(
     The source is `[CLS]` tokens `[SEP]`; the decoder starts from `[CLS]`, and the token that ends
     a text is not scored.
 
+    Args:
+        model: with a decoder.
+        tokenizer: the model's.
+        documents: each is cut into a source and a target.
+        source_length: tokens read; None is `default_lengths`'.
+        target_length: tokens scored after them, at most; None is `default_lengths`'.
+        batch_size: documents at once.
+
     Raises:
         UsageError: the model has no decoder or another vocabulary, a length is out of its range,
             or no document is long enough to score.
     """
+    default_source, default_target = default_lengths(model.config)
+    source_length = default_source if source_length is None else source_length
+    target_length = default_target if target_length is None else target_length
     _check(model.config, tokenizer, source_length, target_length, batch_size)
     counted = skipped = tokens = characters = read = unknown = 0
     nats = 0.0
@@ -98,6 +110,12 @@ def evaluate_language_model(
             "请用更长的文本，或减小 --source-length。"
         )
     return LanguageModelScore(counted, skipped, tokens, characters, nats, read, unknown)
+
+
+def default_lengths(config: PlugConfig) -> tuple[int, int]:
+    """Return 128 source and 128 target tokens, or half of the model's positions if that is less."""
+    length = min(LENGTH, config.max_position_embeddings // 2)
+    return length, length
 
 
 def cut(text: str, tokenizer: PlugTokenizer, source_length: int, target_length: int) -> Example:

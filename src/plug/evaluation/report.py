@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Cell = str | int | float
+MOST_TICKS = 30  # labels along the axes of a matrix; more are numbered by matplotlib
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,15 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A picture: `name`.png; ``draw`` is given matplotlib axes. Text in it must be ASCII."""
+    """A picture: `name`.png; ``draw`` is given matplotlib axes. Text in it must be ASCII.
+
+    ``key`` stands below the picture and says what the numbers in it are.
+    """
 
     name: str
     title: str
     draw: Callable[[Axes], None]
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,10 @@ def _markdown(title: str, command: str, tables: list[Table], plots: list[Plot]) 
         lines = [table.header, ["---"] * len(table.header), *table.rows]
         shown = [" | ".join(map(_markdown_cell, line)) for line in lines]
         parts.append(f"## {table.title}\n\n" + "\n".join(f"| {line} |" for line in shown))
-    parts += [f"## {plot.title}\n\n![{plot.title}]({plot.name}.png)" for plot in plots]
+    for plot in plots:
+        parts.append(f"## {plot.title}\n\n![{plot.title}]({plot.name}.png)")
+        if plot.key:
+            parts.append(_markdown_cell(plot.key))
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,9 +135,10 @@ def _html(title: str, command: str, tables: list[Table], plots: list[Plot]) -> s
         ]
         body = "\n".join(f"<tr>{row}</tr>" for row in (head, *rows))
         parts.append(f"<h2>{html.escape(table.title)}</h2>\n<table>\n{body}\n</table>")
-    parts += [
-        f'<h2>{html.escape(plot.title)}</h2>\n<img src="{plot.name}.png" alt="">' for plot in plots
-    ]
+    for plot in plots:
+        parts.append(f'<h2>{html.escape(plot.title)}</h2>\n<img src="{plot.name}.png" alt="">')
+        if plot.key:
+            parts.append(f"<p>{html.escape(plot.key)}</p>")
     return "\n".join(parts) + "\n"
 
 
@@ -151,6 +160,12 @@ def ascii_labels(labels: Sequence[str]) -> list[str]:
     return [label if label.isascii() else str(index) for index, label in enumerate(labels)]
 
 
+def _key(labels: Sequence[str], every: bool = False) -> str:
+    """What the numbers stand for that `ascii_labels` writes (or that stand for every label)."""
+    numbered = [f"{i} = {label}" for i, label in enumerate(labels) if every or not label.isascii()]
+    return f"图中的编号：{'，'.join(numbered)}。" if numbered else ""
+
+
 def matrix_plot(name: str, title: str, matrix: list[list[int]], labels: Sequence[str]) -> Plot:
     """A confusion matrix, each row as shares of its sum."""
 
@@ -158,13 +173,13 @@ def matrix_plot(name: str, title: str, matrix: list[list[int]], labels: Sequence
         shares = [[cell / max(1, sum(row)) for cell in row] for row in matrix]
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.figure.colorbar(image, ax=axes)
-        if len(labels) <= 30:
+        if len(labels) <= MOST_TICKS:
             axes.set_xticks(range(len(labels)), ascii_labels(labels), rotation=90)
             axes.set_yticks(range(len(labels)), ascii_labels(labels))
         axes.set_xlabel("predicted")
         axes.set_ylabel("answer")
 
-    return Plot(name, title, draw)
+    return Plot(name, title, draw, _key(labels, every=len(labels) > MOST_TICKS))
 
 
 def bars_plot(name: str, title: str, values: dict[str, float], xlabel: str) -> Plot:
@@ -174,7 +189,7 @@ def bars_plot(name: str, title: str, values: dict[str, float], xlabel: str) -> P
         axes.barh(ascii_labels(list(values)), list(values.values()))
         axes.set_xlabel(xlabel)
 
-    return Plot(name, title, draw)
+    return Plot(name, title, draw, _key(list(values)))
 
 
 def histogram_plot(name: str, title: str, values: Sequence[float], xlabel: str) -> Plot:

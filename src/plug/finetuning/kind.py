@@ -129,10 +129,18 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         return model
 
 
+_KINDS: dict[KindName, tuple[str, str]] = {  # file beside this one, class
+    "classification": ("classification", "Classification"),
+    "labelling": ("labelling", "Labelling"),
+    "reading": ("question_answering", "QuestionAnswering"),
+    "generation": ("generation", "Generation"),
+}
+
+
 def make_kind(name: KindName, *args: Any, **options: Any) -> Kind[Any, Any]:
     """The kind of that name; arguments as in `Kind`."""
-    module = importlib.import_module(f"plug.finetuning.{name}")
-    return getattr(module, name.capitalize())(*args, **options)
+    module, kind = _KINDS[name]
+    return getattr(importlib.import_module(f"plug.finetuning.{module}"), kind)(*args, **options)
 
 
 @dataclass(frozen=True, slots=True)

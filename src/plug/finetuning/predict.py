@@ -94,7 +94,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
         PlugError: `finetuning.json` does not fit `config.json`.
     """
     run = read_run(directory)
-    settings = FinetuneSettings(**run["settings"])
+    settings = _settings_of(run)
     config = read_json(directory / CONFIG_FILE)
     named = config.get("id2label") if isinstance(config, dict) else None
     if run["labels"] and named != {str(i): label for i, label in enumerate(run["labels"])}:
@@ -133,7 +133,11 @@ def read_run(directory: Path) -> dict[str, Any]:
     return run
 
 
-_NEEDED = ("task", "train", "eval", "output", "source_length", "target_length", "num_beams")
+_NEEDED = ("task", "source_length", "target_length", "num_beams")  # to predict
+
+
+def _settings_of(run: dict[str, Any]) -> FinetuneSettings:
+    return FinetuneSettings(**{"train": "", "eval": "", "output": ""} | run["settings"])
 
 
 def _problem(run: Any) -> str:
@@ -146,7 +150,7 @@ def _problem(run: Any) -> str:
     if unknown := settings.keys() - {field.name for field in fields(FinetuneSettings)}:
         return f"settings 里多出 {shown(sorted(unknown))}"
     try:
-        read = FinetuneSettings(**settings)
+        read = _settings_of(run)
     except UsageError as error:
         return str(error).rstrip("。")
     if changed := [name for name, value in settings.items() if getattr(read, name) != value]:

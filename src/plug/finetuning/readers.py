@@ -58,7 +58,7 @@ class LabellingExample(Placed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadingExample(Placed):
+class QuestionExample(Placed):
     """A question whose answer stands in the context."""
 
     context: str
@@ -76,7 +76,7 @@ class GenerationExample(Placed):
     target: str | None = None
 
 
-Example = ClassificationExample | LabellingExample | ReadingExample | GenerationExample
+Example = ClassificationExample | LabellingExample | QuestionExample | GenerationExample
 
 
 def _text(row: Mapping[str, Any], column: str, place: str) -> str:
@@ -335,7 +335,7 @@ def _list_of_text(value: object, column: str, place: str) -> tuple[str, ...]:
     return tuple(each.strip() for each in value) if column == "tags" else tuple(value)
 
 
-def read_squad(path: Path, notes: Notes | None = None) -> Iterator[ReadingExample]:
+def read_squad(path: Path, notes: Notes | None = None) -> Iterator[QuestionExample]:
     """One JSON document: data, paragraphs, context, qas, answers (CMRC2018, DRCD, DuReader).
 
     An `answer_start` where the answer does not stand is replaced by the nearest place where it
@@ -369,7 +369,7 @@ def read_squad(path: Path, notes: Notes | None = None) -> Iterator[ReadingExampl
                     if texts[0] not in context:  # blanks around it are no part of it
                         texts[0] = texts[0].strip()
                     start = _answer_start(context, texts[0], answers[0][1], place, notes)
-                yield ReadingExample(
+                yield QuestionExample(
                     context=context,
                     question=text,
                     answers=tuple(texts),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import plug.hf  # noqa: F401 (first: it says what to install)
 
 import torch
 import transformers
-from rich.console import Console
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -54,7 +52,7 @@ from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
 from plug.finetuning.readers import OUTSIDE, ClassificationExample, Example, LabellingExample
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
-from plug.finetuning.trainer import ChildTuning, FinetuneTrainer
+from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
@@ -382,38 +380,14 @@ def _training_arguments(
         logging_steps=0.01,  # of all steps: a hundred points
         logging_nan_inf_filter=False,  # it waits for the GPU at every step; `log` checks the loss
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # `Tell` has the bar
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
 
 
-class _Tell(TrainerCallback):
-    """A line on standard error after each evaluation."""
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-        self.console = Console(stderr=True)
-
-    def on_evaluate(
-        self,
-        args: Any,  # noqa: ARG002 (named so by the base class)
-        state: Any,
-        control: Any,  # noqa: ARG002
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        value = kwargs["metrics"][f"eval_{self.metric}"]
-        self.console.print(
-            f"第 {state.epoch:g} 轮（{state.global_step}/{state.max_steps} 步）："
-            f"{self.metric} {value:.4f}",
-            soft_wrap=True,
-        )
-
-
 def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [_Tell(task.metric)]
+    callbacks: list[TrainerCallback] = [Tell(task.metric)]
     if settings.patience:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     if settings.child_tuning < 1:

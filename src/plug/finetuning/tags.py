@@ -14,6 +14,7 @@ from itertools import chain
 
 from plug.errors import UsageError
 from plug.finetuning.readers import OUTSIDE, LabellingExample
+from plug.jsonfiles import shown
 from plug.textfiles import Notes
 
 Tags = tuple[str, ...]
@@ -153,4 +154,4 @@ def _plain_to_bio(pairs: Iterable[tuple[str, str]]) -> Tags:
 
 def _few(tags: Iterable[str]) -> str:
     listed = sorted(tags)
-    return "、".join(listed[:6]) + (f" 等 {len(listed)} 个" if len(listed) > 6 else "")
+    return shown("、".join(listed[:6]))[1:-1] + (f" 等 {len(listed)} 个" if len(listed) > 6 else "")

@@ -301,7 +301,7 @@ def _answer(example: Example) -> object:
             return example.label
         case LabellingExample():
             return example.tags
-        case readers.ReadingExample():
+        case readers.QuestionExample():
             return example.answers
         case readers.GenerationExample():
             return example.target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from plug.errors import PlugError
@@ -183,3 +185,40 @@ class ChildTuning(TrainerCallback):
             if parameter.grad is not None:
                 kept = torch.rand_like(parameter.grad) < self.share
                 parameter.grad *= kept / self.share
+
+
+class Tell(TrainerCallback):
+    """Shows on standard error how far training is: a bar on a terminal, a line an evaluation.
+
+    The Trainer's own callbacks print its logs as dictionaries. Here they go to `log.jsonl` alone.
+
+    Args:
+        metric: the score that a line shows.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.is_world_process_zero:
+            is_terminal = sys.stderr.isatty()
+            self.bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=not is_terminal)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if self.bar is not None:
+            value = kwargs["metrics"][f"eval_{self.metric}"]
+            self.bar.write(
+                f"第 {state.epoch:g} 轮（{state.global_step}/{state.max_steps} 步）："
+                f"{self.metric} {value:.4f}",
+                file=sys.stderr,
+            )
+
+    def on_train_end(self, *_args: Any, **_kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,59 +1,78 @@
-"""`AsyncEngine`: texts from many threads written together; each joins and leaves between steps.
+"""`AsyncEngine`: continuous batching of requests from many threads.
 
-One thread steps a `Writer`; who submits gets a `Request`, an iterator of the text's pieces. First
-come, first served: a waiting text joins as soon as a row is free, whatever the others do. What a
-text becomes does not depend on who shares the batch.
+One thread drives a `Scheduler` and a `ModelRunner`; sequences join and leave between two steps.
+First come, first served: a waiting request joins as soon as a slot is free. What is written for a
+request does not depend on the others, and a request that fails does so alone.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-
-import torch
+from typing import Any
 
 from plug.errors import PlugError, UsageError
-from plug.generation.detokenizer import text_stream
-from plug.generation.generator import DEFAULTS, GenerationResult, Generator
-from plug.generation.scheduler import Row, Writer
+from plug.generation.generator import GenerationResult, Generator, Prompt, result_of
+from plug.generation.model_runner import ModelRunner, Size
+from plug.generation.scheduler import Scheduler
+from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
-from plug.generation.window import window_length
+from plug.generation.window import prompt_limit, window_length
+
+logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A text that was submitted. Iterating gives its pieces as they are written.
+    """A submitted text. Iterating gives its pieces as they are written.
 
-    A consumer that goes away should call `cancel`, or use the request as a context manager; a
-    request that nobody refers to any more is cancelled too.
+    A consumer that goes away should call `cancel`, or use the request as a context manager. A
+    request that is garbage-collected is cancelled too.
     """
 
     def __init__(self, work: _Work) -> None:
         self._work = work
 
     def __iter__(self) -> Iterator[str]:
-        while (piece := self._work.pieces.get()) is not None:
-            yield piece
-        self._work.pieces.put(None)  # for whoever iterates again
-        if self._work.error is not None:
-            raise self._work.error
+        return self._pieces(None)
 
-    def result(self) -> GenerationResult:
-        """Wait for the whole.
+    def _pieces(self, end: float | None) -> Iterator[str]:
+        """The pieces still to come; ``end`` is when to give up, by `time.monotonic`."""
+        work = self._work
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            try:
+                piece = work.pieces.get(timeout=left)
+            except queue.Empty:
+                raise TimeoutError("等待的时间到了，这个请求还没有写完。") from None
+            if piece is None:
+                break
+            yield piece
+        work.pieces.put(None)  # for whoever iterates again
+        if work.error is not None:
+            raise work.error
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """Wait for the whole text, and return its result.
+
+        Args:
+            timeout: seconds to wait at most; None waits without end.
 
         Raises:
-            PlugError: it was cancelled, or the batcher was closed or failed.
+            PlugError: the request failed or was cancelled, or the engine was closed.
+            TimeoutError: the text is not finished yet. The request goes on: ask again, or cancel.
         """
-        for _ in self:
+        for _ in self._pieces(None if timeout is None else time.monotonic() + timeout):
             pass
         assert self._work.result is not None
         return self._work.result
 
     def cancel(self) -> None:
-        """Stop writing it; its place is free with the next step. Nothing happens if it is done."""
+        """Stop writing; the slot is free with the next step. A finished request stays as it is."""
         self._work.cancelled = True
 
     def __enter__(self) -> Request:
@@ -72,59 +91,48 @@ class Request:
 
 
 class _Work:
-    """What the batcher keeps of a request; it knows no `Request`, so that those can be missed."""
+    """The engine's side of a request. It holds no `Request`, so that a dropped one is collected."""
 
-    def __init__(self, row: Row, generator: Generator) -> None:
-        self.row = row
+    def __init__(self) -> None:
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.cancelled = False
         self.error: PlugError | None = None
         self.result: GenerationResult | None = None
-        self._stream = text_stream(generator.tokenizer)
-        self._text: list[str] = []
-        self._began = time.perf_counter()
-        row.on_token = self._push
-
-    def _push(self, token_id: int) -> None:
-        self._give(self._stream.push(token_id))
-
-    def _give(self, piece: str) -> None:
-        if piece:
-            self._text.append(piece)
-            self.pieces.put(piece)
+        self.began = time.perf_counter()
+        self.sequence: Sequence
 
     def finish(self) -> None:
-        self._give(self._stream.flush())
-        row = self.row
-        assert row.finish_reason is not None
-        self.result = GenerationResult(
-            text="".join(self._text),
-            token_ids=tuple(row.written),
-            prompt_token_count=len(row.prompt),
-            finish_reason=row.finish_reason,
-            seed=row.seed,
-            seconds=time.perf_counter() - self._began,
-        )
-        self.pieces.put(None)
+        """Hand over the result of the finished sequence, or its error."""
+        try:
+            self.result = result_of(self.sequence, self.began)
+            self.pieces.put(None)
+        except Exception as error:
+            self.fail(error if isinstance(error, PlugError) else _explained(error))
 
     def fail(self, error: PlugError) -> None:
         self.error = error
         self.pieces.put(None)
 
 
+def _explained(error: Exception) -> PlugError:
+    explained = PlugError(f"这个请求出错了（{type(error).__name__}：{error}）。别的请求不受影响。")
+    explained.__cause__ = error
+    return explained
+
+
 class AsyncEngine:
     """Writes what any thread submits. A context manager; leaving it cancels what is not done.
 
     Args:
-        generator: its engine is used by this batcher alone while it is open.
-        rows: texts written at once at most.
-        max_waiting: texts that may wait for a row.
-        capacity: tokens from one encoding at most; None is as many as `generate` uses by default.
+        generator: may serve other calls at the same time.
+        rows: sequences written at once, at most.
+        max_waiting: requests that may wait for a slot.
+        capacity: steps from one encoding, at most; None is as many as `generate` uses by default.
             With ``rows`` it decides the memory of the caches.
 
     Raises:
-        UsageError: a value is out of range, or the model is shared out among processes, which
-            would have to see the same requests between the same steps.
+        UsageError: a value is out of range, or the model is sharded over processes, which would
+            have to see the same requests between the same steps.
     """
 
     def __init__(
@@ -138,49 +146,56 @@ class AsyncEngine:
         for name, value in (("rows", rows), ("max_waiting", max_waiting), ("capacity", capacity)):
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise UsageError(f"{name}={value!r} 应是不小于 1 的整数。")
-        if generator.is_shared_out:
-            raise UsageError("多个进程的模型不能用于随到随写（AsyncEngine）。请用一个进程。")
-        longest = generator.config.max_position_embeddings
-        self._capacity = min(capacity or window_length(generator.config, DEFAULTS), longest)
+        if generator.is_sharded:
+            raise UsageError("多个进程的模型不能用于连续批处理（AsyncEngine）。请用一个进程。")
+        config = generator.config
+        longest = config.max_position_embeddings
+        window = min(capacity or window_length(config, GenerationSettings()), longest)
+        self._size = Size(rows, prompt_limit(config) + 2, window)
         self._generator = generator
-        self._rows = rows
         self._max_waiting = max_waiting
         self._waiting: deque[_Work] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="plug-batcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="plug-async-engine", daemon=True)
         self._thread.start()
 
     def submit(
         self,
-        text: str,
-        settings: GenerationSettings = DEFAULTS,
+        text: Prompt,
+        settings: GenerationSettings | None = None,
         *,
         seed: int | None = None,
         allow_special_tokens: bool = False,
+        **changes: Any,
     ) -> Request:
         """Have ``text`` continued; from any thread. Arguments as in `generate`.
 
         Raises:
-            UsageError: `generate` would refuse it, it asks for beams, or for a window longer than
-                the caches.
-            PlugError: too many are waiting, or the batcher is closed.
+            UsageError: `generate` would refuse it, or it asks for beams, several texts, or a window
+                longer than the caches.
+            PlugError: too many requests are waiting, or the engine is closed.
         """
         generator = self._generator
+        settings = GenerationSettings.of(settings, **changes)
         if settings.num_beams > 1:
-            raise UsageError("束搜索不能和别的请求一起写。请用 num_beams=1，或 plug.generate。")
-        asked = settings.window
-        if asked is not None and min(asked, settings.out_length) > self._capacity:
+            raise UsageError("束搜索不能与别的请求同批写。请用 num_beams=1，或 plug.generate。")
+        if (count := settings.num_return_sequences) > 1:
             raise UsageError(
-                f"window={asked} 超过缓存的长度 {self._capacity}。"
+                f"一个请求写一段，不能用 num_return_sequences={count}。"
+                f"请提交 {count} 次，各用一个 seed。"
+            )
+        asked = settings.window
+        if asked is not None and min(asked, settings.out_length) > self._size.window:
+            raise UsageError(
+                f"window={asked} 超过缓存的长度 {self._size.window}。"
                 "请取更小的 window（out_length 不受限）。"
             )
-        window = min(window_length(generator.config, settings), self._capacity)
+        window = min(generator.window(settings), self._size.window)
         [checked_seed] = generator.seeds(seed, 1)
         prompt = generator.encode(text, allow_special_tokens)
-        work = _Work(
-            Row(prompt, generator.rules(window, settings), settings, checked_seed), generator
-        )
+        work = _Work()
+        work.sequence = generator.sequence(prompt, window, settings, checked_seed, work.pieces.put)
         with self._changed:
             if self._closed:
                 raise PlugError("已经关闭，不再接受请求。")
@@ -191,7 +206,7 @@ class AsyncEngine:
         return Request(work)
 
     def close(self) -> None:
-        """Cancel what is not done, and wait until the thread is gone."""
+        """Cancel what is not done, and wait until the thread has ended."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -209,16 +224,26 @@ class AsyncEngine:
         self.close()
 
     def _run(self) -> None:
-        working: dict[Row, _Work] = {}
+        """Drive steps until `close`. A step that fails ends its requests, and no others."""
+        working: dict[Sequence, _Work] = {}
         error = PlugError("请求没有写完就关闭了。")
         try:
-            with torch.inference_mode():
-                writer = Writer(self._generator.engine, self._rows, self._capacity)
-                while self._admit(writer, working):
-                    for row in writer.step():
-                        working.pop(row).finish()
+            scheduler, runner = self._begin()
+            while self._admit(scheduler, working):
+                try:
+                    finished = scheduler.update(runner.step(scheduler.plan()))
+                except Exception as failure:
+                    logger.exception("连续批处理的一步出错，其中 %d 个请求失败。", len(working))
+                    for work in working.values():
+                        work.fail(PlugError(f"写作时出错：{failure}。请重新提交。"))
+                    working.clear()
+                    del runner  # its memory is free before the next one's is taken
+                    scheduler, runner = self._begin()
+                    continue
+                for sequence in finished:
+                    working.pop(sequence).finish()
         except Exception as failure:
-            error = PlugError(f"写作的线程出错：{failure}。请重新建立 AsyncEngine。")
+            error = PlugError(f"连续批处理的线程出错：{failure}。请重新建立 AsyncEngine。")
             raise
         finally:
             with self._changed:
@@ -228,22 +253,26 @@ class AsyncEngine:
             for work in left:
                 work.fail(error)
 
-    def _admit(self, writer: Writer, working: dict[Row, _Work]) -> bool:
-        """Let cancelled ones go and waiting ones in; False when closed. Waits while idle."""
+    def _begin(self) -> tuple[Scheduler, ModelRunner]:
+        runner = ModelRunner(self._generator.prepared, self._size)
+        return Scheduler(self._size.slots, ahead=runner.ahead), runner
+
+    def _admit(self, scheduler: Scheduler, working: dict[Sequence, _Work]) -> bool:
+        """Let cancelled requests go and waiting ones in; False when closed. Waits while idle."""
         gone = [work for work in working.values() if work.cancelled]
-        writer.leave([work.row for work in gone])
+        scheduler.leave([work.sequence for work in gone])
         for work in gone:
-            del working[work.row]
+            del working[work.sequence]
             work.fail(PlugError("请求已取消。"))
         with self._changed:
             while True:
                 for work in [each for each in self._waiting if each.cancelled]:
                     self._waiting.remove(work)
                     work.fail(PlugError("请求已取消。"))
-                while self._waiting and not writer.is_full:
+                while self._waiting and not scheduler.is_full:
                     work = self._waiting.popleft()
-                    working[work.row] = work
-                    writer.join(work.row)
-                if self._closed or writer.rows:
+                    working[work.sequence] = work
+                    scheduler.join(work.sequence)
+                if self._closed or scheduler.running:
                     return not self._closed
                 self._changed.wait()

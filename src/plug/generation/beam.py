@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plug.generation.model_runner import Engine
+from plug.generation.model_runner import ModelRunner, Size
+from plug.generation.sampling import penalize
+from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings
+from plug.generation.window import FinishReason
+from plug.model.configuration import PlugConfig
 
 Allow = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,8 +30,14 @@ class Hypothesis:
     score: float
 
 
+def beam_size(sources: Sequence[Sequence[int]], num_beams: int, max_length: int) -> Size:
+    """Return what a runner must have room for."""
+    return Size(len(sources) * num_beams, max(map(len, sources)), max_length)
+
+
+@torch.inference_mode()
 def beam_search(
-    engine: Engine,
+    runner: ModelRunner,
     sources: Sequence[Sequence[int]],
     *,
     num_beams: int = 5,
@@ -39,7 +49,7 @@ def beam_search(
     """The best hypothesis of each source.
 
     Args:
-        engine: encodes and decodes; one window holds ``max_length`` tokens.
+        runner: with room for `beam_size`; nobody else uses it meanwhile.
         sources: token ids of each text, [CLS] and [SEP] included.
         num_beams: beams of a text.
         max_length: tokens to write at most.
@@ -51,17 +61,18 @@ def beam_search(
     Source: golden/plug-tiny/README.md, "Beam search, ModelScope"; the penalty is Wu et al. 2016,
     arXiv:1609.08144, equation 14.
     """
-    end, device = engine.config.eos_token_id, engine.device
+    config, device = runner.prepared.config, runner.prepared.device
+    end = config.eos_token_id
     live = list(range(len(sources)))  # the texts not yet done
     hypotheses: list[list[Hypothesis]] = [[] for _ in sources]
     written = torch.zeros(len(sources) * num_beams, 0, dtype=torch.long, device=device)
     # All beams of a text begin alike, so at first only one of them is alive.
     total = torch.full((len(sources), num_beams), float("-inf"), device=device)
     total[:, 0] = 0
-    engine.start(sources, max_length, copies=num_beams)
-    last = [engine.config.decoder_start_token_id] * len(written)
+    runner.start(sources, copies=num_beams)
+    last = [config.decoder_start_token_id] * len(written)
     for step in range(max_length):
-        logits = engine.step(last, [step] * len(last))
+        logits = runner.logits(last, [step] * len(last))
         if allow is not None:
             logits = allow(logits, written)
         log_probabilities = logits.log_softmax(-1)
@@ -91,8 +102,63 @@ def beam_search(
             beams = torch.tensor(going, device=device)[:, None] * num_beams
             kept = (beams + torch.arange(num_beams, device=device)).view(-1)
             written = written[kept]
-            engine.select(origin[kept].tolist())
+            runner.reorder(origin[kept].tolist(), step + 1, sources=True)
         else:
-            engine.reorder(origin.tolist())
+            runner.reorder(origin.tolist(), step + 1, sources=False)
         last = written[:, -1].tolist()
     return [max(found, key=lambda each: each.score) for found in hypotheses]
+
+
+def write_by_beams(
+    runner: ModelRunner,
+    sources: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    banned: Sequence[int],
+) -> list[tuple[list[int], FinishReason]]:
+    """Return the ids and the end of each text, by `beam_search` with the options of ``settings``.
+
+    What follows the first [SEP] of a hypothesis is dropped.
+
+    Args:
+        runner: as in `beam_search`.
+        sources: as in `beam_search`.
+        settings: with ``num_beams``.
+        banned: ids never to write; in mode "original" every id is allowed.
+    """
+    config = runner.prepared.config
+    found = beam_search(
+        runner,
+        sources,
+        num_beams=settings.num_beams,
+        max_length=settings.out_length,
+        min_length=BEAM_MIN_LENGTH if settings.min_length is None else settings.min_length,
+        length_penalty=settings.length_penalty,
+        allow=_allow(settings, config, banned),
+    )
+    written: list[tuple[list[int], FinishReason]] = []
+    for hypothesis in found:
+        token_ids = [
+            config.unk_token_id if token_id >= config.num_emitted_tokens else token_id
+            for token_id in hypothesis.token_ids
+        ]
+        if config.eos_token_id in token_ids:
+            written.append((token_ids[: token_ids.index(config.eos_token_id)], "stop"))
+        else:
+            written.append((token_ids, "length"))
+    return written
+
+
+def _allow(settings: GenerationSettings, config: PlugConfig, banned: Sequence[int]) -> Allow:
+    repetition, ngram = settings.penalty, settings.no_repeat_ngram_size
+
+    def allow(logits: Tensor, written: Tensor) -> Tensor:
+        if settings.mode != "original":
+            logits = logits[:, : config.num_emitted_tokens]  # without padding rows
+            logits[:, list(banned)] = float("-inf")
+        if not settings.has_penalties or not written.shape[1]:
+            return logits
+        counts = written.new_full((len(written),), written.shape[1])
+        penalties = torch.full_like(counts, repetition, dtype=logits.dtype)
+        return penalize(logits, written, counts, penalties, torch.full_like(counts, ngram), ngram)
+
+    return allow

@@ -38,7 +38,7 @@ from plug.quantization.scheme import Scheme
 
 
 class FusedModel:
-    """Encoding and decoding for an `Engine`; in place of `PlainModel`.
+    """Encoding and decoding for a `ModelRunner`; in place of `PlainModel`.
 
     Args:
         model: with a decoder, in float16 or bfloat16 (and integers), on CUDA. Its weights are
@@ -136,19 +136,13 @@ class FusedModel:
     # --- a step -----------------------------------------------------------------------------------
 
     def decode(
-        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
-    ) -> Tensor:
-        """As `PlainModel.decode`."""
-        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
-
-    def decode_several(
         self,
         token_ids: Tensor,
         positions: Tensor,
         length: int,  # noqa: ARG002  # each row's own counts
         cache: DecoderCache,
     ) -> Tensor:
-        """As `PlainModel.decode_several`.
+        """As `PlainModel.decode`.
 
         All tokens share each product. Attention takes the rows' first tokens, then their second
         ones, …: each joins the caches before the next attends.

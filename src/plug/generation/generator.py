@@ -1,4 +1,4 @@
-"""`generate`: text in, text out. The command line, the server, the integrations all come here."""
+"""`Generator` and `generate`: text in, text out. Command line, pipelines and server come here."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import logging
 import secrets
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from plug.checkpoints.directory import find_model_directory
 from plug.device import find_device
 from plug.distributed.processes import Processes, agree
 from plug.distributed.tensor_parallel import is_sharded
 from plug.errors import UsageError
-from plug.generation.beam import beam_search
-from plug.generation.detokenizer import RowStreams, text_stream
-from plug.generation.model_runner import Engine
-from plug.generation.sampling import penalize
-from plug.generation.scheduler import Row, Writer, write
-from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings, Mode, check_int
+from plug.generation.beam import beam_size, write_by_beams
+from plug.generation.detokenizer import Detokenizer
+from plug.generation.model_runner import ModelRunner, PreparedModel, Size
+from plug.generation.scheduler import Scheduler
+from plug.generation.sequence import Sequence, TokenLogprobs
+from plug.generation.settings import GenerationSettings, check_int
 from plug.generation.window import (
     FinishReason,
     OriginalRules,
     PlugRules,
     Rules,
-    forbid,
     frame,
     prompt_limit,
     window_length,
@@ -44,12 +44,12 @@ from plug.tokenization import PlugTokenizer, replace_original_punctuation
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = GenerationSettings()
-# Of sources read lately, on a CPU: 10 of 512 tokens with plug-mini-zh. On CUDA nothing is kept
-# unless it is asked for: a source of 512 tokens takes 100 MB of the card with the 27B, and reading
-# it again 0.03 s.
+# Bytes of encoded sources kept on a CPU: 10 sources of 512 tokens with plug-mini-zh. On CUDA none
+# are kept unless asked for: with the 27B a source of 512 tokens takes 100 MB of the card, and
+# encoding it again 0.03 s.
 REUSE_BYTES = 128 * 2**20
 ONE_TEXT = Room()
+Prompt = str | list[int]
 OnText = Callable[[int, str], None]
 
 
@@ -58,13 +58,15 @@ class GenerationResult:
     """What was written for one text.
 
     Attributes:
-        text: the continuation alone.
-        token_ids: its ids, the final [SEP] left out; in original mode before runs of [UNK] are
-            made one.
+        text: the continuation alone; without a stop string that ended it.
+        token_ids: all ids that were written, those of a stop string too; without the final [SEP] or
+            stop id. In original mode before runs of [UNK] are made one.
         prompt_token_count: of the whole prompt, also where only its end was read.
-        finish_reason: "stop" where the model ended the text, "length" at ``out_length``.
+        finish_reason: "stop" where the model, a stop string or a stop id ended the text, "length"
+            at ``out_length``.
         seed: with it, the same text comes again.
-        seconds: of the batch that this text was part of.
+        seconds: from the start of the batch that this text was part of to its own end.
+        logprobs: for each of ``token_ids``, where the settings ask for them.
     """
 
     text: str
@@ -73,27 +75,46 @@ class GenerationResult:
     finish_reason: FinishReason
     seed: int
     seconds: float
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def tokens_per_second(self) -> float:
         return len(self.token_ids) / self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What `Generator.stream` yields.
+
+    Attributes:
+        index: of the result, as in the list that a call of the `Generator` returns.
+        text: what was added to its text; "" in the last piece.
+        result: in the last piece of a text, otherwise None.
+    """
+
+    index: int
+    text: str
+    result: GenerationResult | None = None
+
+
 class Generator:
-    """A loaded model with its tokenizer, for many calls; `generate` and `pipeline` make one.
+    """A loaded model with its tokenizer, for many calls, from any number of threads.
+
+    Each call has buffers of its own, so that it gives what it gives alone; the device works for one
+    call at a time, a step here and a step there.
 
     Args:
         model: a name or directory as `plug.load` takes it, or a `Plug`.
         tokenizer: needed with a `Plug`; otherwise the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one. A `Plug` stays where it is.
-        graphs: as in `Engine`.
+        graphs: as in `PreparedModel`.
         dtype: of the weights, as `plug.load` takes it.
         room: what the device's memory must have room for besides the weights, or loading fails.
-        processes: what `start_processes` gives: each of them takes a share of the model, all call
-            this together, and get the same.
+        processes: what `start_processes` gives: each process takes a share of the model. All of
+            them make the same calls in the same order, one at a time, and get the same results.
         device_map: as `plug.load` takes it.
-        reuse_bytes: of what the encoder made of the latest prompts, kept at most so that the same
-            prompt begins at once next time; 0 keeps none. None is 128 MiB on a CPU, else 0.
+        reuse_bytes: bytes of encoded prompts to keep, so that the same prompt begins at once next
+            time; 0 keeps none. None is 128 MiB on a CPU, else 0.
 
     Raises:
         UsageError: no such model or device, an encoder alone, a tokenizer that does not fit, or
@@ -138,9 +159,10 @@ class Generator:
         if reuse_bytes is None:
             reuse_bytes = REUSE_BYTES if on.type == "cpu" else 0
         with explain_out_of_memory(on, room.batch_size):
-            self.engine = Engine(model.eval(), graphs=graphs, reuse_bytes=reuse_bytes)
-        self.is_shared_out = is_sharded(model)
-        self._writer: Writer | None = None
+            self.prepared = PreparedModel(model.eval(), graphs=graphs, reuse_bytes=reuse_bytes)
+        self.is_sharded = is_sharded(model)
+        self._calls = 0  # running now; counted for sharded models alone
+        self._idle: deque[ModelRunner] = deque(maxlen=1)  # of the last call, for the next
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         theirs = (self.config.decoder_start_token_id, self.config.eos_token_id)
         if tokenizer.vocab_size > self.config.vocab_size or ours != theirs:
@@ -152,139 +174,234 @@ class Generator:
         may_write = {tokenizer.unk_token_id} if tokenizer.is_original else set()
         self._banned = sorted(tokenizer.special_ids - may_end - may_write)
 
-    @torch.inference_mode()
+    @overload
+    def __call__(
+        self, texts: str, settings: GenerationSettings | None = None, **options: Any
+    ) -> GenerationResult: ...
+
+    @overload
+    def __call__(
+        self, texts: Iterable[Prompt], settings: GenerationSettings | None = None, **options: Any
+    ) -> list[GenerationResult]: ...
+
     def __call__(
         self,
-        texts: Sequence[str | list[int]],
-        settings: GenerationSettings = DEFAULTS,
+        texts: str | Iterable[Prompt],
+        settings: GenerationSettings | None = None,
         *,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Listed[int] | None = None,
         batch_size: int = 8,
         allow_special_tokens: bool = False,
         on_text: OnText | None = None,
-    ) -> list[GenerationResult]:
-        """Continue each text, or token ids without [CLS] and [SEP]; arguments as in `generate`."""
+        **changes: Any,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Continue a text, or each of several; arguments and results as in `generate`.
+
+        A text may also be a list of token ids without [CLS] and [SEP].
+        """
+        results: dict[int, GenerationResult] = {}
+        for piece in self.stream(
+            texts,
+            settings,
+            seed=seed,
+            batch_size=batch_size,
+            allow_special_tokens=allow_special_tokens,
+            **changes,
+        ):
+            if piece.text and on_text is not None:
+                on_text(piece.index, piece.text)
+            if piece.result is not None:
+                results[piece.index] = piece.result
+        in_order = [results[index] for index in range(len(results))]
+        return in_order[0] if isinstance(texts, str) and len(in_order) == 1 else in_order
+
+    def stream(
+        self,
+        texts: str | Iterable[Prompt],
+        settings: GenerationSettings | None = None,
+        *,
+        seed: int | Listed[int] | None = None,
+        batch_size: int = 8,
+        allow_special_tokens: bool = False,
+        **changes: Any,
+    ) -> Iterator[Piece]:
+        """Return an iterator of the texts' pieces as they are written; arguments as in `generate`.
+
+        Arguments are checked at once. No lock is held between two pieces: other calls may be made
+        meanwhile, from the same thread too. The iterator may be dropped at any time.
+        """
+        settings = GenerationSettings.of(settings, **changes)
+        window = self.window(settings)
+        check_int("batch_size", batch_size, 1)
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        seeds = self.seeds(seed, len(listed))
+        if self.is_sharded and seed is None:
+            seeds = agree(seeds)
+        prompts = [self.encode(text, allow_special_tokens) for text in listed]
+        if (count := settings.num_return_sequences) > 1:
+            prompts = [prompt for prompt in prompts for _ in range(count)]
+            seeds = [(each + number) % 2**63 for each in seeds for number in range(count)]
+        return self._stream(prompts, seeds, window, settings, batch_size)
+
+    def _stream(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        window: int,
+        settings: GenerationSettings,
+        batch_size: int,
+    ) -> Iterator[Piece]:
+        if self.is_sharded:
+            if self._calls:
+                raise UsageError(
+                    "模型分在多个进程上时，一次只能有一个调用：前一个还没有写完。"
+                    "请等它写完，或取完它的流式输出。"
+                )
+            self._calls += 1
+        try:
+            write = self._search if settings.num_beams > 1 else self._write
+            for first in range(0, len(prompts), batch_size):
+                part = slice(first, first + batch_size)
+                yield from write(prompts[part], seeds[part], window, settings, first)
+        finally:
+            self._calls = 0
+
+    def _write(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        window: int,
+        settings: GenerationSettings,
+        first: int,
+    ) -> Iterator[Piece]:
+        """Write one batch; results are numbered from ``first``."""
+        began = time.perf_counter()
+        pieces: list[Piece] = []
+
+        def add(index: int, text: str) -> None:
+            pieces.append(Piece(index, text))
+
+        sequences = [
+            self.sequence(prompt, window, settings, seed, partial(add, index))
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), first)
+        ]
+        numbers = {sequence: index for index, sequence in enumerate(sequences, first)}
+        longest = max(len(each.prompt) + each.rules.steps for each in sequences)
+        source_length = min(longest, prompt_limit(self.config)) + 2
+        longest_window = max(sequence.longest_window for sequence in sequences)
+        runner = self._runner(Size(len(sequences), source_length, longest_window))
+        scheduler = Scheduler(len(sequences), ahead=runner.ahead)
+        for sequence in sequences:
+            scheduler.join(sequence)
+        try:
+            while scheduler.running:
+                finished = scheduler.update(runner.step(scheduler.plan()))
+                for sequence in finished:
+                    result = result_of(sequence, began)
+                    pieces.append(Piece(numbers[sequence], "", result))
+                yield from pieces
+                pieces.clear()
+        finally:
+            self._give_back(runner)
+
+    def _search(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        window: int,  # noqa: ARG002  # as in _write
+        settings: GenerationSettings,
+        first: int,
+    ) -> Iterator[Piece]:
+        """As `_write`, by beam search: each text comes whole."""
+        began = time.perf_counter()
+        sources = [frame(prompt, self.config) for prompt in prompts]
+        size = beam_size(sources, settings.num_beams, settings.out_length)
+        runner = self._runner(size)
+        with explain_out_of_memory(self.prepared.device, len(prompts)):
+            found = write_by_beams(runner, sources, settings, self._banned)
+        self._give_back(runner)
+        for index, (token_ids, finish_reason) in enumerate(found):
+            detokenizer = Detokenizer(self.tokenizer)
+            for token_id in token_ids:
+                detokenizer.push(token_id)
+            detokenizer.flush()
+            result = GenerationResult(
+                text=detokenizer.text,
+                token_ids=tuple(token_ids),
+                prompt_token_count=len(prompts[index]),
+                finish_reason=finish_reason,
+                seed=seeds[index],
+                seconds=time.perf_counter() - began,
+            )
+            yield Piece(first + index, result.text)
+            yield Piece(first + index, "", result)
+
+    def _runner(self, size: Size) -> ModelRunner:
+        """Return a runner for one batch: the last call's, or a new one that has its room too."""
+        try:
+            idle = self._idle.pop()  # one thread gets it
+        except IndexError:
+            return ModelRunner(self.prepared, size)
+        if idle.size.holds(size):
+            return idle
+        size = size.joined(idle.size)
+        del idle  # its memory is free before the new one's is taken
+        return ModelRunner(self.prepared, size)
+
+    def _give_back(self, runner: ModelRunner) -> None:
+        if runner.is_intact:
+            self._idle.append(runner)
+
+    def sequence(
+        self,
+        prompt: list[int],
+        window: int,
+        settings: GenerationSettings,
+        seed: int,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Sequence:
+        """Return a new sequence for a scheduler, which tells ``on_text`` each piece of its text."""
+        return Sequence(
+            prompt,
+            self.rules(window, settings),
+            settings,
+            seed,
+            Detokenizer(
+                self.tokenizer,
+                on_text,
+                stop=settings.stop,
+                min_length=settings.min_length or 0,
+            ),
+        )
+
+    def window(self, settings: GenerationSettings) -> int:
+        """Return how many tokens are written from one encoding.
+
+        Raises:
+            UsageError: this model cannot do what ``settings`` ask for.
+        """
+        settings.check_token_ids(self.tokenizer.vocab_size)
         window = window_length(self.config, settings)
         if settings.num_beams > 1 and settings.out_length > window:
             raise UsageError(
                 f"束搜索在一个窗口内进行：out_length={settings.out_length} 应不超过 {window}。"
                 "请减小 out_length，或用 num_beams=1。"
             )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size={batch_size!r} 应是不小于 1 的整数。")
-        seeds = self.seeds(seed, len(texts))
-        if self.is_shared_out and seed is None:
-            seeds = agree(seeds)
-        prompts = [
-            text if isinstance(text, list) else self.encode(text, allow_special_tokens)
-            for text in texts
-        ]
-        results: list[GenerationResult] = []
-        for first in range(0, len(texts), batch_size):
-            part = slice(first, first + batch_size)
-            streams = None
-            if on_text is not None:
-                streams = RowStreams(self.tokenizer, on_text, len(prompts[part]), first)
-            with explain_out_of_memory(self.engine.device, len(prompts[part])):
-                results += self._batch(prompts[part], seeds[part], window, settings, streams)
-        return results
-
-    def _batch(
-        self,
-        prompts: list[list[int]],
-        seeds: list[int],
-        window: int,
-        settings: GenerationSettings,
-        streams: RowStreams | None,
-    ) -> list[GenerationResult]:
-        began = time.perf_counter()
-        if settings.num_beams > 1:
-            written = self._search(prompts, settings)
-            if streams:
-                for row, (token_ids, _) in enumerate(written):
-                    for token_id in token_ids:
-                        streams.push(row, token_id)
-        else:
-            rules = self.rules(window, settings)
-            rows = [
-                Row(
-                    prompt, rules, settings, seed, partial(streams.push, index) if streams else None
-                )
-                for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-            ]
-            last, self._writer = self._writer, None  # one that is interrupted is not used again
-            self._writer = write(self.engine, rows, last)
-            written = [(row.written, row.finish_reason or "length") for row in rows]
-        if streams:
-            streams.flush()
-        seconds = time.perf_counter() - began
-        return [
-            GenerationResult(
-                text=self._decode(token_ids),
-                token_ids=tuple(token_ids),
-                prompt_token_count=len(prompt),
-                finish_reason=finish_reason,
-                seed=seed,
-                seconds=seconds,
-            )
-            for prompt, (token_ids, finish_reason), seed in zip(
-                prompts, written, seeds, strict=True
-            )
-        ]
+        return window
 
     def rules(self, window: int, settings: GenerationSettings) -> Rules:
-        """What may be written, and when it ends."""
+        """Return what may be written, and when a text ends."""
         if settings.mode == "original":
             return OriginalRules(self.config, window, settings.out_length)
         min_length = settings.min_length or 0
         return PlugRules(self.config, window, settings.out_length, min_length, self._banned)
 
-    def _search(
-        self, prompts: list[list[int]], settings: GenerationSettings
-    ) -> list[tuple[list[int], FinishReason]]:
-        """Beam search; what follows the first [SEP] of a hypothesis is dropped."""
-        config = self.config
-        original = settings.mode == "original"
-        repetition, ngram = settings.penalty, settings.no_repeat_ngram_size
-
-        def allow(logits: Tensor, written: Tensor) -> Tensor:
-            if not original:
-                logits = forbid(logits, config.num_emitted_tokens, self._banned)
-            if not settings.has_penalties or not written.shape[1]:
-                return logits
-            counts = written.new_full((len(written),), written.shape[1])
-            penalties = torch.full_like(counts, repetition, dtype=logits.dtype)
-            return penalize(
-                logits, written, counts, penalties, torch.full_like(counts, ngram), ngram
-            )
-
-        found = beam_search(
-            self.engine,
-            [frame(prompt, config) for prompt in prompts],
-            num_beams=settings.num_beams,
-            max_length=settings.out_length,
-            min_length=BEAM_MIN_LENGTH if settings.min_length is None else settings.min_length,
-            length_penalty=settings.length_penalty,
-            allow=allow,
-        )
-        written: list[tuple[list[int], FinishReason]] = []
-        for hypothesis in found:
-            token_ids = [
-                config.unk_token_id if token_id >= config.num_emitted_tokens else token_id
-                for token_id in hypothesis.token_ids
-            ]
-            if config.eos_token_id in token_ids:
-                written.append((token_ids[: token_ids.index(config.eos_token_id)], "stop"))
-            else:
-                written.append((token_ids, "length"))
-        return written
-
     @staticmethod
-    def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-        """One seed a text, checked; new ones for None."""
+    def seeds(seed: int | Listed[int] | None, count: int) -> list[int]:
+        """Return one checked seed a text; new ones for None."""
         if seed is None:
             return [secrets.randbits(32) for _ in range(count)]
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+        seeds = list(seed) if isinstance(seed, Listed) else [seed] * count
         if len(seeds) != count:
             raise UsageError(
                 f"给了 {len(seeds)} 个 seed，却有 {count} 段文字。请一段一个，或只给一个。"
@@ -294,12 +411,14 @@ class Generator:
                 raise UsageError(f"seed={each!r} 应是 0 到 2^63-1 之间的整数。")
         return seeds
 
-    def encode(self, text: str, allow_special_tokens: bool) -> list[int]:
-        """The ids of a text to continue.
+    def encode(self, text: Prompt, allow_special_tokens: bool) -> list[int]:
+        """Return the ids of a text to continue; ids are checked and returned.
 
         Raises:
-            UsageError: it has no content that the vocabulary knows.
+            UsageError: the text has no content that the vocabulary knows, or an id is none of it.
         """
+        if isinstance(text, list):
+            return self._checked(text)
         if not isinstance(text, str):
             raise UsageError(f"要续写的应是文字（str），却是 {type(text).__name__}。")
         if not text.strip():
@@ -315,101 +434,97 @@ class Generator:
             logger.warning("提示共 %d 个词元，模型只读最后 %d 个。", len(token_ids), limit)
         return token_ids
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        stream = text_stream(self.tokenizer)
-        return "".join([*map(stream.push, token_ids), stream.flush()])
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        size = self.config.vocab_size
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise UsageError(f"词元编号 {token_id!r} 应是整数。要续写文字，请给 str。")
+            if not 0 <= token_id < size:
+                raise UsageError(f"词元编号 {token_id} 应在 0 到 {size - 1} 之间。")
+        return token_ids
+
+
+def result_of(sequence: Sequence, began: float) -> GenerationResult:
+    """Return the result of a finished sequence with a detokenizer.
+
+    Raises:
+        Exception: what went wrong for this sequence.
+    """
+    if sequence.error is not None:
+        raise sequence.error
+    assert sequence.detokenizer is not None
+    assert sequence.finish_reason is not None
+    return GenerationResult(
+        text=sequence.detokenizer.text,
+        token_ids=tuple(sequence.written),
+        prompt_token_count=len(sequence.prompt),
+        finish_reason=sequence.finish_reason,
+        seed=sequence.seed,
+        seconds=time.perf_counter() - began,
+        logprobs=None if sequence.settings.logprobs is None else tuple(sequence.logprobs),
+    )
 
 
 @overload
-def generate(texts: str, **options: Any) -> GenerationResult: ...
+def generate(
+    texts: str, settings: GenerationSettings | None = None, **options: Any
+) -> GenerationResult: ...
 
 
 @overload
-def generate(texts: list[str], **options: Any) -> list[GenerationResult]: ...
+def generate(
+    texts: Iterable[Prompt], settings: GenerationSettings | None = None, **options: Any
+) -> list[GenerationResult]: ...
 
 
-def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
-    texts: str | list[str],
+def generate(
+    texts: str | Iterable[Prompt],
+    settings: GenerationSettings | None = None,
     *,
     model: str | Path | Plug | Generator | None = None,
     tokenizer: PlugTokenizer | None = None,
     device: str | None = None,
-    out_length: int = DEFAULTS.out_length,
-    mode: Mode = DEFAULTS.mode,
-    do_sample: bool = DEFAULTS.do_sample,
-    temperature: float = DEFAULTS.temperature,
-    top_k: int = DEFAULTS.top_k,
-    top_p: float = DEFAULTS.top_p,
-    repetition_penalty: float | None = DEFAULTS.repetition_penalty,
-    no_repeat_ngram_size: int = DEFAULTS.no_repeat_ngram_size,
-    num_beams: int = DEFAULTS.num_beams,
-    length_penalty: float = DEFAULTS.length_penalty,
-    min_length: int | None = DEFAULTS.min_length,
-    window: int | None = DEFAULTS.window,
-    prompt_lookup_num_tokens: int | None = DEFAULTS.prompt_lookup_num_tokens,
-    seed: int | Sequence[int] | None = None,
+    seed: int | Listed[int] | None = None,
     batch_size: int = 8,
     allow_special_tokens: bool = False,
     on_text: OnText | None = None,
+    **changes: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Continue a text, or each of a list of texts.
 
     Args:
-        texts: what to continue; the last 510 tokens of each are read.
+        texts: what to continue; the model reads the last 510 tokens of each.
+        settings: how to write; None is the defaults of `GenerationSettings`.
         model: a model's name or directory, a `Plug` (give its ``tokenizer`` too), or a
             `Generator`. None is the model that ships with the package. A name is loaded anew at
             every call: for many calls make a `Generator` or a `pipeline` once.
         tokenizer: the model directory's own if None.
         device: "cpu", "cuda", …; None is CUDA where there is one.
-        out_length: these and the following up to ``prompt_lookup_num_tokens`` are
-            `GenerationSettings`.
-        mode: see ``out_length``.
-        do_sample: see ``out_length``.
-        temperature: see ``out_length``.
-        top_k: see ``out_length``.
-        top_p: see ``out_length``.
-        repetition_penalty: see ``out_length``.
-        no_repeat_ngram_size: see ``out_length``.
-        num_beams: see ``out_length``.
-        length_penalty: see ``out_length``.
-        min_length: see ``out_length``.
-        window: see ``out_length``.
-        prompt_lookup_num_tokens: see ``out_length``.
         seed: of the draws; a text with a seed gives the same whatever else is in the list. One
             for all texts, or one each; None is a new one each.
         batch_size: texts decoded together.
         allow_special_tokens: read "[SEP]" and the like in the texts as special tokens.
-        on_text: called with the text's number and each piece of its continuation as it is written.
+        on_text: called with the result's number and each piece of its text as it is written. An
+            exception that it raises ends the call.
+        changes: fields of `GenerationSettings`, such as ``out_length=100``; they come before
+            ``settings``.
 
     Returns:
-        A result, or a list of them in the order of ``texts``.
+        A result for a text, a list of results in the order of ``texts`` for a list. With
+        ``num_return_sequences`` always a list, in which the results of a text follow each other;
+        the k-th has the seed of the text plus k, counted from 0.
 
     Raises:
         UsageError: a text without content, a value out of range, or a model that cannot write.
         PlugError: the model's files are damaged.
     """
-    settings = GenerationSettings(
-        out_length=out_length,
-        mode=mode,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        min_length=min_length,
-        window=window,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-    )
     generator = model if isinstance(model, Generator) else Generator(model, tokenizer, device)
-    results = generator(
-        [texts] if isinstance(texts, str) else texts,
+    return generator(
+        texts,
         settings,
         seed=seed,
         batch_size=batch_size,
         allow_special_tokens=allow_special_tokens,
         on_text=on_text,
+        **changes,
     )
-    return results[0] if isinstance(texts, str) else results

@@ -1,14 +1,16 @@
-"""`Engine`: encode, prepare the caches, then token by token. The one seam of decoding.
+"""`ModelRunner`: carries out the steps that a `Scheduler` plans, on the device.
 
-The loops (`scheduler.py`, `beam.py`) know the methods of `Engine` and nothing of the model, so a
-scripted engine in a test can take its place. Everything a step reads and writes is a fixed buffer;
-on CUDA `replay` captures a step once and replays it as a graph.
+It holds what a step reads and writes: tokens, positions, the key-value cache, the sampler's state
+and, on CUDA, graphs. All of it are fixed buffers, so that a step can be captured once and replayed.
+A `PreparedModel` is what runners share: the weights as decoding wants them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +20,37 @@ from plug.errors import UsageError
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel
+from plug.generation.sampling import Plan, Sampler, log_probabilities
+from plug.generation.scheduler import NO_CHOICE, StepPlan
+from plug.generation.sequence import TokenLogprobs
+from plug.generation.settings import MAX_LOOKUP_TOKENS
+from plug.loading.memory import explain_out_of_memory
+from plug.model.layers import KeyValue
 from plug.model.plug import Plug
 
 if TYPE_CHECKING:
     from plug.generation.fused_model import FusedModel
 
 
-# Above this many rows, a graph decodes a multiple of it.
+# Above this many sequences, a graph decodes a multiple of it.
 ROWS_GRANULARITY = 4
 # A graph of the plain model computes over lengths that are rounded up to a multiple of this.
 GRAPH_GRANULARITY = 64
 
 
-class Engine:
-    """Decoding with a `Plug`; rows are numbered from 0, and a step decodes the first ones.
+class PreparedModel:
+    """A `Plug` ready to decode, for any number of runners in any threads.
 
-    The model's weights are read when the engine is made: later changes need another engine.
+    The weights are read once, here: later changes of the `Plug` need another `PreparedModel`.
 
     Args:
-        model: what decodes.
-        graphs: on CUDA, make a graph of each step that comes again; not worth it for many texts
-            of different length at once, where rows leave at nearly every step.
-        reuse_bytes: kept at most of what the encoder made of earlier sources (`EncoderCache`).
+        model: with a decoder.
+        graphs: on CUDA, capture each step that comes again as a graph. Not worth it for many texts
+            of different length at once, where sequences leave at nearly every step.
+        reuse_bytes: bytes of encoded sources kept for when they come again (`EncoderCache`).
+
+    Attributes:
+        lock: held while the device works for one of the runners, never while a caller's code runs.
 
     Raises:
         UsageError: the model is an encoder alone.
@@ -53,158 +64,353 @@ class Engine:
             )
         self.config = model.config
         self.device = model.embeddings.word_embeddings.weight.device
-        self._uses_graphs = graphs and self.device.type == "cuda"
-        self._model = _model(model, GRAPH_GRANULARITY if self._uses_graphs else 1)
-        self._kept_sources = EncoderCache(reuse_bytes)
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.openings = 0
-        self._room = (0, 0, 0)
-        self._cache: DecoderCache | None = None
-        self._length = 0
+        self.uses_graphs = graphs and self.device.type == "cuda"
+        self.model = _prepare(model, GRAPH_GRANULARITY if self.uses_graphs else 1)
+        self.encoder_cache = EncoderCache(reuse_bytes)
+        self.lock = threading.RLock()
 
-    # --- the rows, one by one ---------------------------------------------------------------------
-
-    def open(self, rows: int, source_length: int, capacity: int) -> int:
-        """Make room; what was kept is dropped, and the graphs with it.
-
-        Args:
-            rows: texts at most.
-            source_length: tokens of a source at most.
-            capacity: tokens that will be fed at most to a row, [CLS] included.
-
-        Returns:
-            `openings`, by which who opened can see whether somebody else has since.
-        """
-        self._graphs.clear()
-        # The graphs share their memory; a pool goes with its last graph.
-        self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
-        room = (rows, source_length, capacity)
-        if self._cache is None or any(new > old for new, old in zip(room, self._room, strict=True)):
-            self._room = room
-            self._cache = None
-        self.openings += 1
-        return self.openings
-
-    def rounded(self, rows: int) -> int:
-        """How many rows to decode for ``rows``: on CUDA few numbers, since each has its graphs."""
-        if not self._uses_graphs or rows <= ROWS_GRANULARITY:
-            return rows
-        return -(-rows // ROWS_GRANULARITY) * ROWS_GRANULARITY
-
-    def read(self, rows: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
-        """Encode sources, token ids with [CLS] and [SEP], for these rows, which begin anew.
-
-        Padding ids inside a source are not attended to, as in the reference.
-        """
-        encoded = self._kept_sources.encode(sources, self._model.encode)
-        for row, key_values in zip(rows, encoded, strict=True):
-            if self._cache is None:
-                room, source_length, capacity = self._room
-                self._cache = DecoderCache(
-                    key_values[0][0],
-                    layers=len(key_values),
-                    rows=room,
-                    source_length=source_length,
-                    capacity=capacity,
-                )
-            self._cache.put_source(row, key_values)
-
-    def decode(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        """Feed one token to each of the first rows; logits of the next, (rows, vocab) in float32.
-
-        Feeding the same token at the same position again changes nothing and gives the same.
-
-        Args:
-            token_ids: (rows,) on the device.
-            positions: (rows,), where each stands in its window, from 0.
-            length: known to the host: not less than the largest position, plus 1.
-        """
-        assert self._cache is not None, "call read first"
-        return self._model.decode(token_ids, positions, length, self._cache)
-
-    def decode_several(self, token_ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        """As `decode`, several tokens of each row at once; logits (rows, tokens, vocab).
-
-        Args:
-            token_ids: (rows, tokens) on the device.
-            positions: (rows, tokens); a token attends to those of its row at no later positions,
-                also to what an earlier step left there. A row with fewer tokens than others
-                repeats its last one, at the same position.
-            length: as in `decode`.
-        """
-        assert self._cache is not None, "call read first"
-        return self._model.decode_several(token_ids, positions, length, self._cache)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Row ``target`` becomes what ``source`` is, with ``length`` positions of its past."""
-        assert self._cache is not None, "call read first"
-        self._cache.move(source, target, length)
-
-    def replay(self, key: Hashable, step: Callable[[], Tensor], length: int, rows: int) -> Tensor:
-        """Run ``step``, a function of fixed buffers alone; on CUDA as a graph from the second time.
-
-        Args:
-            key: of all that the function's shapes depend on besides ``length`` and ``rows``.
-            step: calls `decode` with ``length`` and ``rows``; its result is overwritten next time.
-            length: as in `decode`.
-            rows: how many are decoded.
-        """
-        if not self._uses_graphs:
-            return step()
-        assert self._cache is not None, "call read first"
-        granularity = self._model.granularity
-        if granularity is not None:  # else lengths are read on the device
-            source_length = self._cache.encoder_view(rows, granularity)[0][0][0].shape[2]
-            key = (key, -(-length // granularity), source_length)
-        if key not in self._graphs:
-            result = step().clone()  # this step, and the warm-up of the capture
-            graph = torch.cuda.CUDAGraph()
-            # Other threads, such as one that watches over NCCL, may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = step()
-            self._graphs[key] = graph, output
-            return result
-        graph, output = self._graphs[key]
-        graph.replay()
-        return output
-
-    # --- all rows in step, for beams --------------------------------------------------------------
-
-    def start(self, sources: Sequence[Sequence[int]], capacity: int, copies: int = 1) -> None:
-        """Read the sources and make room for a window; what an earlier window kept is dropped.
-
-        Args:
-            sources: as in `read`.
-            capacity: as in `open`.
-            copies: rows for each source (beams).
-        """
-        self.open(len(sources) * copies, max(map(len, sources)), capacity)
-        self.read(range(len(sources)), sources)
-        self._length = 0
-        if copies > 1:
-            self.select([row for row in range(len(sources)) for _ in range(copies)])
-
-    def step(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """As `decode`, of host values."""
-        self._length = max(self._length, max(positions) + 1)
-        tokens, where = (torch.tensor(x, device=self.device) for x in (token_ids, positions))
-        return self.decode(tokens, where, max(positions) + 1)
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Row i goes on from where row ``rows[i]`` was; its source stays as it is (for beams)."""
-        assert self._cache is not None, "call start first"
-        self._cache.take(rows, self._length, sources=False)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, sources included, in this order."""
-        assert self._cache is not None, "call start first"
-        self._cache.take(rows, self._length, sources=True)
+    def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+        """Return what decoding needs of each source, as `PlainModel.encode`; to be read only."""
+        return self.encoder_cache.encode(sources, self.model.encode)
 
 
-def _model(model: Plug, granularity: int) -> PlainModel | FusedModel:
+def _prepare(model: Plug, granularity: int) -> PlainModel | FusedModel:
     words = model.embeddings.word_embeddings.weight
     if has_kernels(words.device) and words.dtype in (torch.float16, torch.bfloat16):
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model)
     return PlainModel(model, granularity)
+
+
+class Size(NamedTuple):
+    """How much a runner has room for; it decides the memory of the cache.
+
+    Attributes:
+        slots: sequences at once.
+        source_length: tokens of a source, with [CLS] and [SEP].
+        window: steps from one encoding.
+    """
+
+    slots: int
+    source_length: int
+    window: int
+
+    def holds(self, other: Size) -> bool:
+        """Whether nothing of ``other`` is larger."""
+        return all(own >= others for own, others in zip(self, other, strict=True))
+
+    def joined(self, other: Size) -> Size:
+        """Return the smallest size that holds both."""
+        return Size(*map(max, self, other))
+
+
+class ModelRunner:
+    """The device's side of decoding. Used by one thread at a time.
+
+    Sequences are numbered by their slot; a step decodes the first ones.
+
+    Args:
+        prepared: the model; other runners may use it at the same time.
+        size: what the buffers have room for.
+
+    Attributes:
+        ahead: how many steps the scheduler may plan before it reads ids (`Scheduler`).
+        is_intact: False after an interruption in the middle of a step: then make another runner.
+        cache: keys and values; None before the first source.
+    """
+
+    def __init__(self, prepared: PreparedModel, size: Size) -> None:
+        config, device = prepared.config, prepared.device
+        self.prepared = prepared
+        self.size = size
+        self.ahead = 1 if device.type == "cuda" else 0
+        self.is_intact = True
+        self.cache: DecoderCache | None = None
+        self._config = config
+        self._sampler = Sampler(
+            size.slots, config.vocab_size, config.eos_token_id, size.window, device
+        )
+        self._tokens = torch.zeros(size.slots, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        # For each slot the number of drafted tokens, then these.
+        self._drafts = self._tokens.new_zeros(size.slots, 1 + MAX_LOOKUP_TOKENS)
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        # The graphs of a runner share their memory.
+        self._pool = torch.cuda.graph_pool_handle() if prepared.uses_graphs else None
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> FetchedIds:
+        """Carry out ``plan``; return the chosen ids, which `FetchedIds.read` waits for.
+
+        Raises:
+            PlugError: the device has no memory left.
+        """
+        self.is_intact = False
+        prepared, model = self.prepared, self.prepared.model
+        with prepared.lock, explain_out_of_memory(prepared.device, self.size.slots):
+            self._arrange(plan)
+            cache = self.cache
+            assert cache is not None, "the first step of a sequence has it encoded"
+            # More slots than there are sequences may be decoded, so that few graphs are needed.
+            # Nobody reads what those write.
+            rows = min(self._rounded(len(plan.sequences)), self.size.slots)
+            choice = self._sampler.plan(plan.steps, rows, plan.drafted)
+            key = self._graph_key(choice, plan.drafted, plan.length)
+            if key in self._graphs:
+                captured, chosen = self._graphs[key]
+                captured.replay()
+            else:
+                # A new graph's step runs twice: for its result, and to be captured.
+                for graph in (None, torch.cuda.CUDAGraph()) if prepared.uses_graphs else (None,):
+                    with self._capture(graph):
+                        fed, positions = self._fed(rows, plan.drafted)
+                        logits = model.decode(fed, positions, plan.length, cache)
+                        output = self._choose(logits, choice, plan.drafted)
+                    if graph is None:
+                        chosen = output
+                        if prepared.uses_graphs:  # the capture may use their memory
+                            chosen = tuple(each.clone() for each in output)
+                    else:
+                        self._graphs[key] = graph, output
+            fetched = FetchedIds([each[: len(plan.sequences)] for each in chosen])
+        self.is_intact = True
+        return fetched
+
+    # --- the parts of a step ----------------------------------------------------------------------
+
+    def _arrange(self, plan: StepPlan) -> None:
+        """Move, join and encode, so that each slot holds the sequence that the plan has there."""
+        for move in plan.moves:
+            self._sampler.move(move.source, move.target)
+            for state in (self._tokens, self._positions):
+                state[move.target] = state[move.source]
+            if move.length:  # else the cache is filled anew
+                assert self.cache is not None, "it has a past"
+                self.cache.move(move.source, move.target, move.length)
+        for slot in plan.joined:
+            sequence = plan.sequences[slot]
+            rules = sequence.rules
+            assert sequence.longest_window <= self.size.window, "the window exceeds the cache"
+            self._sampler.join(
+                slot,
+                sequence.settings,
+                sequence.seed,
+                forbidden=rules.forbidden,
+                min_length=rules.min_length,
+                steps=rules.steps,
+            )
+        for slot in plan.due:
+            self._tokens[slot] = self._config.decoder_start_token_id
+            self._positions[slot] = 0
+            self._sampler.refill(slot, plan.sequences[slot].longest_window)
+        if plan.drafted:
+            filled = torch.zeros(self._drafts.shape, dtype=torch.long)
+            for slot, draft in enumerate(plan.drafts):
+                filled[slot, : 1 + len(draft)] = torch.tensor([len(draft), *draft])
+            self._drafts.copy_(filled)
+        # Last: a copy from the host waits for the GPU, which should not wait for the host in turn.
+        if plan.due:
+            self._encode(plan.due, [plan.sequences[slot].source for slot in plan.due])
+
+    def _encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        """Encode sources, ids with [CLS] and [SEP], for these slots, whose past is dropped."""
+        encoded = self.prepared.encode(sources)
+        for slot, key_values in zip(slots, encoded, strict=True):
+            if self.cache is None:  # made here, where the heads of this process are known
+                self.cache = DecoderCache(
+                    key_values[0][0],
+                    layers=len(key_values),
+                    rows=self.size.slots,
+                    source_length=self.size.source_length,
+                    capacity=self.size.window,
+                )
+            self.cache.put_source(slot, key_values)
+
+    def _rounded(self, rows: int) -> int:
+        """How many slots to decode for ``rows``: on CUDA few numbers, since each has its graphs."""
+        if not self.prepared.uses_graphs or rows <= ROWS_GRANULARITY:
+            return rows
+        return -(-rows // ROWS_GRANULARITY) * ROWS_GRANULARITY
+
+    def _graph_key(self, choice: Plan, drafted: int, length: int) -> Hashable:
+        """All that the shapes of a step depend on."""
+        granularity = self.prepared.model.granularity
+        if not self.prepared.uses_graphs:
+            return None
+        if granularity is None:  # lengths are read on the device
+            return choice, drafted
+        assert self.cache is not None, "encode comes first"
+        source_length = self.cache.encoder_view(choice.rows, granularity)[0][0][0].shape[2]
+        return choice, drafted, -(-length // granularity), source_length
+
+    def _capture(self, graph: torch.cuda.CUDAGraph | None) -> torch.cuda.graph | nullcontext[None]:
+        if graph is None:
+            return nullcontext()
+        # Other threads, such as NCCL's watchdog, may use the device meanwhile.
+        return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+
+    def _fed(self, rows: int, drafted: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens to feed and their positions, (rows, 1 + drafted) each."""
+        tokens, positions = self._tokens[:rows, None], self._positions[:rows, None]
+        if not drafted:
+            return tokens, positions
+        counts, drafts = self._drafts[:rows].split([1, MAX_LOOKUP_TOKENS], 1)
+        # A sequence with a shorter draft feeds its last token again, at the same position.
+        ahead = torch.arange(1 + drafted, device=tokens.device).clamp(max=counts)
+        return torch.cat([tokens, drafts], 1).gather(1, ahead), positions + ahead
+
+    def _choose(self, logits: Tensor, choice: Plan, drafted: int) -> tuple[Tensor, ...]:
+        """Choose from logits (rows, 1 + drafted, vocab); make the buffers ready for the next step.
+
+        Returns:
+            Ids (rows, 1 + drafted), perhaps fewer columns on a CPU. Columns hold one choice after
+            another while the last one was the draft's, then `NO_CHOICE`. Where a sequence asks for
+            them, the two parts of `LogProbabilities` follow, (rows, columns, 1 + count) each.
+        """
+        if not drafted:
+            chosen = self._sampler.choose(logits[:, 0], choice)
+            self._keep(chosen, None, choice)
+            return self._with_logprobs(chosen[:, None], logits, choice)
+        counts, drafts = self._drafts[: choice.rows].split([1, MAX_LOOKUP_TOKENS], 1)
+        counted = torch.ones(choice.rows, dtype=torch.bool, device=logits.device)
+        found = []
+        for index in range(1 + drafted):
+            chosen = self._sampler.choose(logits[:, index], choice, counted)
+            found.append(torch.where(counted, chosen, NO_CHOICE))
+            shown, kept = self._keep(chosen, counted, choice)
+            if index < drafted:
+                is_right = (shown == drafts[:, index]) & (index < counts[:, 0])
+                counted = kept & is_right
+                if counted.device.type == "cpu" and not counted.any():  # a GPU is not waited for
+                    break
+        return self._with_logprobs(torch.stack(found, 1), logits, choice)
+
+    @staticmethod
+    def _with_logprobs(ids: Tensor, logits: Tensor, choice: Plan) -> tuple[Tensor, ...]:
+        if choice.logprobs is None:
+            return (ids,)
+        columns = [
+            log_probabilities(logits[:, index], ids[:, index], choice.logprobs)
+            for index in range(ids.shape[1])
+        ]
+        return ids, *(torch.stack(parts, 1) for parts in zip(*columns, strict=True))
+
+    def _keep(self, chosen: Tensor, counted: Tensor | None, choice: Plan) -> tuple[Tensor, Tensor]:
+        """Do on the device what `Rules.accept` does on the host, for the next step.
+
+        An id of a padding row of the word table becomes [UNK]. [SEP] and `NO_TOKEN` are not
+        written: where they do not end the text, the step comes again.
+
+        Args:
+            chosen: (rows,).
+            counted: bool (rows,), whose choice counts; None is everyone's.
+            choice: of the step.
+
+        Returns:
+            The ids written, and bool (rows,): where one is written.
+        """
+        end, emitted = self._config.eos_token_id, self._config.num_emitted_tokens
+        unknown, last = self._config.unk_token_id, self.size.window - 1
+        tokens, positions = self._tokens[: choice.rows], self._positions[: choice.rows]
+        if has_kernels(chosen.device):
+            from plug.kernels import sampling as kernels
+
+            shown, kept = kernels.keep(
+                chosen, counted, tokens, positions,
+                end=end, num_emitted=emitted, unknown=unknown, last=last,
+            )  # fmt: skip
+        else:
+            kept = (chosen != end) & (chosen >= 0)
+            kept = kept if counted is None else counted & kept
+            shown = chosen.masked_fill(chosen >= emitted, unknown)
+            tokens.copy_(torch.where(kept, shown, tokens))
+            positions.add_(kept).clamp_(max=last)  # slots that nobody reads go on and on
+        self._sampler.record(shown, kept, choice)
+        return shown, kept
+
+    # --- all slots in step, for beams -------------------------------------------------------------
+
+    @torch.inference_mode()
+    def start(self, sources: Sequence[Sequence[int]], copies: int = 1) -> None:
+        """Encode sources, ids with [CLS] and [SEP], for the first slots.
+
+        Args:
+            sources: of the texts.
+            copies: slots for each source, one after the other.
+        """
+        with self.prepared.lock:
+            self._encode(range(len(sources)), sources)
+            if copies > 1:
+                slots = [slot for slot in range(len(sources)) for _ in range(copies)]
+                self.reorder(slots, 0, sources=True)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Feed one token to each of the first slots; logits of the next, (rows, vocab) in float32.
+
+        Feeding the same token at the same position again changes nothing and gives the same.
+
+        Args:
+            token_ids: one a slot.
+            positions: where each stands in its window, from 0.
+        """
+        prepared = self.prepared
+        assert self.cache is not None, "call start first"
+        with prepared.lock:
+            fed, where = (
+                torch.tensor(values, device=prepared.device)[:, None]
+                for values in (token_ids, positions)
+            )
+            return prepared.model.decode(fed, where, max(positions) + 1, self.cache)[:, 0]
+
+    @torch.inference_mode()
+    def reorder(self, slots: Sequence[int], length: int, *, sources: bool) -> None:
+        """Have slot i go on from where slot ``slots[i]`` was, in the first ``length`` positions.
+
+        Args:
+            slots: may repeat.
+            length: positions that hold something.
+            sources: the source comes along; beams of one text leave theirs where it is.
+        """
+        assert self.cache is not None, "call start first"
+        with self.prepared.lock:
+            self.cache.take(slots, length, sources=sources)
+
+
+class FetchedIds:
+    """Ids on their way to the host; a `plug.generation.scheduler.TokenIds`.
+
+    Args:
+        chosen: as `ModelRunner._choose` returns them.
+    """
+
+    def __init__(self, chosen: Sequence[Tensor]) -> None:
+        self._on_cuda = chosen[0].device.type == "cuda"
+        self._chosen = list(chosen)
+        if self._on_cuda:
+            self._chosen = [
+                torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True)
+                for each in chosen
+            ]
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[list[int]]:
+        if self._on_cuda:
+            self._arrived.synchronize()
+        return self._chosen[0].tolist()
+
+    def logprobs(self) -> list[list[TokenLogprobs]] | None:
+        if len(self._chosen) == 1:
+            return None
+        if self._on_cuda:
+            self._arrived.synchronize()
+        _, values, ids = (each.tolist() for each in self._chosen)
+        return [
+            [
+                TokenLogprobs(of_place[0], tuple(zip(ids_of_place[1:], of_place[1:], strict=True)))
+                for of_place, ids_of_place in zip(of_row, ids_of_row, strict=True)
+            ]
+            for of_row, ids_of_row in zip(values, ids, strict=True)
+        ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from plug.errors import UsageError
-from plug.generation.generator import Generator, generate
+from plug.generation.generator import Generator
+from plug.generation.settings import GenerationSettings
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 
@@ -19,15 +21,23 @@ class TextGenerationPipeline:
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
 
-    def __call__(self, texts: str | list[str], **options: Any) -> list[dict[str, str]]:
-        """One dict a text, in order; "generated_text" is the continuation without the prompt.
+    def __call__(
+        self,
+        texts: str | Iterable[str],
+        settings: GenerationSettings | None = None,
+        **options: Any,
+    ) -> list[dict[str, str]]:
+        """Return one dict for each result, in order.
+
+        "generated_text" is the continuation without the prompt.
 
         Args:
             texts: one or more.
+            settings: as in `plug.generate`.
             options: those of `plug.generate`, but for model, tokenizer and device.
         """
         listed = [texts] if isinstance(texts, str) else texts
-        results = generate(listed, model=self.generator, **options)
+        results = self.generator(listed, settings, **options)
         return [{"generated_text": result.text} for result in results]
 
 
@@ -37,7 +47,7 @@ def pipeline(
     tokenizer: PlugTokenizer | None = None,
     device: str | None = None,
 ) -> TextGenerationPipeline:
-    """Load a model once, for many calls.
+    """Load a model once, for many calls from any number of threads.
 
     Args:
         task: "text-generation".

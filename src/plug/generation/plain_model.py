@@ -27,11 +27,11 @@ ENCODING_GRANULARITY = 64
 # longer than the work, and far longer where other programs want the processor too.
 ONE_THREAD_WEIGHTS = 100_000_000
 
-Part = TypeVar("Part", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PlainModel:
-    """Encoding and decoding for an `Engine`.
+    """Encoding and decoding for a `ModelRunner`.
 
     Args:
         model: with a decoder.
@@ -97,30 +97,28 @@ class PlainModel:
     def decode(
         self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
     ) -> Tensor:
-        """As `Engine.decode`, with the past in ``cache``."""
-        return self.decode_several(token_ids[:, None], positions[:, None], length, cache)[:, 0]
+        """Feed tokens to the first rows; float32 logits after each, (rows, tokens, vocab).
 
-    def decode_several(
-        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
-    ) -> Tensor:
-        """As `Engine.decode_several`, with the past in ``cache``."""
-        if not self._uses_one_thread:
-            return self._decode(token_ids, positions, length, cache)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        Args:
+            token_ids: (rows, tokens) on the device.
+            positions: (rows, tokens), where each stands in its window, from 0. A token attends to
+                those of its row at no later positions, also to what an earlier step left there. A
+                row with fewer tokens than others repeats its last one, at the same position.
+            length: known to the host: not less than the largest position, plus 1.
+            cache: the past of each row; the new tokens join it.
+        """
+        threads = torch.get_num_threads() if self._uses_one_thread else 1
+        if threads > 1:
+            torch.set_num_threads(1)
         try:
-            return self._decode(token_ids, positions, length, cache)
+            mask = cache.place(positions, length, self.granularity)
+            key_values, encoder_mask = cache.encoder_view(len(token_ids), self.granularity)
+            embedded = self._embeddings(token_ids, position_ids=positions)
+            hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, cache)
+            return self._head(hidden_states).float()
         finally:
-            torch.set_num_threads(threads)
-
-    def _decode(
-        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
-    ) -> Tensor:
-        mask = cache.place(positions, length, self.granularity)
-        key_values, encoder_mask = cache.encoder_view(len(token_ids), self.granularity)
-        embedded = self._embeddings(token_ids, position_ids=positions)
-        hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, cache)
-        return self._head(hidden_states).float()
+            if threads > 1:
+                torch.set_num_threads(threads)
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
@@ -148,24 +146,24 @@ def _own_head(model: Plug) -> Product:
 
 
 def _with_products(
-    part: Part,
+    module: Module,
     for_quantized: Callable[[QuantizedLinear], Product],
     for_plain: Callable[[nn.Linear], Product],
-) -> Part:
+) -> Module:
     """The same modules and weights, for inference alone, with other linear layers.
 
     What is only ever called becomes a plain function, which costs half of what calling a module
     does: at batch 1 on a CPU that is 7% of a step.
     """
 
-    def replaced(module: nn.Module) -> nn.Module:
-        copy = module.__new__(type(module))
-        copy.__dict__.update(module.__dict__)
+    def replaced(original: nn.Module) -> nn.Module:
+        copy = original.__new__(type(original))
+        copy.__dict__.update(original.__dict__)
         copy._modules = {
             name: child if child is None else replaced(child)
-            for name, child in module._modules.items()
+            for name, child in original._modules.items()
         }
-        for name, child in module.named_children():
+        for name, child in original.named_children():
             if isinstance(child, QuantizedLinear):
                 copy.__dict__[name] = for_quantized(child)
             elif isinstance(child, nn.Linear):
@@ -176,7 +174,7 @@ def _with_products(
                 copy.__dict__[name] = copy._modules[name].forward  # type: ignore[union-attr]
         return copy
 
-    return cast(Part, replaced(part))
+    return cast(Module, replaced(module))
 
 
 def _identity(x: Tensor) -> Tensor:

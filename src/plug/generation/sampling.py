@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plug.device import has_kernels
-from plug.generation.settings import GenerationSettings
+from plug.generation.settings import NO_TOKEN, GenerationSettings
 
-# In place of an id where no token can be chosen: the settings forbid every token, or the logits are
-# not numbers. Whoever reads the ids makes it the error of that row; it is never fed to the model.
-NO_TOKEN = -2
 # Of top-p. Below 1 / vocabulary it keeps one token; 0 in float32 would keep none.
 _LEAST_TOP_P = 1e-9
 _NEVER = float("-inf")

@@ -34,6 +34,9 @@ MAX_PROMPT_TOKENS = 510  # read at most, as in the reference; [CLS] and [SEP] co
 MAX_LOGPROBS = 20  # alternatives a token, as in vLLM and OpenAI's API
 WINDOW = {"plug": 384, "original": 128}  # tokens written from one encoding
 SAMPLING_PENALTY = 1.1  # of repeated tokens; docs/experiments.md has what it does
+# In place of an id where no token can be chosen: the settings forbid every token, or the logits are
+# not numbers. It becomes the error of its sequence and is never fed to the model.
+NO_TOKEN = -2
 BEAM_MIN_LENGTH = 5  # the reference's default of its beam search
 
 

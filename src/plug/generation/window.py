@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from torch import Tensor
-
 from plug.errors import UsageError
 from plug.generation.settings import MAX_PROMPT_TOKENS, WINDOW, GenerationSettings
 from plug.model.configuration import PlugConfig
@@ -18,8 +16,8 @@ from plug.model.configuration import PlugConfig
 FinishReason = Literal["stop", "length"]
 
 
-class Progress(Protocol):
-    """What rules look at: a text being written, in token ids."""
+class Written(Protocol):
+    """What rules look at: a `plug.generation.sequence.Sequence`, in token ids."""
 
     prompt: Sequence[int]
     source: list[int]  # what the encoder reads now
@@ -39,11 +37,11 @@ class Rules(Protocol):
         """What the encoder reads first."""
         ...
 
-    def next_source(self, row: Progress) -> list[int]:
+    def next_source(self, sequence: Written) -> list[int]:
         """What it reads after a full window."""
         ...
 
-    def accept(self, token_id: int, row: Progress) -> int | FinishReason | None:
+    def accept(self, token_id: int, sequence: Written) -> int | FinishReason | None:
         """The token to keep, "stop" to end here, or None: a step used up, nothing kept."""
         ...
 
@@ -79,11 +77,11 @@ class PlugRules:
     def first_source(self, prompt: Sequence[int]) -> list[int]:
         return frame(prompt, self.config)
 
-    def next_source(self, row: Progress) -> list[int]:
-        so_far = [*row.prompt[-MAX_PROMPT_TOKENS:], *row.written[-MAX_PROMPT_TOKENS:]]
+    def next_source(self, sequence: Written) -> list[int]:
+        so_far = [*sequence.prompt[-MAX_PROMPT_TOKENS:], *sequence.written[-MAX_PROMPT_TOKENS:]]
         return frame(so_far, self.config)
 
-    def accept(self, token_id: int, row: Progress) -> int | FinishReason | None:  # noqa: ARG002
+    def accept(self, token_id: int, sequence: Written) -> int | FinishReason | None:  # noqa: ARG002
         return "stop" if token_id == self.config.eos_token_id else token_id
 
 
@@ -111,24 +109,17 @@ class OriginalRules:
     def first_source(self, prompt: Sequence[int]) -> list[int]:
         return frame(prompt, self.config)
 
-    def next_source(self, row: Progress) -> list[int]:
+    def next_source(self, sequence: Written) -> list[int]:
         # The new tokens take the place of the closing [SEP]. Cutting drops [CLS] first.
-        spliced = [*row.source[:-1], *row.in_window, self.config.eos_token_id]
+        spliced = [*sequence.source[:-1], *sequence.in_window, self.config.eos_token_id]
         return spliced[-self.max_source :]
 
-    def accept(self, token_id: int, row: Progress) -> int | FinishReason | None:
+    def accept(self, token_id: int, sequence: Written) -> int | FinishReason | None:
         if token_id >= self.config.num_emitted_tokens:
             return self.config.unk_token_id
         if token_id != self.config.eos_token_id:
             return token_id
-        return "stop" if len(row.written) > self.must_exceed else None
-
-
-def forbid(logits: Tensor, num_emitted_tokens: int, banned: Sequence[int]) -> Tensor:
-    """``logits`` (rows, vocab) without padding rows and, changed in place, without ``banned``."""
-    logits = logits[:, :num_emitted_tokens]
-    logits[:, list(banned)] = float("-inf")
-    return logits
+        return "stop" if len(sequence.written) > self.must_exceed else None
 
 
 def frame(prompt: Sequence[int], config: PlugConfig) -> list[int]:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from plug.checkpoints.weights import check_finite
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 from plug.hf.config import PlugTransformersConfig, local_path
 from plug.hf.recording import Wanted, recording
 from plug.model.configuration import PlugConfig
@@ -24,6 +24,8 @@ from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer
 from plug.model.plug import Encoder, PlugParts, initialize_weights
 
 IGNORE_INDEX = -100
+# Parts that a directory may lack: transformers reports that they are newly initialised.
+_MAY_BE_NEW = ("classifier.", "decoder.", "mlm_head.", "sentence_head.")
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
@@ -83,14 +85,41 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
         """As `PreTrainedModel.from_pretrained`; knows the name of the shipped model.
 
         Raises:
-            PlugError: weights are NaN or infinite; it names the tensors.
+            PlugError: weights are NaN or infinite; or they are those of another model, or of one
+                with adapters in it, so that parts of this one would begin with random values.
         """
-        place = local_path(pretrained_model_name_or_path)
-        loaded = super().from_pretrained(place, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        on_device = ((name, x) for name, x in model.named_parameters() if not x.is_meta)
-        check_finite(place, on_device)
-        return loaded
+        path = local_path(pretrained_model_name_or_path)
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = [key for key in info["missing_keys"] if not key.startswith(_MAY_BE_NEW)]
+        strange = [key for key in info["unexpected_keys"] if not key.startswith("classifier.")]
+        if missing or strange:
+            told = [
+                f"{what}权重 {'、'.join(sorted(names)[:3])} 等 {len(names)} 个"
+                for what, names in (("缺少", missing), ("多出", strange))
+                if names
+            ]
+            raise PlugError(
+                f"{path} 与 {cls.__name__} 不符：{'；'.join(told)}。"
+                "如果是用 peft 训练的，请保存 merge_and_unload() 返回的模型。"
+            )
+        check_finite(path, ((name, x) for name, x in model.named_parameters() if not x.is_meta))
+        return loaded if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            UsageError: peft has its layers in this model, so that no class could load the result.
+        """
+        has_adapters = any(type(part).__module__.startswith("peft.") for part in self.modules())
+        if has_adapters and not getattr(self, "_hf_peft_config_loaded", False):
+            raise UsageError(
+                "模型里还有 peft 的适配器，这样保存的目录读不回来。请保存 peft 模型自己"
+                "（只存适配器），或保存 merge_and_unload() 返回的模型。"
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def build_encoder(self, config: PlugConfig) -> None:
         """Make the parts of an understanding model alone."""
@@ -163,6 +192,11 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
             raise UsageError("input_ids 和 inputs_embeds 要给其中一个，且只给一个。")
         self.check_inputs("input_ids", input_ids, inputs_embeds, attention_mask)
         self.check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size)
+        positions = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if token_type_ids is not None and token_type_ids.shape != positions:
+            raise UsageError(
+                f"token_type_ids 的形状是 {tuple(token_type_ids.shape)}，应为 {tuple(positions)}。"
+            )
         self._warn_of_half_precision()
         attention_mask = self.known_mask(input_ids, attention_mask)
         with recording(self.encoder, wanted) as recorded:

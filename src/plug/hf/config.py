@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from plug.checkpoints.directory import SHIPPED_MODEL, find_model_directory
+from plug.checkpoints.directory import find_model_directory
 from plug.errors import UsageError
 from plug.model.configuration import PlugConfig
+from plug.shipped import SHIPPED_MODEL
 
 # Arguments of `PreTrainedConfig` that are neither our keys nor written into a plain config.json.
 _CONFIG_ARGUMENTS = frozenset(

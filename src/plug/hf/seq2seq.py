@@ -84,6 +84,23 @@ class _Seq2Seq(PlugPreTrainedModel):
             return given
         return BaseModelOutput(*given[:3])
 
+    def chosen_cache(
+        self,
+        cache: EncoderDecoderCache | None,
+        past_key_values: EncoderDecoderCache | None,
+        use_cache: bool | None,
+    ) -> EncoderDecoderCache | None:
+        """The one that is given, under either name; else a new one, if one is wanted.
+
+        As with BART, one is wanted unless ``use_cache`` or the config says no; but not in training.
+        """
+        given = cache if cache is not None else past_key_values
+        if given is not None:
+            return given
+        if use_cache is None:
+            use_cache = not self.training and getattr(self.config, "use_cache", True)
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
+
     def run_decoder(
         self,
         decoder_input_ids: Tensor | None,
@@ -130,14 +147,14 @@ class _Seq2Seq(PlugPreTrainedModel):
         new = cast(
             Tensor, decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         ).shape[1]
+        # A static cache has room that is not yet written.
+        room = 0 if cache is None else int(cache.get_mask_sizes(new, 0)[0]) - past - new
         mask = None
-        if cache is not None or decoder_attention_mask is not None:
+        if past or room or decoder_attention_mask is not None:
             mask = causal_mask(new, past + new, encoded.device)
             if (padding := padding_mask(decoder_attention_mask)) is not None:
                 mask = mask & padding
-            if cache is not None:  # a static cache returns room that is not yet written
-                room = int(cache.get_mask_sizes(new, 0)[0]) - past - new
-                mask = F.pad(mask, (0, room))
+            mask = F.pad(mask, (0, room))
         with recording(self.decoder, wanted) as recorded:
             decoded = self.decoder(
                 self.embeddings(
@@ -209,9 +226,9 @@ class PlugModel(_Seq2Seq):
         encoder = self.encoder_outputs(
             encoder_outputs, input_ids, attention_mask, token_type_ids, inputs_embeds, wanted
         )
-        cache = chosen_cache(cache, past_key_values, use_cache)
         decoder = BaseModelOutputWithPastAndCrossAttentions()
         if decoder_input_ids is not None or decoder_inputs_embeds is not None:
+            cache = self.chosen_cache(cache, past_key_values, use_cache)
             decoder = self.run_decoder(
                 decoder_input_ids,
                 encoder[0],
@@ -410,7 +427,7 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
             encoder_outputs: the encoder's output, (batch, src, hidden) first.
             past_key_values: keys and values of earlier positions.
             cache: what newer versions of transformers call ``past_key_values``.
-            use_cache: make a cache when none is given; not with ``labels``.
+            use_cache: make a cache where none is given; None: not in training or with ``labels``.
             labels: (batch, tgt), -100 ignored.
             num_items_in_batch: what the loss is divided by, when not the labels of this batch.
             inputs_embeds: (batch, src, hidden), in place of the words' embeddings.
@@ -423,7 +440,9 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
                 raise UsageError("需要 decoder_input_ids 或 labels；要续写文本请用 generate()。")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         wanted = self.wanted(output_hidden_states, output_attentions)
-        cache = chosen_cache(cache, past_key_values, use_cache and labels is None)
+        cache = self.chosen_cache(
+            cache, past_key_values, False if labels is not None else use_cache
+        )
         attention_mask = self.known_mask(input_ids, attention_mask)
         encoder = self.encoder_outputs(
             encoder_outputs, input_ids, attention_mask, token_type_ids, inputs_embeds, wanted
@@ -473,18 +492,6 @@ _OLD_SAMPLING = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 256,
 }
-
-
-def chosen_cache(
-    cache: EncoderDecoderCache | None,
-    past_key_values: EncoderDecoderCache | None,
-    use_cache: bool | None,
-) -> EncoderDecoderCache | None:
-    """The one that is given, under either name; a new one if ``use_cache`` asks for it."""
-    given = cache if cache is not None else past_key_values
-    if given is None and use_cache:
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
-    return given
 
 
 def _inside(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
     MaskedLMOutput,
@@ -12,7 +11,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from plug.hf.base import PlugPreTrainedModel, cross_entropy, returns_output
+from plug.hf.base import IGNORE_INDEX, PlugPreTrainedModel, cross_entropy, returns_output
 from plug.hf.config import PlugTransformersConfig
 from plug.model.heads import MaskedLMHead
 
@@ -156,7 +155,10 @@ class PlugForQuestionAnswering(_Classifier):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
-        """Logits (batch, src) of both ends, padding at -inf; positions (batch,), end inclusive."""
+        """Logits (batch, src) of both ends, padding at -inf; positions (batch,), end inclusive.
+
+        A position outside of the text is ignored.
+        """
         attention_mask = self.known_mask(input_ids, attention_mask)
         wanted = self.wanted(output_hidden_states, output_attentions)
         encoder = self.run_encoder(input_ids, attention_mask, token_type_ids, inputs_embeds, wanted)
@@ -167,7 +169,8 @@ class PlugForQuestionAnswering(_Classifier):
         loss = None
         if start_positions is not None and end_positions is not None:
             ends = ((start_logits, start_positions), (end_logits, end_positions))
-            loss = torch.stack([F.cross_entropy(*each) for each in ends]).mean()
+            losses = [cross_entropy(each, _inside(positions, each)) for each, positions in ends]
+            loss = torch.stack(losses).mean()
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -175,3 +178,10 @@ class PlugForQuestionAnswering(_Classifier):
             hidden_states=encoder.hidden_states,
             attentions=encoder.attentions,
         )
+
+
+def _inside(positions: Tensor, logits: Tensor) -> Tensor:
+    """(batch,) positions; those outside of the text, such as an answer cut off, are ignored."""
+    positions = positions.flatten()
+    is_outside = (positions < 0) | (positions >= logits.shape[1])
+    return positions.masked_fill(is_outside, IGNORE_INDEX)

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from plug.errors import PlugError
+from plug.errors import PlugError, UsageError
 from plug.model.accounting import cache_bytes, layer, parts, total
 from plug.model.configuration import PlugConfig
+from plug.quantization.scheme import Scheme
 
 TOKENS_AT_ONCE = 16384  # of sources, encoded together at most
 STREAMED_AT_ONCE = 3  # layers that come when needed: the last one, the one at work, the next
 OVERHEAD_BYTES = 512 * 2**20  # libraries' own memory, CUDA graphs, what no allocator can use
+
+
+def weight_bytes(config: PlugConfig, bits: int, bytes_per_value: int = 2) -> int:
+    """Return the bytes of a model's weights, as a directory and a device hold them.
+
+    Args:
+        config: its shape.
+        bits: 32 or 16: of all weights; 8 or 4: of the linear layers of encoder and decoder, as
+            `plug quantize` writes them. The rest, the word table included, stays as it was.
+        bytes_per_value: of that rest.
+
+    Raises:
+        UsageError: 4 bits, and a layer cannot be parted into groups (`Scheme.tensors`).
+    """
+    parameters = total(config).parameters
+    if bits >= 16:
+        return parameters * bits // 8
+    scheme, by_part = Scheme.of(bits), parts(config)
+    matrices = Counter(by_part["encoder"].matrices + by_part["decoder"].matrices)
+    quantized = sum(
+        count * sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors)
+        for (rows, columns), count in matrices.items()
+        for tensors in [scheme.tensors(rows, columns).values()]
+    )
+    plain = parameters - sum(rows * columns * count for (rows, columns), count in matrices.items())
+    return quantized + plain * bytes_per_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +213,10 @@ def _ways_to_fit(
             )
             break
     for fewer_bits in (8, 4):
-        size = total(config).bytes()[f"int{fewer_bits}"] + besides
-        if fewer_bits < bits and size <= free:
-            ways.append(f"plug quantize --bits {fewer_bits}，约需 {_gb(size)} GB")
+        with contextlib.suppress(UsageError):  # too narrow for groups of 4 bits
+            size = weight_bytes(config, fewer_bits, bytes_per_value) + besides
+            if fewer_bits < bits and size <= free:
+                ways.append(f"plug quantize --bits {fewer_bits}，约需 {_gb(size)} GB")
     size = int(need.weights * resident_share(config)) + besides
     if size <= free:
         ways.append(f"--device-map auto，放不下的层用时再读，至少要 {_gb(size)} GB")

@@ -1,4 +1,4 @@
-"""What a config costs: parameters, bytes, floating-point operations. Arithmetic alone, no torch.
+"""What a config costs: parameters and floating-point operations. Arithmetic alone, no torch.
 
 A multiply and an add are two operations. Biases, norms, activations and softmax are left out of
 the operations: under 0.1% at hidden size 8192, under 1% at 512. Letters in the formulae: h hidden,
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from plug.model.configuration import PlugConfig
 
-INT4_GROUP = 128  # weights along a row that share one scale and one zero point
 NUM_SENTENCE_CLASSES = 3
 
 
@@ -35,23 +34,6 @@ class Part:
 
     def __mul__(self, times: int) -> Part:
         return Part(self.matrices * times, self.others * times)
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes of the weights by precision.
-
-        int8: one byte a weight and a bf16 scale a row. int4: half a byte a weight and, for every
-        `INT4_GROUP` of them in a row, a bf16 scale and a bf16 zero point. In both, what is no
-        matrix stays in bf16.
-        """
-        groups = sum(rows * -(-columns // INT4_GROUP) for rows, columns in self.matrices)
-        packed = sum(rows * -(-columns // 2) for rows, columns in self.matrices)
-        rows = sum(rows for rows, _ in self.matrices)
-        return {
-            "fp32": 4 * self.parameters,
-            "bf16": 2 * self.parameters,
-            "int8": self.matrix_parameters + 2 * rows + 2 * self.others,
-            "int4": packed + 4 * groups + 2 * self.others,
-        }
 
 
 def _linear(inputs: int, outputs: int) -> Part:

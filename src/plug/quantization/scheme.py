@@ -1,14 +1,16 @@
-"""`Scheme`: how a weight matrix becomes integers and scales, and what it was again.
+"""`Scheme`: quantise a weight matrix to integers and scales, and dequantise it.
 
-8 bits: one scale an output channel, symmetric: w = q * scale, q in -127 … 127.
-4 bits: one scale and one centre a group of inputs: w = (q - 8) * scale + center, q in 0 … 15, eight
-neighbours in four bytes. Asymmetric, because 16 levels are few: placed between a group's least and
-largest weight none is wasted, for an eighth of a bit a weight.
+8 bits: one scale per output channel, symmetric: w = q * scale, q in -127 … 127.
+4 bits: one scale and one centre per group of inputs: w = (q - 8) * scale + center, q in 0 … 15,
+eight neighbours in four bytes. It is asymmetric because 16 levels are few: levels placed between a
+group's least and largest weight are all used, at the cost of an eighth of a bit per weight.
+
+Both formats are frozen: docs/quantization.md has them byte for byte, tests/golden/quantized a file
+of each. A change needs a new `VERSION`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import torch
 from torch import Tensor
 
 from plug.errors import UsageError
+from plug.jsonfiles import shown
+from plug.model.configuration import read_config_file
 
+VERSION = 1  # of both formats, in `config.json`; directories without one are of version 1
 GROUP_SIZE = 128
 # Which of eight neighbours stands in which 4 bits of a 32-bit word, from the lowest on: two next to
 # each other are 16 bits apart, as a GPU's pair of 16-bit numbers wants them.
@@ -56,9 +61,11 @@ class Scheme:
         return cls(bits, GROUP_SIZE if bits == 4 else None)
 
     def to_dict(self) -> dict[str, int | str]:
-        if self.group_size is None:
-            return {"bits": self.bits}
-        return {"bits": self.bits, "group_size": self.group_size, "packing": PACKING}
+        """Return the entry of `config.json`."""
+        entry: dict[str, int | str] = {"version": VERSION, "bits": self.bits}
+        if self.group_size is not None:
+            entry |= {"group_size": self.group_size, "packing": PACKING}
+        return entry
 
     def tensors(self, out: int, inputs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of what stands for a weight (out, in), by its name beside the bias.
@@ -146,21 +153,34 @@ def is_quantized(name: str, dtype: torch.dtype) -> bool:
 
 
 def read_scheme(config_file: Path) -> Scheme | None:
-    """What a `config.json` that was checked before says; None where weights are plain.
+    """Return the scheme that a `config.json` names; None where weights are plain.
 
     Raises:
-        UsageError: it is not known here.
+        UsageError: it names a format that is not exactly one of ours.
     """
-    entry: Any = json.loads(config_file.read_text(encoding="utf-8")).get("quantization")
+    entry: Any = read_config_file(config_file).get("quantization")
     if entry is None:
         return None
-    known = {"bits", "group_size", "packing"}
-    if not isinstance(entry, dict) or not {"bits"} <= entry.keys() <= known:
-        raise UsageError(f"{config_file} 里的 quantization={entry!r} 不认识。请升级 plug-zh。")
-    scheme = Scheme(entry["bits"], entry.get("group_size"))
-    if scheme.bits == 4 and entry.get("packing") != PACKING:
+    if not isinstance(entry, dict) or entry.get("bits") not in (8, 4):
+        raise UsageError(f"{config_file} 里的 quantization={shown(entry)} 不认识。请升级 plug-zh。")
+    scheme = Scheme.of(int(entry["bits"]))
+    known = scheme.to_dict()
+    if repr(entry.get("version", VERSION)) != repr(VERSION):
         raise UsageError(
-            f"{config_file.parent} 的 4 位权重按另一种次序排列（packing={entry.get('packing')!r}，"
-            f"应为 {PACKING!r}），读出来会是错的。请用 plug quantize 重新量化。"
+            f"{config_file} 里量化格式的 version={shown(entry['version'])}，只认识 {VERSION}。"
+            "请升级 plug-zh，或用 plug quantize 重新量化。"
+        )
+    if entry.get("packing") != known.get("packing"):
+        raise UsageError(
+            f"{config_file.parent} 的 {scheme.bits} 位权重按另一种次序排列"
+            f"（packing={shown(entry.get('packing'))}，应为 {known.get('packing')!r}），"
+            "读出来会是错的。请用 plug quantize 重新量化。"
+        )
+    # By their text, since 8.0 and True equal numbers that they are not.
+    values = {name: repr(value) for name, value in ({"version": VERSION} | entry).items()}
+    if values != {name: repr(value) for name, value in known.items()}:
+        raise UsageError(
+            f"不支持的量化：{config_file} 里的 quantization={shown(entry)}，应为 {known}。"
+            "请用 plug quantize 重新量化。"
         )
     return scheme

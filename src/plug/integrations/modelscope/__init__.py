@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.directory import CONFIG_FILE, SHIPPED_MODEL, find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.checkpoints.hub import CONFIGURATION_FILE
 from plug.errors import PlugError, UsageError
+from plug.shipped import SHIPPED_MODEL
 
 TESTED = "1.40.2"  # the version of modelscope that the tests ran with
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import queue
 import random
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from modelscope.pipelines.builder import PIPELINES
 
 from plug.checkpoints.weights import DTYPES
 from plug.errors import UsageError
-from plug.generation.generator import GenerationResult, Generator, OnText
+from plug.generation.generator import Generator, Piece
 from plug.generation.settings import GenerationSettings
 from plug.integrations.modelscope.base import PlugPipeline, device_of
 from plug.integrations.modelscope_hub import RUN_FILE
@@ -66,7 +64,6 @@ class PlugGeneration(PlugPipeline):
         seed = self.defaults.pop("seed", None)
         # A seed in the file makes runs of a program repeatable, not calls within it alike.
         self._seeds = None if seed is None else random.Random(seed)
-        self._streaming = False
 
     def answer(self, inputs: list[str], options: dict[str, Any]) -> list[Any]:
         """``{"text": …}`` for each input; with ``stream``, an iterator for the only one.
@@ -77,52 +74,35 @@ class PlugGeneration(PlugPipeline):
                 ``seed`` (one, or one a text), ``batch_size``, ``stream``.
 
         Raises:
-            UsageError: an option or a text makes no sense, or an earlier stream is still open.
+            UsageError: an option or a text makes no sense.
             PlugError: the device has no memory left.
         """
-        self._refuse_two()
+        if not inputs:
+            return []
         values = self.defaults | {name: options[name] for name in options if name != "stream"}
-        seed = values.pop("seed", None)
-        if seed is None and self._seeds is not None:
-            seed = [self._seeds.getrandbits(32) for _ in inputs]
-        batch_size = values.pop("batch_size", 8)
-        special = values.pop("allow_special_tokens", False)
-        settings = GenerationSettings(**values)
-
-        def write(texts: Sequence[str], on_text: OnText | None = None) -> list[GenerationResult]:
-            return self.generator(
-                [self._encode(text) for text in texts],
-                settings,
-                seed=seed,
-                batch_size=batch_size,
-                allow_special_tokens=special,
-                on_text=on_text,
-            )
-
-        if not options.get("stream"):
-            return [{"text": result.text} for result in write(inputs)] if inputs else []
-        if len(inputs) != 1:
+        if values.get("seed") is None and self._seeds is not None:
+            values["seed"] = [self._seeds.getrandbits(32) for _ in inputs]
+        if options.get("stream") and len(inputs) != 1:
             raise UsageError(f"流式输出一次只写一段，却给了 {len(inputs)} 段。")
-        return [self._stream(lambda on_text: write(inputs, on_text))]
+        if (count := values.get("num_return_sequences", 1)) != 1:
+            raise UsageError(f"一个输入写一段，不能用 num_return_sequences={count}。请多次调用。")
+        written = self.generator.stream([self._encode(text) for text in inputs], **values)
+        if options.get("stream"):
+            return [_so_far(written)]
+        results = {piece.index: piece.result for piece in written if piece.result is not None}
+        return [{"text": results[index].text} for index in range(len(inputs))]
 
     def stream_generate(self, input: str, **options: Any) -> Iterator[dict[str, str]]:
         """ModelScope's name for a call with ``stream=True``: all that is written so far, again."""
         return self(input, stream=True, **options)
 
-    def _stream(self, write: Callable[[OnText], object]) -> Iterator[dict[str, str]]:
-        self._refuse_two()  # it may have been made before another was begun
-        self._streaming = True
-        text = ""
-        try:
-            for piece in pieces(write):
-                text += piece
-                yield {"text": text}
-        finally:
-            self._streaming = False
 
-    def _refuse_two(self) -> None:
-        if self._streaming:
-            raise UsageError("前一次流式输出还没有取完。请先取完它，或调用它的 close()。")
+def _so_far(written: Iterator[Piece]) -> Iterator[dict[str, str]]:
+    text = ""
+    for piece in written:
+        if piece.text:
+            text += piece.text
+            yield {"text": text}
 
 
 def _finetuned_source(directory: Path) -> Callable[[str], list[int]]:
@@ -137,36 +117,3 @@ def _finetuned_source(directory: Path) -> Callable[[str], list[int]]:
         return kind.features([kind.example([text])])[0]["input_ids"][1:-1]
 
     return encode
-
-
-class _ClosedError(Exception):
-    """Nobody reads the stream any more."""
-
-
-def pieces(write: Callable[[OnText], object]) -> Iterator[str]:
-    """What ``write`` tells its argument, as it is told; closing the iterator stops ``write``."""
-    told: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-    closed = threading.Event()
-
-    def tell(_row: int, piece: str) -> None:
-        if closed.is_set():
-            raise _ClosedError
-        told.put(piece)
-
-    def work() -> None:
-        try:
-            write(tell)
-            told.put(None)
-        except BaseException as error:
-            told.put(error)
-
-    thread = threading.Thread(target=work, name="plug-stream", daemon=True)
-    thread.start()
-    try:
-        while (item := told.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join()

@@ -10,8 +10,8 @@ from plug.errors import UsageError
 from plug.finetuning.labelling import entity_spans
 from plug.finetuning.predict import Predictor
 from plug.integrations.modelscope.base import PlugPipeline, device_of
-from plug.understanding.fill_mask import MASK, fill_mask
-from plug.understanding.reader import TextReader
+from plug.zero_shot.encoder import TextEncoder
+from plug.zero_shot.fill_mask import MASK, fill_mask
 
 BATCH_SIZE = 32
 
@@ -89,14 +89,14 @@ class PlugFillMask(PlugPipeline):
 
     def __init__(self, model: Any, device: str = "gpu", **options: Any) -> None:
         super().__init__(model, device, **options)
-        self.reader = TextReader(self.directory, device=device_of(device))
+        self.encoder = TextEncoder(self.directory, device=device_of(device))
 
     def answer(self, inputs: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:  # noqa: ARG002
         """Each text, filled."""
         return [{"text": self._fill(text)} for text in inputs]
 
     def _fill(self, text: str) -> str:
-        for choices in fill_mask(text, top_k=1, model=self.reader):
+        for choices in fill_mask(text, top_k=1, model=self.encoder):
             text = text.replace(MASK, choices[0].text, 1)
         return text
 

@@ -9,7 +9,7 @@ import torch
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
-from plug.understanding.reader import TextReader
+from plug.zero_shot.encoder import TextEncoder
 
 MASK = "[MASK]"
 
@@ -26,7 +26,7 @@ def fill_mask(
     text: str,
     *,
     top_k: int = 5,
-    model: str | Path | Plug | TextReader | None = None,
+    model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
 ) -> list[list[Filling]]:
     """For each [MASK] of ``text``, in order, the ``top_k`` likeliest pieces.
@@ -36,7 +36,7 @@ def fill_mask(
     Args:
         text: with one "[MASK]" or more.
         top_k: pieces a mask.
-        model: as in `plug.load`, or a `TextReader`.
+        model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
 
     Raises:
@@ -46,19 +46,19 @@ def fill_mask(
         raise UsageError(f"文字里没有 {MASK}。请在要填的地方写上它，如“今天{MASK}气很好”。")
     if top_k < 1:
         raise UsageError(f"top_k={top_k} 应不小于 1。")
-    reader = model if isinstance(model, TextReader) else TextReader(model, device=device)
-    tokenizer = reader.tokenizer
+    encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
+    tokenizer = encoder.tokenizer
     parts = tokenizer.encode_batch(text.split(MASK))
     ids = parts[0]
     for part in parts[1:]:
         ids = [*ids, tokenizer.mask_token_id, *part]
-    if len(ids) > reader.longest - 2:
-        raise UsageError(f"文字有 {len(ids)} 个词元，最多读 {reader.longest - 2} 个。请截短。")
-    source = reader.frame(ids)
-    encoded, _ = reader.encode([source])
+    if len(ids) > encoder.longest - 2:
+        raise UsageError(f"文字有 {len(ids)} 个词元，最多读 {encoder.longest - 2} 个。请截短。")
+    source = encoder.frame(ids)
+    encoded, _ = encoder.encode([source])
     where = [index for index, token in enumerate(source) if token == tokenizer.mask_token_id]
-    logits = reader.model.mlm_logits(encoded[0, where]).float()
-    logits = logits[:, : reader.model.config.num_emitted_tokens]
+    logits = encoder.model.mlm_logits(encoded[0, where]).float()
+    logits = logits[:, : encoder.model.config.num_emitted_tokens]
     probabilities = logits.softmax(-1)
     hidden = [
         index

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
-from plug.understanding.reader import TextReader, check_text, pad
+from plug.zero_shot.encoder import TextEncoder, check_text, pad
 
 Method = Literal["decoder", "mlm"]
 
@@ -40,7 +40,7 @@ def classify(
     examples: Sequence[tuple[str, str]] = (),
     prompt: str = PROMPT,
     method: Method = "decoder",
-    model: str | Path | Plug | TextReader | None = None,
+    model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
 ) -> list[LabelScore]:
     """Labels for ``text``, the likeliest first.
@@ -52,7 +52,7 @@ def classify(
         prompt: has "{text}" where the text goes; the label comes at its end.
         method: "decoder", by its likelihood of writing the label after the prompt; or "mlm", by
             the masked-LM head's of the label's characters at masks.
-        model: as in `plug.load`, or a `TextReader`.
+        model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
 
     Raises:
@@ -67,11 +67,11 @@ def classify(
         raise UsageError(f"提示 {prompt!r} 里没有 {SLOT}，不知道文字放在哪里。")
     if method not in ("decoder", "mlm"):
         raise UsageError(f"method={method!r} 只能是 'decoder' 或 'mlm'。")
-    reader = model if isinstance(model, TextReader) else TextReader(model, device=device)
+    encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
     score = _decoder_scores if method == "decoder" else _mlm_scores
     shown = "".join(f"{prompt.replace(SLOT, each)}{label}。\n" for each, label in examples)
     with_text, without = (
-        score(reader, shown + prompt.replace(SLOT, content), labels) for content in (text, "")
+        score(encoder, shown + prompt.replace(SLOT, content), labels) for content in (text, "")
     )
     probabilities = (with_text - without).softmax(0).tolist()
     scored = map(LabelScore, labels, probabilities)
@@ -79,37 +79,37 @@ def classify(
 
 
 @torch.inference_mode()
-def _decoder_scores(reader: TextReader, prompt: str, labels: Sequence[str]) -> torch.Tensor:
+def _decoder_scores(encoder: TextEncoder, prompt: str, labels: Sequence[str]) -> torch.Tensor:
     """(labels,) log-probability of each label as the continuation, a mean over its tokens."""
-    if reader.model.decoder is None:
+    if encoder.model.decoder is None:
         raise UsageError("这个模型只有编码器，不能用解码器给标签评分。请用 --method mlm。")
-    encoded, mask = reader.encode([reader.frame(reader.tokenizer.encode(prompt))])
-    targets = reader.tokenizer.encode_batch(labels)
-    start = reader.model.config.decoder_start_token_id
-    fed = pad([[start, *target[:-1]] for target in targets], reader.tokenizer.pad_token_id)
+    encoded, mask = encoder.encode([encoder.frame(encoder.tokenizer.encode(prompt))])
+    targets = encoder.tokenizer.encode_batch(labels)
+    start = encoder.model.config.decoder_start_token_id
+    fed = pad([[start, *target[:-1]] for target in targets], encoder.tokenizer.pad_token_id)
     rows = len(labels)
-    hidden = reader.model.decode(
-        fed.to(reader.device), encoded.expand(rows, -1, -1), mask.expand(rows, -1)
+    hidden = encoder.model.decode(
+        fed.to(encoder.device), encoded.expand(rows, -1, -1), mask.expand(rows, -1)
     )
-    logits = reader.model.lm_logits(hidden).float()
+    logits = encoder.model.lm_logits(hidden).float()
     return -_mean_loss(logits, targets)
 
 
 @torch.inference_mode()
-def _mlm_scores(reader: TextReader, prompt: str, labels: Sequence[str]) -> torch.Tensor:
+def _mlm_scores(encoder: TextEncoder, prompt: str, labels: Sequence[str]) -> torch.Tensor:
     """(labels,) log-probability of each label's characters at masks after the prompt, a mean."""
-    before = reader.tokenizer.encode_characters(prompt)
-    targets = [reader.tokenizer.encode_characters(label) for label in labels]
-    after = reader.tokenizer.encode("。")
-    mask_id = reader.tokenizer.mask_token_id
-    sources = [reader.frame([*before, *[mask_id] * len(ids), *after]) for ids in targets]
-    encoded, _ = reader.encode(sources)
+    before = encoder.tokenizer.encode_characters(prompt)
+    targets = [encoder.tokenizer.encode_characters(label) for label in labels]
+    after = encoder.tokenizer.encode("。")
+    mask_id = encoder.tokenizer.mask_token_id
+    sources = [encoder.frame([*before, *[mask_id] * len(ids), *after]) for ids in targets]
+    encoded, _ = encoder.encode(sources)
     at_masks = [
         hidden[[index for index, token in enumerate(source) if token == mask_id][-len(ids) :]]
         for hidden, source, ids in zip(encoded, sources, targets, strict=True)
     ]
     hidden = torch.nn.utils.rnn.pad_sequence(at_masks, batch_first=True)
-    return -_mean_loss(reader.model.mlm_logits(hidden).float(), targets)
+    return -_mean_loss(encoder.model.mlm_logits(hidden).float(), targets)
 
 
 def _mean_loss(logits: torch.Tensor, targets: Sequence[Sequence[int]]) -> torch.Tensor:

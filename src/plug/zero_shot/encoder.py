@@ -1,4 +1,4 @@
-"""`TextReader`: a loaded model with its tokenizer, for what needs no fine-tuning."""
+"""`TextEncoder`: a loaded model with its tokenizer, for what needs no fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plug.tokenization import PlugTokenizer
 MAX_SOURCE = 512  # tokens read at most, as in pre-training
 
 
-class TextReader:
+class TextEncoder:
     """Encodes texts; `classify`, `fill_mask` and `embed` make one, or are given one.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
-from plug.understanding.reader import TextReader, check_text
+from plug.zero_shot.encoder import TextEncoder, check_text
 
 
 @torch.inference_mode()
@@ -19,7 +19,7 @@ def embed(
     texts: Sequence[str],
     *,
     batch_size: int = 32,
-    model: str | Path | Plug | TextReader | None = None,
+    model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
 ) -> Tensor:
     """(texts, hidden) float32 on the CPU, of length 1: products are cosine similarities.
@@ -27,7 +27,7 @@ def embed(
     Args:
         texts: the last 510 tokens of each are read.
         batch_size: texts encoded together.
-        model: as in `plug.load`, or a `TextReader`.
+        model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
 
     Raises:
@@ -35,11 +35,11 @@ def embed(
     """
     if not texts:
         raise UsageError("没有文字。请给出至少一段。")
-    reader = model if isinstance(model, TextReader) else TextReader(model, device=device)
-    sources = list(map(reader.frame, reader.tokenizer.encode_batch(list(map(check_text, texts)))))
+    encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
+    sources = list(map(encoder.frame, encoder.tokenizer.encode_batch(list(map(check_text, texts)))))
     vectors = []
     for first in range(0, len(sources), batch_size):
-        encoded, mask = reader.encode(sources[first : first + batch_size])
+        encoded, mask = encoder.encode(sources[first : first + batch_size])
         weights = mask[..., None].float()
         vectors.append((encoded.float() * weights).sum(1) / weights.sum(1))
     return F.normalize(torch.cat(vectors), dim=-1).cpu()

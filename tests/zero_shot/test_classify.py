@@ -9,8 +9,8 @@ from plug.errors import UsageError
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
-from plug.understanding.classify import classify
-from plug.understanding.reader import TextReader
+from plug.zero_shot.classify import classify
+from plug.zero_shot.encoder import TextEncoder
 
 LABELS = ["花", "公园", "山上有"]
 
@@ -40,20 +40,20 @@ def mlm_score(model: Plug, tokenizer: PlugTokenizer, prompt: str, label: str) ->
 @pytest.mark.parametrize(("method", "score"), [("decoder", decoder_score), ("mlm", mlm_score)])
 @torch.inference_mode()
 def test_labels_are_scored_by_their_likelihood(
-    reader: TextReader, method: str, score: object
+    encoder: TextEncoder, method: str, score: object
 ) -> None:
     shown = "今天是花。\n"  # the example, in the same words
     differences = torch.stack(
         [
-            score(reader.model, reader.tokenizer, f"{shown}山有庙是", label)
-            - score(reader.model, reader.tokenizer, f"{shown}是", label)
+            score(encoder.model, encoder.tokenizer, f"{shown}山有庙是", label)
+            - score(encoder.model, encoder.tokenizer, f"{shown}是", label)
             for label in LABELS
         ]
     )
     expected = dict(zip(LABELS, differences.softmax(0).tolist(), strict=True))
 
     found = classify(
-        "山有庙", LABELS, examples=[("今天", "花")], prompt="{text}是", method=method, model=reader
+        "山有庙", LABELS, examples=[("今天", "花")], prompt="{text}是", method=method, model=encoder
     )
 
     assert dict(found) == pytest.approx(expected, abs=1e-5)
@@ -71,17 +71,17 @@ def test_labels_are_scored_by_their_likelihood(
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    reader: TextReader, changes: dict[str, object], complaint: str
+    encoder: TextEncoder, changes: dict[str, object], complaint: str
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
-        classify(**{"text": "山", "labels": LABELS, "model": reader} | changes)
+        classify(**{"text": "山", "labels": LABELS, "model": encoder} | changes)
 
 
 def test_an_encoder_alone_is_told_to_use_the_other_method(
     config: PlugConfig, tiny_tokenizer: PlugTokenizer
 ) -> None:
     encoder = Plug(PlugConfig(**config.to_dict() | {"num_decoder_layers": 0}))
-    reader = TextReader(encoder, tiny_tokenizer)
+    encoder = TextEncoder(encoder, tiny_tokenizer)
     with pytest.raises(UsageError, match="--method mlm"):
-        classify("山", LABELS, model=reader)
-    assert len(classify("山", LABELS, method="mlm", model=reader)) == 3
+        classify("山", LABELS, model=encoder)
+    assert len(classify("山", LABELS, method="mlm", model=encoder)) == 3

@@ -13,7 +13,7 @@ from plug.errors import UsageError
 from plug.evaluation.metrics import answer_exact_match, answer_f1
 from plug.evaluation.report import Evaluation, Table, histogram_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
-from plug.finetuning.readers import ReadingExample
+from plug.finetuning.readers import QuestionExample
 
 OVERLAP = 128  # tokens that a window of a long context shares with the one before
 MAX_QUESTION = 64  # tokens of the question that are read
@@ -35,7 +35,7 @@ class Window(NamedTuple):
     where: list[int]  # the character that each token of this part belongs to
 
 
-class Reading(Kind[ReadingExample, Answer]):
+class QuestionAnswering(Kind[QuestionExample, Answer]):
     """[CLS] question [SEP] context [SEP], character by character, in windows that overlap.
 
     A window that does not hold the answer points at [CLS]; an answer is the stretch of at most
@@ -44,11 +44,11 @@ class Reading(Kind[ReadingExample, Answer]):
 
     model_class = "PlugForQuestionAnswering"
 
-    def check(self, examples: Sequence[ReadingExample], *, training: bool) -> None:
+    def check(self, examples: Sequence[QuestionExample], *, training: bool) -> None:
         if training and not any(example.start is not None for example in examples):
             raise UsageError("训练文件里没有一个答案出现在原文中，学不到东西。请检查 answers。")
 
-    def features(self, examples: Sequence[ReadingExample]) -> list[Features]:
+    def features(self, examples: Sequence[QuestionExample]) -> list[Features]:
         """Examples whose answer does not stand in the context are left out."""
         features = []
         for example in examples:
@@ -63,7 +63,7 @@ class Reading(Kind[ReadingExample, Answer]):
                 features.append({**inputs, "start_positions": start, "end_positions": end})
         return features
 
-    def _windows(self, example: ReadingExample) -> list[Window]:
+    def _windows(self, example: QuestionExample) -> list[Window]:
         question = self.tokenizer.encode_characters(example.question)[:MAX_QUESTION]
         ids, where = [], []
         for position, pieces in enumerate(self.tokenizer.encode_each(list(example.context))):
@@ -88,7 +88,7 @@ class Reading(Kind[ReadingExample, Answer]):
     def predict(
         self,
         model: Any,
-        examples: Sequence[ReadingExample],
+        examples: Sequence[QuestionExample],
         *,
         batch_size: int,
         on_progress: OnProgress | None = None,
@@ -118,7 +118,7 @@ class Reading(Kind[ReadingExample, Answer]):
         return best
 
     def evaluate(
-        self, examples: Sequence[ReadingExample], predictions: Sequence[Answer]
+        self, examples: Sequence[QuestionExample], predictions: Sequence[Answer]
     ) -> Evaluation:
         pairs = list(zip(examples, predictions, strict=True))
         overlaps = [answer_f1(example.answers, found.text) for example, found in pairs]
@@ -136,11 +136,11 @@ class Reading(Kind[ReadingExample, Answer]):
             plots=[histogram_plot("f1", "各例的 F1", overlaps, "F1")],
         )
 
-    def example(self, parts: Sequence[str]) -> ReadingExample:
+    def example(self, parts: Sequence[str]) -> QuestionExample:
         question, context = exactly(parts, 2, 2, "问题和原文两段文字")
-        return ReadingExample(question=question, context=context)
+        return QuestionExample(question=question, context=context)
 
-    def record(self, example: ReadingExample, prediction: Answer) -> dict[str, Any]:
+    def record(self, example: QuestionExample, prediction: Answer) -> dict[str, Any]:
         name = {"id": example.id} if example.id else {}
         return {
             **name,
