@@ -32,13 +32,13 @@ _SHAPES = {
     (8, True): {"PIECES": 2, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 1},
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }
-# Bytes of its weights that a block fetches into the second cache before its inputs are there.
-_DEPTH = 0
-_PREFETCH = {16: 2**15, 8: 2**15, 4: 2**14}
+# Bytes of its weights that a block fetches into the second cache before its inputs are there, and
+# as many where attention comes before it, which leaves the memory idle for longer.
+_PREFETCH = {16: (2**15, 2**16), 8: (2**15, 2**15), 4: (2**13, 2**15)}
 
 
 class PackedLinear:
-    """x W^T + b, of one linear layer or of several with the same input, stacked.
+    """Computes x W^T + b for one linear layer, or for several with the same input, stacked.
 
     Stacking moves the layers' tensors into one, of which they keep views: no weight is held twice.
 
@@ -46,9 +46,15 @@ class PackedLinear:
         layers: all `nn.Linear` in half precision, or all `QuantizedLinear`.
         for_sources: it will multiply many rows. 8-bit weights become FP8 for good, where the card
             has that.
+        follows_attention: in a decoding step, attention comes right before it.
     """
 
-    def __init__(self, *layers: nn.Linear | QuantizedLinear, for_sources: bool = False) -> None:
+    def __init__(
+        self,
+        *layers: nn.Linear | QuantizedLinear,
+        for_sources: bool = False,
+        follows_attention: bool = False,
+    ) -> None:
         self._bits = 16
         if isinstance(layers[0], QuantizedLinear):
             self._bits = layers[0].scheme.bits
@@ -72,7 +78,7 @@ class PackedLinear:
             self._fp8_scale, self._fp8_bias = row_scale[None, :], self._bias.bfloat16()
         self.out_features = len(self._bias)
         self._fits = _fits(self._weight, self._bits, self.out_features)
-        self.prefetch = _PREFETCH[self._bits]
+        self._prefetch = _PREFETCH[self._bits][follows_attention]
 
     def __call__(self, x: Tensor | Fp8Rows, *, wide: bool = False) -> Tensor:
         """Multiply rows (rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
@@ -111,7 +117,7 @@ class PackedLinear:
             kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
             arguments = [
                 *(rows, self._weight, self._scale, self._bias, result),
-                *(len(rows), self.out_features, x.shape[1], int(gelu), int(wide), self.prefetch),
+                *(len(rows), self.out_features, x.shape[1], int(gelu), int(wide), self._prefetch),
             ]
             launch(kernel, self.out_features // outputs, threads, arguments)
         return out
@@ -189,6 +195,6 @@ def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
 def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[Any, int, int]:
     """The compiled kernel for the current device, its outputs and its threads a block."""
     shape = _SHAPES[bits, tiles > 1]
-    settings = {"DEPTH": 0 if tiles > 1 else _DEPTH} | shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
+    settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
     kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

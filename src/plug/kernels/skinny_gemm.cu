@@ -1,11 +1,14 @@
 // out[m][n] = sum_k x[m][k] w[n][k] (+ bias, GELU) for 1 to 8 * TILES rows of x in half precision,
-// with weights in 16, 8 or 4 bits as plug.quantization.scheme keeps them.
+// with weights in 16, 8 or 4 bits.
 //
 // Each weight is read once, in its own bits, so the time is that of reading the weights. The tensor
-// core multiplies a 16 x 16 piece of weights with 8 rows: a lane brings weights of two outputs and
+// core multiplies a 16 x 16 piece of weights with 8 rows. A lane holds weights of two outputs and
 // inputs of one row. Which input stands in which column of the piece is free, as long as both sides
-// agree: so a lane takes 16 bytes that lie together in memory, makes numbers of them in registers,
-// and no weight passes through shared memory. A row's sums do not depend on the other rows.
+// agree. So a lane takes 16 bytes that lie together in memory and makes numbers of them in registers:
+// no weight passes through shared memory. A row's sums do not depend on the other rows.
+//
+// Weights in 16 and 8 bits lie row by row. Weights in 4 bits lie in the tiles of tiles.py: a warp's
+// step reads one tile, 1 KB of weights and 64 bytes of scales.
 //
 // A block has 16 * PIECES * ACROSS outputs, PIECES * 16 a warp; its ALONG warps share the inputs.
 // Set from outside: BITS, HALF (1: float16, 0: bfloat16), TILES, PIECES, ACROSS, ALONG, UNROLL, and
@@ -107,39 +110,24 @@ __device__ __forceinline__ uint4 inputs(const u16* x, bool there) {
     return there ? *(const uint4*)x : make_uint4(0, 0, 0, 0);
 }
 
-// Where a lane's weights of a step lie: those of output g; those of output g + 8 lie further on.
-#if BITS == 4
-#define HALF_OF_PIECE 32
-#else
-#define HALF_OF_PIECE (8 * stride)
-#endif
-__device__ __forceinline__ const uint4* at_step(
-    const uint4* mine, int steps, u64 stride, int piece, int step)
+// A step's weights of a lane: those of outputs g and g + 8 of each piece.
+__device__ __forceinline__ void load(
+    uint4 w[PIECES][2], const uint4* mine, int steps, u64 stride, int step)
 {
-#if BITS == 4
-    return mine + (piece * steps + step) * 64;
-#else
-    return mine + piece * 16 * stride + step * 4;
-#endif
-}
-
-__device__ __forceinline__ void load(uint4 w[PIECES][2], const uint4* mine, int steps, u64 stride, int s) {
     #pragma unroll
     for (int p = 0; p < PIECES; p++) {
-        w[p][0] = passing(at_step(mine, steps, stride, p, s));
-        w[p][1] = passing(at_step(mine, steps, stride, p, s) + HALF_OF_PIECE);
+#if BITS == 4
+        const uint4* tile = mine + (p * steps + step) * 64;
+        w[p][0] = passing(tile), w[p][1] = passing(tile + 32);
+#else
+        const uint4* first = mine + p * 16 * stride + step * 4;
+        w[p][0] = passing(first), w[p][1] = passing(first + 8 * stride);
+#endif
     }
 }
 
-#if DEPTH
-__device__ __forceinline__ void copy_early(uint4* to, const uint4* from) {
-    u32 at = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(at), "l"(from) : "memory");
-}
-#endif
-
-// Programmatic dependent launch: the next kernel may start on multiprocessors that have room. It
-// fetches its own weights, which no kernel writes, and then waits for the kernels before it.
+// Programmatic dependent launch (launch.py): this kernel may start while the one before it ends. It
+// then fetches the first bytes of its weights, which no kernel writes, into the second cache.
 __device__ __forceinline__ void before_the_inputs(const uint4* weight, int n_in, int prefetch) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -158,8 +146,9 @@ __device__ __forceinline__ void wait_for_the_inputs() {
 #endif
 }
 
-// x (rows, n_in); weight (n_out, n_in), packed; 8 bits: scale float (n_out); 4 bits: scale and center
-// bfloat16 (n_out, n_in / 128); bias (n_out); out (rows, n_out), in float where wide.
+// x (rows, n_in); bias (n_out); out (rows, n_out), in float where wide.
+// 8 bits: scale is float (n_out). 4 bits: weight and scale are what `tile_4bit` returns.
+// prefetch: bytes of its weights that a block fetches before its inputs are there.
 extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny_gemm(
     const u16* x, const uint4* weight, const void* scale, const u16* bias, void* out,
     int rows, int n_out, int n_in, int gelu, int wide, int prefetch)
@@ -181,38 +170,11 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
     float total[PIECES][TILES][4] = {};
 
     before_the_inputs(weight, n_in, prefetch);
-#if DEPTH
-    __shared__ uint4 early[DEPTH][PIECES][2][ACROSS * ALONG * 32];
-    #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-        int s = along + d * ALONG;
-        #pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            if (s < steps) {
-                copy_early(&early[d][p][0][threadIdx.x], at_step(mine, steps, stride, p, s));
-                copy_early(&early[d][p][1][threadIdx.x], at_step(mine, steps, stride, p, s) + HALF_OF_PIECE);
-            }
-        }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
     wait_for_the_inputs();
-#if DEPTH
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
 
     #pragma unroll UNROLL
     for (int s = along; s < steps; s += ALONG) {
         uint4 w[PIECES][2];
-#if DEPTH
-        if (s < DEPTH * ALONG) {
-            #pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                w[p][0] = early[s / ALONG][p][0][threadIdx.x];
-                w[p][1] = early[s / ALONG][p][1][threadIdx.x];
-            }
-        } else
-#endif
         load(w, mine, steps, stride, s);
         const u16* at = column + s * SPAN;
 #if BITS == 4
