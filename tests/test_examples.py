@@ -76,7 +76,7 @@ def workplace(
         max_position_embeddings=1024,
     )
     save(Plug(config), tmp_path / "assets" / "plug-mini-zh", tokenizer=tiny_tokenizer)
-    monkeypatch.setattr(directory, "_ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(directory, "SHIPPED_DIRECTORY", tmp_path / "assets" / "plug-mini-zh")
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)

@@ -226,7 +226,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="读不了词表"):
         PlugTokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UsageError, match="不是有效的分词器文件"):
+    with pytest.raises(UsageError, match="不是 PLUG 的分词器文件"):
         PlugTokenizer.load(tmp_path)
 
 

@@ -51,19 +51,22 @@ class BusyError(PlugError):
 
 
 @contextlib.contextmanager
-def new_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+def new_file(
+    path: str | Path, mode: str = "w", *, replaces: bool = True, **options: Any
+) -> Iterator[IO[Any]]:
     """Open a stream. What is written becomes the content of ``path`` when the block ends well.
 
     If the block fails, ``path`` is as it was. The parent directory is made if need be. A device or
     a pipe (`/dev/stdout`) is written to directly.
 
     Args:
-        path: the file; one that exists is replaced.
+        path: the file.
         mode: "w" (UTF-8 text) or "wb".
+        replaces: whether a file that exists may be replaced.
         options: of `open`.
 
     Raises:
-        UsageError: ``path`` is a directory.
+        UsageError: ``path`` is a directory, or a file that may not be replaced.
         BusyError: another process writes the same file.
         PlugError: the disk is full, or the file cannot be written.
     """
@@ -81,6 +84,8 @@ def new_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[A
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(_hidden(target, "lock"), target):
             _remove_leftovers(target)
+            if target.exists() and not replaces:
+                raise UsageError(f"{target} 已存在，不会覆盖。请换一个文件名。")
             temporary = _hidden(target, f"partial-{secrets.token_hex(4)}")
             try:
                 with temporary.open(mode.replace("w", "x"), **options) as stream:

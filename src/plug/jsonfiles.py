@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,18 +30,15 @@ def read_json(path: Path, error: type[PlugError] = PlugError) -> Any:
 def read_bytes(path: Path, error: type[PlugError] = PlugError, limit: int = MAX_BYTES) -> bytes:
     """Return the bytes of a regular file of at most ``limit`` bytes; raise ``error`` otherwise."""
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{path} 不是普通文件（是目录、管道或设备）。请换成真正的文件。")
-            if status.st_size > limit:
-                raise error(
-                    f"{path} 有 {status.st_size / 1e6:,.0f} MB，超过这类文件的上限"
-                    f" {limit / 1e6:,.0f} MB。请检查它是不是放错了的文件。"
-                )
-            return file.read()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+            raise error(f"{path} 不是普通文件（是目录、管道或设备）。请换成真正的文件。")
+        if status.st_size > limit:
+            raise error(
+                f"{path} 有 {status.st_size / 1e6:,.0f} MB，超过这类文件的上限"
+                f" {limit / 1e6:,.0f} MB。请检查它是不是放错了的文件。"
+            )
+        return path.read_bytes()
     except OSError as reason:
         raise error(f"读不了 {path}：{reason.strerror or reason}。请检查路径和权限。") from None
 

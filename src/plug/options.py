@@ -133,6 +133,24 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """A string, perhaps empty."""
+
+    longest: int
+    word_type = str
+    is_repeated = False
+
+    @property
+    def limits(self) -> str:
+        return f"≤ {self.longest} characters"
+
+    def check(self, name: str, value: object) -> str:
+        if not isinstance(value, str) or len(value) > self.longest or "\0" in value:
+            raise UsageError(f"{name}={_shown(value)} 应是至多 {self.longest} 个字的文字。")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
 class Strings:
     """One string or a few; kept as a tuple without repetitions."""
 

@@ -27,14 +27,13 @@ from tokenizers import (
 from plug.errors import UsageError
 from plug.files import write_json, write_text
 from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
+from plug.tokenizer_files import (
+    SPECIAL_TOKENS,
+    check_components,
+    read_tokenizer_json,
+    read_vocabulary,
+)
 
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 _BYTES = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
 
@@ -107,13 +106,7 @@ class PlugTokenizer:
         is_shipped = str(directory) == SHIPPED_MODEL
         directory = SHIPPED_DIRECTORY if is_shipped else Path(directory).expanduser()
         if (path := directory / "tokenizer.json").is_file():
-            try:
-                # `transformers` may have marked [MASK] as an ordinary token.
-                return cls._with_special_tokens(Tokenizer.from_file(str(path)))
-            except UsageError:
-                raise
-            except Exception as error:  # the library raises bare Exception
-                raise UsageError(f"{path} 不是有效的分词器文件：{error}") from None
+            return cls.from_tokenizer_file(path)
         if (path := directory / "vocab.txt").is_file():
             return cls.from_vocabulary_file(path)
         if not directory.is_dir():
@@ -123,19 +116,41 @@ class PlugTokenizer:
         raise UsageError(f"{directory} 里没有 tokenizer.json，也没有 vocab.txt。请给出模型的目录。")
 
     @classmethod
+    def from_tokenizer_file(cls, path: Path) -> PlugTokenizer:
+        """Build the tokenizer from the pieces and merges of a `tokenizer.json`.
+
+        The rest of the file must say what PLUG's tokenizers do; it is not read any further, since
+        the library takes much of what makes no sense, and other tokens without a word.
+
+        Raises:
+            UsageError: the file is damaged, or a tokenizer of another kind.
+        """
+        file = read_tokenizer_json(path)
+        try:
+            if file.merges is None:
+                tokenizer = cls._from_word_pieces(file.vocabulary)
+            else:
+                tokenizer = cls.from_pieces(file.vocabulary, file.merges)
+        except UsageError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(f"{path} 不是有效的分词器文件：{str(error)[:200]}") from None
+        check_components(file, tokenizer.backend, path)
+        return tokenizer
+
+    @classmethod
     def from_vocabulary_file(cls, path: Path | str) -> PlugTokenizer:
         """BERT WordPiece over a `vocab.txt`: one piece a line, the line number from 0 is its id.
 
+        Raises:
+            UsageError: the file cannot be read, or a piece stands there twice.
+
         Source: `BertTokenizer` of `transformers`, whose ids the reference uses.
         """
-        try:
-            pieces = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"读不了词表 {path}：{error}") from None
-        pieces = [piece.rstrip("\r") for piece in pieces]
-        while pieces and not pieces[-1]:
-            pieces.pop()
-        vocabulary = {piece: index for index, piece in enumerate(pieces)}
+        return cls._from_word_pieces(read_vocabulary(Path(path)))
+
+    @classmethod
+    def _from_word_pieces(cls, vocabulary: dict[str, int]) -> PlugTokenizer:
         backend = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

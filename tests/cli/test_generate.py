@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from plug import traditional
 from plug.cli import main
 from plug.generation import prompt_lookup as lookup
 from plug.generation.generator import generate
@@ -143,6 +144,21 @@ def test_a_batch_size_and_a_precision_may_be_given(run: Run, tmp_path: Path) -> 
     assert run(*options, "--batch-size", "2") == expected
     assert run(*options, "--dtype", "bfloat16")[0] == 0
     assert run(*options, "--batch-size", "0")[0] == 2
+
+
+def test_traditional_text_is_converted_on_request_and_otherwise_warned_of(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(traditional, "to_simplified", lambda text: text.replace("氣", "气"))
+    options = ["--seed", "1", "--out-length", "4", "--json"]
+
+    _, expected, _ = run("今天天气很好", *options)
+    _, converted, _ = run("今天天氣很好", *options, "--simplify")
+    assert json.loads(converted)["token_ids"] == json.loads(expected)["token_ids"]
+
+    traditional._has_warned.clear()
+    assert run("這裡的天氣很好", *options)[0] == 0
+    assert "--simplify" in caplog.text
 
 
 def test_binary_files_and_files_without_text_are_refused(run: Run, tmp_path: Path) -> None:

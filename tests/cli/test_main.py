@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import typer
 import plug
 from plug.cli import app
 from plug.errors import PlugError
+from plug.interrupts import Interrupted
 
 COMMANDS = [
     "generate",
@@ -21,6 +23,7 @@ COMMANDS = [
     "classify",
     "fill-mask",
     "embed",
+    "serve",
     "info",
     "pretrain",
     "evaluate",
@@ -87,9 +90,17 @@ def test_a_failure_is_one_line_and_status_1(
     assert run_plug("info") == (1, "", "错误：磁盘满了。\n")
 
 
-def test_ctrl_c_is_quiet(run_plug: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_one_sentence(run_plug: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plug.cli.info._find_config", raiser(KeyboardInterrupt()))
-    assert run_plug("info") == (130, "", "")
+    assert run_plug("info") == (130, "", "\n已按 Ctrl-C 中断，没有做完。\n")
+
+
+def test_a_run_that_saved_before_it_ended_says_so(
+    run_plug: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Interrupted("已存到 x。", signal.SIGTERM)
+    monkeypatch.setattr("plug.cli.info._find_config", raiser(saved))
+    assert run_plug("info") == (143, "", "\n已存到 x。\n")
 
 
 def test_a_bug_keeps_its_traceback(run_plug: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,5 +103,5 @@ def test_a_vocabulary_is_not_overwritten_and_not_written_over_a_file(
     assert (tmp_path / "vocab" / "tokenizer.json").read_text() == "mine"
 
     status, _, err = run_plug(*vocab, "--output", tmp_path / "vocab" / "tokenizer.json")
-    assert status == 1
-    assert "没能写入" in err
+    assert status == 2
+    assert "已经存在" in err

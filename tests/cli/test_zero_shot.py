@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plug import traditional
+
 
 def test_classify(run_plug: Callable, model_directory: Path, tmp_path: Path) -> None:
     command = ("classify", "今天天气", "--labels", "花，山,庙", "--model", model_directory)
@@ -31,6 +33,23 @@ def test_fill_mask(run_plug: Callable, model_directory: Path) -> None:
     ((first, second),) = json.loads(run_plug(*command, "--json").out)
     assert first["probability"] >= second["probability"]
     assert run_plug(*command).out.startswith(f"第 1 处：{first['text']} ")
+
+
+def test_traditional_text_is_converted_on_request(
+    run_plug: Callable, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traditional, "to_simplified", lambda text: text.replace("氣", "气"))
+    for command, rest in (
+        ("embed", ()),
+        ("classify", ("--labels", "花,山", "--json")),
+        ("fill-mask", ("--json",)),
+    ):
+        options = (*rest, "--model", model_directory)
+        expected = run_plug(command, "今天[MASK]气", *options)
+        converted = run_plug(command, "今天[MASK]氣", *options, "--simplify")
+        plain = run_plug(command, "今天[MASK]氣", *options)
+        assert (converted.status, converted.out == expected.out) == (0, True)
+        assert plain.out != expected.out
 
 
 def test_embed(run_plug: Callable, model_directory: Path, tmp_path: Path) -> None:

@@ -87,16 +87,21 @@ class Stop(TrainerCallback):
 
 
 def test_a_run_killed_anywhere_in_its_final_save_is_resumed(
-    settings: Make, data: Callable[..., Path], tmp_path: Path, kill: Callable[..., bool]
+    settings: Make,
+    data: Callable[..., Path],
+    tmp_path: Path,
+    kill: Callable[..., bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("plug.evaluation.report.find_spec", lambda _: None)  # plots take seconds
     run = settings("classification", data("classification"))
     with pytest.raises(KeyboardInterrupt):
         finetune(run, device="cpu", callbacks=[Stop()])
     output = Path(run.output)
     output.rename(tmp_path / "saved")
-    number, alive, metrics = -6, False, []
+    number, alive, metrics = -10, False, []
     while not alive:
-        number += 8  # of some 100 events; `tests/faults/kills.py` tries all
+        number += 13  # of some 100 events; `tests/faults/kills.py` tries all
         shutil.copytree(tmp_path / "saved", output)
         alive = not kill(lambda: finetune(run, device="cpu", resume=True), number)
         if (output / "config.json").is_file():  # what counts as finished is whole

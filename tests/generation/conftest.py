@@ -38,10 +38,9 @@ def original_tokenizer(shared_data: Path) -> PlugTokenizer:
 
 
 @pytest.fixture(scope="session")
-def golden_model(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Plug:
-    directory = tmp_path_factory.mktemp("plug-tiny") / "model"
-    import_original(golden / "checkpoints" / "mp2", directory)
-    return load(directory)
+def golden_model(small_golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Plug:
+    """The original's tiny model from its float16 weights; it writes the same greedily."""
+    return _imported(small_golden / "checkpoints" / "mp2-fp16", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +49,21 @@ def golden_prepared(golden_model: Plug) -> PreparedModel:
 
 
 @pytest.fixture(scope="session")
-def golden_json(golden: Path) -> Callable[[str], Any]:
-    """Reads a file of the golden folder."""
-    return lambda name: json.loads((golden / name).read_text(encoding="utf-8"))
+def exact_golden_prepared(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    """The same from the float32 weights of ../shared, which its beams were computed with."""
+    return PreparedModel(_imported(golden / "checkpoints" / "mp2", tmp_path_factory))
+
+
+def _imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Plug:
+    directory = tmp_path_factory.mktemp("plug-tiny") / "model"
+    import_original(source, directory)
+    return load(directory)
+
+
+@pytest.fixture(scope="session")
+def golden_json(small_golden: Path) -> Callable[[str], Any]:
+    """Reads a file of `tests/golden/plug-tiny`."""
+    return lambda name: json.loads((small_golden / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

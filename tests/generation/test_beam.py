@@ -38,12 +38,12 @@ def test_beams_are_those_of_the_original(
     max_length: int,
     min_length: int,
     golden_json: Callable[[str], Any],
-    golden_prepared: PreparedModel,
+    exact_golden_prepared: PreparedModel,
 ) -> None:
     case = golden_json("beam_search.json")
     sources = unpadded(case)
 
-    found = search(golden_prepared, sources, max_length=max_length, min_length=min_length)
+    found = search(exact_golden_prepared, sources, max_length=max_length, min_length=min_length)
 
     assert [each.token_ids for each in found] == case[name]["predictions"]
     assert [each.score for each in found] == pytest.approx(case[name]["scores"], abs=1e-3)
@@ -51,14 +51,26 @@ def test_beams_are_those_of_the_original(
 
 @pytest.mark.shared
 def test_beams_of_one_text_alone_are_those_of_the_original(
-    golden_json: Callable[[str], Any], golden_prepared: PreparedModel
+    golden_json: Callable[[str], Any], exact_golden_prepared: PreparedModel
 ) -> None:
     case = golden_json("beam_search.json")
     for source, expected in zip(unpadded(case), case["single"], strict=True):
-        found = search(golden_prepared, [source], max_length=40)
+        found = search(exact_golden_prepared, [source], max_length=40)
 
         assert [each.token_ids for each in found] == expected["predictions"]
         assert [each.score for each in found] == pytest.approx(expected["scores"], abs=1e-3)
+
+
+def test_beams_from_the_half_checkpoint_are_those_of_the_original(
+    golden_json: Callable[[str], Any], golden_prepared: PreparedModel
+) -> None:
+    case = golden_json("beam_search.json")
+    singles = list(zip(unpadded(case), case["single"], strict=True))
+    for source, expected in singles[1:]:  # the first has a tie that float16 decides otherwise
+        [found] = search(golden_prepared, [source], max_length=40)
+
+        assert [found.token_ids] == expected["predictions"]
+        assert [found.score] == pytest.approx(expected["scores"], abs=1e-2)
 
 
 def unpadded(case: dict[str, Any]) -> list[list[int]]:

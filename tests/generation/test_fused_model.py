@@ -86,7 +86,7 @@ def test_half_precision_is_fused_where_the_kernels_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("plug.generation.model_runner.has_kernels", lambda _: kernels)
-    assert type(PreparedModel(lively_model.to(dtype)).model) is expected
+    assert isinstance(PreparedModel(lively_model.to(dtype)).model, expected)
 
 
 @torch.inference_mode()

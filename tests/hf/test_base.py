@@ -334,7 +334,7 @@ def test_the_shipped_model_is_found_by_its_name(
     from plug.hf import PlugTokenizerFast
 
     save(plug_model, tmp_path / "plug-mini-zh", tokenizer=byte_pieces)
-    monkeypatch.setattr("plug.checkpoints.directory._ASSETS", tmp_path)
+    monkeypatch.setattr("plug.checkpoints.directory.SHIPPED_DIRECTORY", tmp_path / "plug-mini-zh")
 
     assert PlugTransformersConfig.from_pretrained("plug-mini-zh").hidden_size == 32
     assert PlugTokenizerFast.from_pretrained("plug-mini-zh").mask_token_id == 4
@@ -366,6 +366,16 @@ def test_inputs_that_make_no_sense_are_named(
 
     with pytest.raises(UsageError, match=message):
         model(**inputs)
+
+
+@pytest.mark.parametrize(("model_class", "_task", "labels"), ALL[:3])
+def test_every_class_compiles_whole(
+    model_class: type[Any], _task: str, labels: dict[str, Tensor], config: PlugConfig
+) -> None:
+    model = model_class(PlugTransformersConfig(**config.to_dict()))
+
+    for mode in (model.train(), model.eval()):
+        torch.compile(mode, fullgraph=True, backend="eager")(IDS, **labels).loss.backward()
 
 
 def test_training_half_precision_weights_is_said_once(

@@ -79,7 +79,7 @@ def test_the_snippets_of_the_documentation_run(
     plug_model: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_pieces: PlugTokenizer
 ) -> None:
     save(plug_model, tmp_path / "plug-mini-zh", tokenizer=byte_pieces)
-    monkeypatch.setattr("plug.checkpoints.directory._ASSETS", tmp_path)
+    monkeypatch.setattr("plug.checkpoints.directory.SHIPPED_DIRECTORY", tmp_path / "plug-mini-zh")
     monkeypatch.chdir(tmp_path)
     yours = types.ModuleType("datasets_of_yours")
     yours.pairs = [{"source": "春天", "target": "来"}] * 4  # type: ignore[attr-defined]

@@ -29,6 +29,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def chi_square() -> Callable[[list[int], list[float]], float]:
+    """How far counts are from what shares of their sum would be."""
+
+    def compute(observed: list[int], shares: list[float]) -> float:
+        expected = np.asarray(shares) * sum(observed)
+        return float(((np.asarray(observed) - expected) ** 2 / expected).sum())
+
+    return compute
+
+
 @pytest.fixture(scope="session")
 def corpus_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two domains, 60 documents each, of sentences made of few words: easily learned."""

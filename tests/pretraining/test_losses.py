@@ -13,7 +13,7 @@ from plug.pretraining.losses import (
     prediction_counts,
     structbert_losses,
 )
-from plug.pretraining.structbert import IGNORE_INDEX
+from plug.pretraining.masking import IGNORE_INDEX
 
 
 @pytest.fixture

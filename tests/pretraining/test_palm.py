@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from plug.pretraining.batches import Batch, BatchPlan, PalmBatches
+from plug.pretraining.masking import IGNORE_INDEX, Masking
 from plug.pretraining.palm import PalmExample, palm_example, passage_start
-from plug.pretraining.structbert import IGNORE_INDEX, Masking
 from plug.pretraining.tokens import Domain
 
 CLS, SEP, PAD, MASK = 2, 3, 0, 4

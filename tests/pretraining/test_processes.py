@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plug.pretraining.record import read_rows
 from plug.pretraining.run import pretrain
@@ -126,12 +128,48 @@ def test_ctrl_c_then_resume(command: Command, tmp_path: Path) -> None:
         process.wait()
         process.stderr.close()  # type: ignore[union-attr]
     assert process.returncode == 130, errors
-    assert "in pretrain" not in errors  # no traceback of ours
+    assert "Traceback" not in errors
+    assert "正在保存检查点" in errors
+    assert re.search(r"已中断，第 \d+ 步的检查点在 .*--resume", errors)
     assert state.is_file()
 
     again = run(command(1, "--resume", "--set", "steps=5", **changes))
     assert again.returncode == 2
     assert "不同之处：steps" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_for_both_processes(
+    number: int, command: Command, tmp_path: Path
+) -> None:
+    """`torchrun` hands it on to its processes, which stop at the same step."""
+    changes = {"steps": 4000, "checkpoint_every": 4000, "batch_tokens": 255, "workers": 1}
+    log = tmp_path / "run" / "log.csv"
+    process = subprocess.Popen(
+        command(1, launcher=TWO_PROCESSES, **changes),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and len(read_rows(log)) < 3:
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        _, errors = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()  # type: ignore[union-attr]
+    assert process.returncode != 0
+    assert errors.count("已中断，第") == 1, errors
+    state = torch.load(tmp_path / "run" / "checkpoint" / "training_state.pt")
+    assert state["step"] == read_rows(log)[-1]["step"] >= 3
+    assert state["world_size"] == 2
 
 
 def test_a_user_reads_one_line(command: Command, tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from plug.pretraining import progress as progress_module
-from plug.pretraining.progress import Progress
 from plug.pretraining.record import FIELDS, Record, plot_losses, read_rows
 
 
@@ -46,24 +45,36 @@ def test_a_plot_of_losses_that_end_early(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
-def test_lines_come_now_and_then_and_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_row_cut_off_by_a_kill_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seconds = iter([100.0, *(100.0 + 10 * step for step in range(1, 7))])
-    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: next(seconds))
-    with Progress(8, 2, shown=True) as progress:  # resumed at step 2; 10 seconds a step
-        for done in range(3, 9):
-            progress.update(done, 12345.6, {"lm": 1.23456, "mlm": 2.0})
-    lines = capfd.readouterr().err.splitlines()
-    assert lines == [
-        "3/8 步  lm 1.235 mlm 2.000  12,346 词元/秒  剩余 50 秒",
-        "5/8 步  lm 1.235 mlm 2.000  12,346 词元/秒  剩余 30 秒",
-        "7/8 步  lm 1.235 mlm 2.000  12,346 词元/秒  剩余 10 秒",
-        "8/8 步  lm 1.235 mlm 2.000  12,346 词元/秒  剩余 0 秒",
-    ]
+    """It stopped a resumption: its last cells were missing, or no numbers."""
+    path = tmp_path / "log.csv"
+    record = Record(path, ["lm"], 0)
+    for step in (1, 2):
+        record.add(row(step) | {"lm": 1.0})
+    whole = path.read_text()
+    line = "3,300,6,0.5,0.5,0.5,1.25\n"
+    for length in range(len(line)):
+        path.write_text(whole + line[:length])
+        assert [each["step"] for each in read_rows(path)] == [1, 2]
+    assert not caplog.records
+    path.write_text(whole + "oh,no\n" + line)
+    assert [each["step"] for each in read_rows(path)] == [1, 2, 3]
+    assert "有 1 行读不懂" in caplog.text
+    Record(path, ["lm"], 2)
+    assert len(path.read_text().splitlines()) == 3
 
 
-def test_other_processes_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    with Progress(3, 0, shown=False) as progress:
-        progress.update(3, 1.0, {"lm": 1.0})
-    assert capfd.readouterr().err == ""
+def test_a_kill_while_the_log_is_cut_back_loses_no_row(
+    tmp_path: Path, kill: Callable[..., bool]
+) -> None:
+    path = tmp_path / "log.csv"
+    number, alive = 0, False
+    while not alive:
+        number += 1
+        record = Record(path, ["lm"], 0)
+        for step in range(1, 61):
+            record.add(row(step) | {"lm": 1.0})
+        alive = not kill(lambda: Record(path, ["lm"], 50), number)
+        assert len(read_rows(path)) in (60, 50)

@@ -104,7 +104,7 @@ def test_a_broken_file_leaves_an_unfinished_corpus_that_is_refused_and_can_be_re
     good = text_file(tmp_path / "a.txt", ["今天"])
     bad = tmp_path / "b.txt"
     bad.write_bytes(b"\xff\xfe")
-    with pytest.raises(PlugError, match=r"b\.txt 第 1 行"):
+    with pytest.raises(PlugError, match=r"b\.txt"):
         list(write_tokens([good, bad], tiny_tokenizer, tmp_path / "out"))
     with pytest.raises(UsageError, match=r"缺 corpus\.json"):
         read_tokens(tmp_path / "out")

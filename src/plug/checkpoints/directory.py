@@ -21,6 +21,7 @@ from plug.errors import UsageError
 from plug.files import recover, write_json
 from plug.model.configuration import PlugConfig, read_config_file
 from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
+from plug.tokenization import PlugTokenizer
 
 CONFIG_FILE = "config.json"
 
@@ -118,3 +119,40 @@ def generation_config(config: PlugConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
+
+
+def load_tokenizer(directory: Path) -> PlugTokenizer:
+    """Return the tokenizer of a model directory.
+
+    Raises:
+        UsageError: there is none, or it is not the one of the directory's model.
+    """
+    tokenizer = PlugTokenizer.load(directory)
+    check_tokenizer(tokenizer, PlugConfig.from_file(directory / CONFIG_FILE), directory)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PlugTokenizer, config: PlugConfig, source: object) -> None:
+    """Raise a `UsageError` unless a tokenizer has the ids that a model's config says."""
+    found = (
+        tokenizer.vocab_size,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.mask_token_id,
+    )
+    wanted = (
+        config.num_emitted_tokens,
+        config.pad_token_id,
+        config.unk_token_id,
+        config.decoder_start_token_id,
+        config.eos_token_id,
+        config.mask_token_id,
+    )
+    if found != wanted:
+        raise UsageError(
+            f"{source} 的分词器与模型不配：词数和 [PAD] [UNK] [CLS] [SEP] [MASK] 的编号是"
+            f" {list(found)}，config.json 写的是 {list(wanted)}。"
+            "请用模型原来的分词器和 config.json。"
+        )

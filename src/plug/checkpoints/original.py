@@ -19,7 +19,9 @@ from torch import Tensor
 from plug.checkpoints import original_layout as layout
 from plug.checkpoints.directory import (
     CONFIG_FILE,
+    check_tokenizer,
     find_model_directory,
+    load_tokenizer,
     refuse_quantized,
     write_configs,
 )
@@ -34,7 +36,7 @@ from plug.checkpoints.original_shards import (
     write_shard,
 )
 from plug.checkpoints.weights import Region, TensorSpec, WeightWriter, shorten
-from plug.errors import PlugError, UsageError
+from plug.errors import UsageError
 from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.model.configuration import PlugConfig
 from plug.tokenization import PlugTokenizer
@@ -272,27 +274,7 @@ def _read_vocabulary(source: Path, config: PlugConfig, notes: list[str]) -> Plug
         notes.append(f"{source} 里没有 vocab.txt，导入的模型没有分词器，只能处理词元编号。")
         return None
     tokenizer = PlugTokenizer.from_vocabulary_file(path)
-    found = (
-        tokenizer.vocab_size,
-        tokenizer.pad_token_id,
-        tokenizer.unk_token_id,
-        tokenizer.cls_token_id,
-        tokenizer.sep_token_id,
-        tokenizer.mask_token_id,
-    )
-    wanted = (
-        config.num_emitted_tokens,
-        config.pad_token_id,
-        config.unk_token_id,
-        config.decoder_start_token_id,
-        config.eos_token_id,
-        config.mask_token_id,
-    )
-    if found != wanted:
-        raise PlugError(
-            f"{path} 与模型不配：词数和 [PAD] [UNK] [CLS] [SEP] [MASK] 的编号是 "
-            f"{list(found)}，应为 {list(wanted)}。"
-        )
+    check_tokenizer(tokenizer, config, path)
     return tokenizer
 
 
@@ -300,7 +282,7 @@ def _write_vocabulary(source: Path, target: Path, notes: list[str]) -> None:
     if not (source / "tokenizer.json").is_file():
         notes.append(f"{source} 里没有分词器，没有写 vocab.txt。")
         return
-    tokenizer = PlugTokenizer.load(source)
+    tokenizer = load_tokenizer(source)
     if not tokenizer.is_original:
         notes.append("这个模型的词表不是原版的 WordPiece，没有写 vocab.txt，原版代码不能给它分词。")
         return

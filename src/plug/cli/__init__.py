@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,7 @@ from plug.cli import (
     predict,
     pretrain,
     quantize,
+    serve,
 )
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
@@ -68,6 +69,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.command()(classify.classify)
 app.command()(fill_mask.fill_mask)
 app.command()(embed.embed)
+app.command()(serve.serve)
 app.command()(info.info)
 
 
@@ -75,8 +77,8 @@ def main() -> int:
     """Run `plug`; the exit status.
 
     Returns:
-        0 done; 1 it could not be done; 2 wrong use; 130 Ctrl-C. Nobody reading any more (a closed
-        pipe) is 1 and quiet. A bug keeps its traceback.
+        0 done; 1 it could not be done; 2 wrong use; 130 Ctrl-C, 143 SIGTERM in a run.
+        Nobody reading any more (a closed pipe) is 1 and quiet. A bug keeps its traceback.
     """
     if _is_first_process():
         return _run()
@@ -94,6 +96,7 @@ def _run() -> int:
     try:
         command = typer.main.get_command(app)
         help.use_on(command)
+        _let_interruptions_through(command)
         status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except PlugError as error:
@@ -103,8 +106,11 @@ def _run() -> int:
             print(error)
             return 2
         return _say(in_chinese(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
+    except _StoppedError as stopped:
+        # A run that saved before it ended says so (`plug.interrupts`).
+        if _is_first_process():
+            print(f"\n{str(stopped) or '已按 Ctrl-C 中断，没有做完。'}", file=sys.stderr)
+        return stopped.exit_code
     except BrokenPipeError:
         # What is still buffered would raise again when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,6 +126,27 @@ def _run() -> int:
             raise
         return 1
     return status if isinstance(status, int) else 0
+
+
+class _StoppedError(Exception):
+    """A KeyboardInterrupt in the words that it was raised with."""
+
+    def __init__(self, interrupt: BaseException) -> None:
+        super().__init__(str(interrupt))
+        self.exit_code: int = getattr(interrupt, "exit_code", 130)
+
+
+def _let_interruptions_through(command: Any) -> None:
+    """Keep what a KeyboardInterrupt says; typer makes an exit status of it."""
+    invoke = command.invoke
+
+    def invoke_until_stopped(context: Any) -> Any:
+        try:
+            return invoke(context)
+        except KeyboardInterrupt as interrupt:
+            raise _StoppedError(interrupt) from None
+
+    command.invoke = invoke_until_stopped
 
 
 def _is_one_of_several() -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import AsJson, Device, Model
+from plug.cli.options import AsJson, Device, Model, Simplify
 from plug.shipped import SHIPPED_MODEL
 
 
@@ -33,6 +33,7 @@ def classify(
     method: Annotated[Method, typer.Option(help="用解码器或 masked-LM 头评分。")] = Method.DECODER,
     model: Model = SHIPPED_MODEL,
     device: Device = None,
+    simplify: Simplify = False,
     as_json: AsJson = False,
 ) -> None:
     """不经微调的分类：比较各标签接在提示之后有多可能。"""
@@ -56,6 +57,7 @@ def classify(
         method=method.value,
         model=model,
         device=device,
+        simplify=simplify,
     )
     if as_json:
         print(json.dumps([each._asdict() for each in scores], ensure_ascii=False))

@@ -44,8 +44,8 @@ def convert(
 
     from plug.checkpoints.original import export_original, import_original
     from plug.checkpoints.weights import DTYPES
-    from plug.cli.progress import byte_counter
     from plug.integrations.modelscope_hub import write_hub_directory
+    from plug.progress import byte_counter
 
     start = time.perf_counter()
     wanted = None if dtype is None else DTYPES[dtype.value]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import BatchSize, Device, Model
+from plug.cli.options import BatchSize, Device, Model, Simplify
 from plug.errors import PlugError, UsageError
 from plug.shipped import SHIPPED_MODEL
 
@@ -22,6 +22,7 @@ def embed(
     batch_size: BatchSize = 32,
     model: Model = SHIPPED_MODEL,
     device: Device = None,
+    simplify: Simplify = False,
 ) -> None:
     """把文字变成长度为 1 的向量（一行一个 JSON 列表）；两个向量的内积是余弦相似度。"""
     if bool(text) == (file is not None):
@@ -44,7 +45,9 @@ def embed(
                 raise UsageError(
                     f"{file} 第 {number} 行是空的，没有向量。请删去空行，使行与向量对应。"
                 )
-    vectors = run(texts, batch_size=batch_size, model=model, device=device).numpy()
+    vectors = run(
+        texts, batch_size=batch_size, model=model, device=device, simplify=simplify
+    ).numpy()
     if output is not None:
         import numpy as np
 

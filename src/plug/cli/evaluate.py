@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,19 +53,18 @@ def lm(
     """续写能力：每词元、每字的负对数似然（奈特）。文件名去掉 -00 一类编号即领域名。"""
     from itertools import chain, islice
 
-    from plug.checkpoints.directory import find_model_directory
+    from plug.checkpoints.directory import find_model_directory, load_tokenizer
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
     from plug.evaluation.language_model import default_lengths, evaluate_language_model
     from plug.loading.load import load
     from plug.pretraining.corpus import domain_name, expand_paths, read_documents
-    from plug.tokenization import PlugTokenizer
 
     domains: dict[str, list[Path]] = {}
     for path in expand_paths([*text, *(more or [])]):
         domains.setdefault(domain_name(path), []).append(path)
     directory = find_model_directory(model)
-    tokenizer = PlugTokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     wanted = None if dtype is None else DTYPES[dtype.value]
     network = load(directory, device=find_device(device), dtype=wanted)
     default_source, default_target = default_lengths(network.config)
@@ -103,28 +103,31 @@ def task(
 ) -> None:
     import shlex
 
-    from plug.cli.progress import counter
     from plug.errors import UsageError
     from plug.evaluation.report import write_report
+    from plug.files import hold
     from plug.finetuning.predict import Predictor
     from plug.finetuning.tasks import read_examples
+    from plug.progress import counter
 
     name = str(context.info_name)
     if report is not None and report.exists() and not report.is_dir():
         raise UsageError(f"{report} 是一个文件，不能作为报告的目录。")
-    predictor = Predictor(model, device, num_beams)
-    if predictor.task.kind != TASKS[name].kind:
-        raise UsageError(f"{model} 是为 {predictor.task_name} 微调的，不能评测 {name}。")
-    examples = read_examples(TASKS[name], Path(data), answered=True)
-    predictor.kind.check(examples, training=False)
-    with counter(len(examples)) as advance:
-        predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
-    evaluation = predictor.kind.evaluate(examples, predictions)
-    if report is not None:
-        beams = [] if num_beams is None else ["--num-beams", str(num_beams)]
-        words = ["plug", "evaluate", name, "--model", model, "--data", data, *beams]
-        facts = {"model": model, "data": data, "examples": len(examples)}
-        write_report(report, f"{TASKS[name].title}：评测", shlex.join(words), facts, evaluation)
+    # Held first: a second process with this report is refused before it computes anything.
+    with nullcontext() if report is None else hold(report):
+        predictor = Predictor(model, device, num_beams)
+        if predictor.task.kind != TASKS[name].kind:
+            raise UsageError(f"{model} 是为 {predictor.task_name} 微调的，不能评测 {name}。")
+        examples = read_examples(TASKS[name], Path(data), answered=True)
+        predictor.kind.check(examples, training=False)
+        with counter(len(examples)) as advance:
+            predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
+        evaluation = predictor.kind.evaluate(examples, predictions)
+        if report is not None:
+            beams = [] if num_beams is None else ["--num-beams", str(num_beams)]
+            words = ["plug", "evaluate", name, "--model", model, "--data", data, *beams]
+            facts = {"model": model, "data": data, "examples": len(examples)}
+            write_report(report, f"{TASKS[name].title}：评测", shlex.join(words), facts, evaluation)
     if as_json:
         print(json.dumps({"examples": len(examples), **evaluation.metrics}, indent=2))
         return

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plug.cli.options import Device, Model
+from plug.cli.options import Device, Model, tells_of_interruption
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import TASKS
 
@@ -102,12 +100,8 @@ def finetune(
         precision=precision,
         from_scratch=from_scratch,
     )
-    try:
+    with tells_of_interruption():
         result = run(settings, device=device, resume=resume)
-    except KeyboardInterrupt:
-        again = any(Path(output).glob("checkpoints/checkpoint-*"))
-        print("已中断。" + ("加上 --resume 从上一轮接着训练。" if again else ""), file=sys.stderr)
-        raise
     if os.environ.get("RANK", "0") != "0":  # of several processes, one tells
         return
     for name, value in result.metrics.items():

@@ -63,8 +63,8 @@ def generate(
     from plug.loading.memory import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
-    rows = min(batch_size, len(texts)) * settings.num_beams
     texts_each = settings.num_return_sequences
+    rows = min(batch_size, len(texts) * texts_each) * settings.num_beams
     shown_as_written = file is None and not as_json and texts_each == 1
     with start_processes(device) as processes:
         generator = Generator(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +22,21 @@ TunedBeams = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="一次算几个。")]
 Device = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
+Simplify = Annotated[
+    bool, typer.Option("--simplify", help="先把繁体转成简体（要装 plug-zh[opencc]）。")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="输出 JSON。")]
+
+
+@contextmanager
+def tells_of_interruption() -> Iterator[None]:
+    """Tell the user what Ctrl-C or SIGTERM left, and end with the exit status of that signal."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
+            print(str(error) or "已中断。加 --resume 从上一个检查点继续。", file=sys.stderr)
+        raise typer.Exit(getattr(error, "exit_code", 130)) from error
 
 
 def options_from(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -31,25 +32,24 @@ def predict(
     """用微调过的模型：分类、标注、回答、生成。"""
     if bool(text) == (file is not None):
         raise UsageError('请给出文字（plug predict --model 目录 "…"）或 --file，二者选一。')
-    if output is not None and output.exists():
-        raise UsageError(f"{output} 已存在，不会覆盖。请换一个文件名。")
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"{output} 所在的目录不存在。请先建好它。")
 
-    from plug.cli.progress import counter
-    from plug.finetuning.predict import Predictor, prediction_line, write_predictions
+    from plug.files import new_file
+    from plug.finetuning.predict import Predictor, prediction_line
+    from plug.progress import counter
 
-    predictor = Predictor(model, device, num_beams)
-    if text:
-        examples = [predictor.kind.example(text)]
-    else:
-        assert file is not None
-        examples = predictor.read(file)
-    with counter(len(examples)) as advance:
-        predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
+    # Opened first: a second process with this output is refused before it computes anything.
+    with nullcontext() if output is None else new_file(output, replaces=False) as stream:
+        predictor = Predictor(model, device, num_beams)
+        if text:
+            examples = [predictor.kind.example(text)]
+        else:
+            assert file is not None
+            examples = predictor.read(file)
+        with counter(len(examples)) as advance:
+            predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
+        for example, prediction in zip(examples, predictions, strict=True):
+            print(prediction_line(predictor.kind, example, prediction), file=stream)
     if output is not None:
-        write_predictions(output, predictor.kind, examples, predictions)
         print(f"已写入 {output}：{len(examples)} 例。")
-        return
-    for example, prediction in zip(examples, predictions, strict=True):
-        print(prediction_line(predictor.kind, example, prediction))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from plug.cli.options import tells_of_interruption
+
 app = typer.Typer(
     help="预训练：词表、语料、第一阶段（StructBERT）、第二阶段（PALM）。", no_args_is_help=True
 )
@@ -18,7 +20,9 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="TOML 设置文件�
 SetOption = Annotated[
     list[str], typer.Option("--set", help="改一项设置，如 --set steps=100；可重复。")
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="从 OUTPUT/checkpoint 接着训练。")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="接着中断的训练；还没有检查点则从头。")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
 
 
@@ -33,22 +37,19 @@ def vocab(
     ] = 2_000_000,
 ) -> None:
     """在语料上训练自己的词表。"""
-    from plug.errors import PlugError, UsageError
+    from plug.errors import UsageError
+    from plug.files import new_directory, refuse_used
     from plug.pretraining import corpus as reader
     from plug.pretraining import vocabulary
 
     if (output / "tokenizer.json").exists():
         raise UsageError(f"{output} 已有分词器。请换一个文件夹或先删去它。")
+    refuse_used(output)
     files = reader.expand_paths(corpus)
     documents = vocabulary.sample_documents(files, characters_per_domain)
     tokenizer = vocabulary.train(documents, size, alphabet)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(output)
-    except OSError as error:
-        raise PlugError(
-            f"没能写入 {output}：{error.strerror}。请检查路径、磁盘空间和权限。"
-        ) from error
+    with new_directory(output) as temporary:
+        tokenizer.save(temporary)
     typer.echo(f"{output}：{tokenizer.vocab_size} 项")
 
 
@@ -113,7 +114,8 @@ def _run(
     from plug.pretraining.settings import RunConfig
 
     settings = RunConfig.from_file(config, _overrides(assignments))
-    pretrain(stage, settings, resume=resume, device=device)
+    with tells_of_interruption():
+        pretrain(stage, settings, resume=resume, device=device)
 
 
 def _overrides(assignments: list[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def quantize(
     if bits not in (4, 8):
         raise UsageError(f"--bits {bits} 只能是 8 或 4。")
 
-    from plug.cli.progress import byte_counter
+    from plug.progress import byte_counter
     from plug.quantization.convert import quantize_directory
 
     start = time.perf_counter()

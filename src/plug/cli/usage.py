@@ -28,7 +28,11 @@ _SENTENCES = (  # typer's wording (click's where it differs) -> ours; the rest i
     ),
     (r"Invalid value for '(.+?)': .*greater than or equal to (\S+)", r"\1 应不小于 \2。"),
     (r"Invalid value for '(.+?)': .*less than or equal to (\S+)", r"\1 应不大于 \2。"),
-    (r"Invalid value for '(.+?)': (.+) is not in the range (.+)\.", r"\1=\2 应在 \3 之内。"),
+    (r"Invalid value for '(.+?)': (.+) is not in the range x>=(\S+)\.", r"\1=\2 应不小于 \3。"),
+    (
+        r"Invalid value for '(.+?)': (.+) is not in the range (\S+)<=x<=(\S+)\.",
+        r"\1=\2 应在 \3 到 \4 之间。",
+    ),
     (r"Invalid value for '(.+?)': (.+)", r"\1 的值不对：\2"),
 )
 

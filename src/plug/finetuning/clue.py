@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from plug.errors import PlugError, UsageError
+from plug.errors import UsageError
+from plug.files import is_used, new_directory, write_text
 from plug.finetuning.predict import Predictor
 from plug.finetuning.tasks import TASKS, read_examples
 
@@ -78,29 +79,25 @@ def write_submission(
     Raises:
         UsageError: no task has a model, a test file is missing, or ``submission`` is not empty.
     """
-    if submission.exists() and (not submission.is_dir() or any(submission.iterdir())):
+    if is_used(submission):
         raise UsageError(f"{submission} 已存在且不为空，不会覆盖。请换一个目录。")
     wanted = [
         (name, directory, _data_file(data / name, _TEST_FILES))
         for name, directory in _task_models(models)
     ]
     written = []
-    for name, directory, path in wanted:
-        on_task(name)
-        predictor = Predictor(directory, device)
-        examples: list[Any] = read_examples(predictor.task, path, answered=False)
-        predictions = predictor(examples, batch_size=batch_size)
-        lines = [
-            json.dumps({"id": number if example.id is None else example.id, "label": found.label})
-            for number, (example, found) in enumerate(zip(examples, predictions, strict=True))
-        ]
-        target = submission / TASKS[name].submission
-        try:
-            submission.mkdir(parents=True, exist_ok=True)
-            target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlugError(f"没能写入 {target}：{error.strerror or error}。") from error
-        written.append(target)
+    with new_directory(submission) as temporary:
+        for name, directory, path in wanted:
+            on_task(name)
+            predictor = Predictor(directory, device)
+            examples: list[Any] = read_examples(predictor.task, path, answered=False)
+            predictions = predictor(examples, batch_size=batch_size)
+            lines = [
+                json.dumps({"id": index if example.id is None else example.id, "label": it.label})
+                for index, (example, it) in enumerate(zip(examples, predictions, strict=True))
+            ]
+            write_text(temporary / TASKS[name].submission, "\n".join(lines) + "\n")
+            written.append(submission / TASKS[name].submission)
     return written
 
 

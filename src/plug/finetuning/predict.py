@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.files import write_text
@@ -18,7 +18,6 @@ from plug.finetuning.tasks import find_task, read_examples
 from plug.jsonfiles import read_json, shown
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes, is_text, plain_suffix, read_lines, trim
-from plug.tokenization import PlugTokenizer
 
 RUN_FILE = "finetuning.json"
 TEXT_SUFFIX = ".txt"
@@ -105,7 +104,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
     settings.check_lengths(PlugConfig.from_file(directory / CONFIG_FILE).max_position_embeddings)
     return make_kind(
         find_task(settings.task).kind,
-        PlugTokenizer.load(directory),
+        load_tokenizer(directory),
         run["labels"],
         run["label_names"],
         source_length=settings.source_length,

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
@@ -56,7 +56,6 @@ from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
-from plug.tokenization import PlugTokenizer
 
 CHECKPOINTS = "checkpoints"
 
@@ -132,7 +131,7 @@ def _run(
     labels = _labels(task, settings, examples)
     scheme = next((one.scheme for one in examples if isinstance(one, LabellingExample)), None)
     _check_earlier_labels(directory, settings, labels)
-    tokenizer = PlugTokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     kind = make_kind(
         task.kind,
         tokenizer,

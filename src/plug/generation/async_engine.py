@@ -12,15 +12,16 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from plug.errors import PlugError, UsageError
 from plug.generation.generator import GenerationResult, Generator, Prompt, result_of
 from plug.generation.model_runner import ModelRunner, Size
 from plug.generation.scheduler import Scheduler
-from plug.generation.sequence import Sequence
+from plug.generation.sequence import Sequence as WrittenSequence
+from plug.generation.sequence import TokenLogprobs
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import prompt_limit, window_length
 
@@ -90,28 +91,84 @@ class Request:
         self.cancel()
 
 
-class _Work:
-    """The engine's side of a request. It holds no `Request`, so that a dropped one is collected."""
+class Progress(NamedTuple):
+    """What a listener is told of a request: after each step that wrote something, and at its end.
 
-    def __init__(self) -> None:
+    Attributes:
+        text: that no later token can change; "" while a character or a stop string is incomplete.
+        token_ids: written since the last report.
+        logprobs: of each of them, where the settings ask for it.
+        result: of the whole, in the last report of a text that was finished.
+        error: in the last report of one that was not.
+    """
+
+    text: str
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    result: GenerationResult | None = None
+    error: PlugError | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+class _Work:
+    """The engine's side of a request. It holds no `Request`, so that a dropped one is collected.
+
+    Args:
+        listener: told of the progress, in place of `pieces`.
+    """
+
+    def __init__(self, listener: Listener | None) -> None:
+        self.listener = listener
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.cancelled = False
         self.error: PlugError | None = None
         self.result: GenerationResult | None = None
         self.began = time.perf_counter()
-        self.sequence: Sequence
+        self.sequence: WrittenSequence
+        self._new_text: list[str] = []
+        self._reported = 0
+
+    def add_text(self, piece: str) -> None:
+        """Take a piece of the text; called by the sequence's detokenizer."""
+        if self.listener is None:
+            self.pieces.put(piece)
+        else:
+            self._new_text.append(piece)
+
+    def report(self) -> None:
+        """Tell the listener of what was written since the last report."""
+        if self.listener is not None and len(self.sequence.written) > self._reported:
+            self.listener(self._progress())
+
+    def _progress(
+        self, result: GenerationResult | None = None, error: PlugError | None = None
+    ) -> Progress:
+        new = slice(self._reported, None)
+        self._reported = len(self.sequence.written)
+        text = "".join(self._new_text)
+        self._new_text.clear()
+        sequence = self.sequence
+        return Progress(text, sequence.written[new], sequence.logprobs[new], result, error)
 
     def finish(self) -> None:
         """Hand over the result of the finished sequence, or its error."""
         try:
             self.result = result_of(self.sequence, self.began)
-            self.pieces.put(None)
+            self._end()
         except Exception as error:
             self.fail(error if isinstance(error, PlugError) else _explained(error))
 
     def fail(self, error: PlugError) -> None:
         self.error = error
-        self.pieces.put(None)
+        self._end()
+
+    def _end(self) -> None:
+        if self.listener is None:
+            self.pieces.put(None)
+        else:
+            self.listener(self._progress(self.result, self.error))
 
 
 def _explained(error: Exception) -> PlugError:
@@ -167,9 +224,13 @@ class AsyncEngine:
         *,
         seed: int | None = None,
         allow_special_tokens: bool = False,
+        listener: Listener | None = None,
         **changes: Any,
     ) -> Request:
         """Have ``text`` continued; from any thread. Arguments as in `generate`.
+
+        A ``listener`` is called on the engine's thread after each step (`Progress`); it must
+        return at once and not raise. The request then has no pieces to iterate over.
 
         Raises:
             UsageError: `generate` would refuse it, or it asks for beams, several texts, or a window
@@ -193,9 +254,9 @@ class AsyncEngine:
             )
         window = min(generator.window(settings), self._size.window)
         [checked_seed] = generator.seeds(seed, 1)
-        prompt = generator.encode(text, allow_special_tokens)
-        work = _Work()
-        work.sequence = generator.sequence(prompt, window, settings, checked_seed, work.pieces.put)
+        prompt = generator.encode(text, allow_special_tokens, settings.simplify)
+        work = _Work(listener)
+        work.sequence = generator.sequence(prompt, window, settings, checked_seed, work.add_text)
         with self._changed:
             if self._closed:
                 raise PlugError("已经关闭，不再接受请求。")
@@ -204,6 +265,11 @@ class AsyncEngine:
             self._waiting.append(work)
             self._changed.notify()
         return Request(work)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more requests: it was closed, or its thread has failed."""
+        return self._closed
 
     def close(self) -> None:
         """Cancel what is not done, and wait until the thread has ended."""
@@ -225,7 +291,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         """Drive steps until `close`. A step that fails ends its requests, and no others."""
-        working: dict[Sequence, _Work] = {}
+        working: dict[WrittenSequence, _Work] = {}
         error = PlugError("请求没有写完就关闭了。")
         try:
             scheduler, runner = self._begin()
@@ -242,6 +308,8 @@ class AsyncEngine:
                     continue
                 for sequence in finished:
                     working.pop(sequence).finish()
+                for work in working.values():
+                    work.report()
         except Exception as failure:
             error = PlugError(f"连续批处理的线程出错：{failure}。请重新建立 AsyncEngine。")
             raise
@@ -257,7 +325,7 @@ class AsyncEngine:
         runner = ModelRunner(self._generator.prepared, self._size)
         return Scheduler(self._size.slots, ahead=runner.ahead), runner
 
-    def _admit(self, scheduler: Scheduler, working: dict[Sequence, _Work]) -> bool:
+    def _admit(self, scheduler: Scheduler, working: dict[WrittenSequence, _Work]) -> bool:
         """Let cancelled requests go and waiting ones in; False when closed. Waits while idle."""
         gone = [work for work in working.values() if work.cancelled]
         scheduler.leave([work.sequence for work in gone])

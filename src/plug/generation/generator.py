@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import torch
 
-from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.directory import find_model_directory, load_tokenizer
 from plug.device import find_device
 from plug.distributed.processes import Processes, agree
 from plug.distributed.tensor_parallel import is_sharded
@@ -41,6 +41,7 @@ from plug.loading.memory import Room, explain_out_of_memory
 from plug.loading.offload import DeviceMap
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
+from plug.traditional import as_read
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Generator:
                 raise UsageError("model 是 Plug 对象时，还要给 tokenizer（PlugTokenizer）。")
         else:
             directory = find_model_directory(model)
-            tokenizer = tokenizer or PlugTokenizer.load(directory)
+            tokenizer = tokenizer or load_tokenizer(directory)
             chosen = find_device(device) if processes is None else processes.device
             with explain_out_of_memory(chosen, room.batch_size):
                 model = load(
@@ -237,7 +238,7 @@ class Generator:
         seeds = self.seeds(seed, len(listed))
         if self.is_sharded and seed is None:
             seeds = agree(seeds)
-        prompts = [self.encode(text, allow_special_tokens) for text in listed]
+        prompts = [self.encode(text, allow_special_tokens, settings.simplify) for text in listed]
         if (count := settings.num_return_sequences) > 1:
             prompts = [prompt for prompt in prompts for _ in range(count)]
             seeds = [(each + number) % 2**63 for each in seeds for number in range(count)]
@@ -411,7 +412,7 @@ class Generator:
                 raise UsageError(f"seed={each!r} 应是 0 到 2^63-1 之间的整数。")
         return seeds
 
-    def encode(self, text: Prompt, allow_special_tokens: bool) -> list[int]:
+    def encode(self, text: Prompt, allow_special_tokens: bool, simplify: bool = False) -> list[int]:
         """Return the ids of a text to continue; ids are checked and returned.
 
         Raises:
@@ -423,6 +424,7 @@ class Generator:
             raise UsageError(f"要续写的应是文字（str），却是 {type(text).__name__}。")
         if not text.strip():
             raise UsageError("要续写的文字是空的，或只有空白。请给出至少一个字。")
+        text = as_read(text, simplify)
         if self.tokenizer.is_original:
             text = replace_original_punctuation(text)
         token_ids = self.tokenizer.encode(text, allow_special_tokens=allow_special_tokens)

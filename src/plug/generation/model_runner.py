@@ -18,6 +18,7 @@ from torch import Tensor
 from plug.device import has_kernels
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
+from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel
@@ -81,6 +82,8 @@ def _prepare(model: Plug, granularity: int) -> PlainModel | FusedModel:
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model)
+    if CpuModel.can_run(model):
+        return CpuModel(model)
     return PlainModel(model, granularity)
 
 

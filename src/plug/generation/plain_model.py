@@ -49,17 +49,21 @@ class PlainModel:
         self._encoder = _with_products(
             model.encoder, QuantizedLinear.source_product, lambda linear: linear
         )
+        # A CPU is as fast with one source at a time, and its 8-bit products want it so.
+        self._reads_together = device.type != "cpu"
+        self.granularity = granularity
+        self._prepare_decoder(model)
+
+    def _prepare_decoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
         self._decoder = _with_products(
             model.decoder,
             QuantizedLinear.step_product,
             lambda linear: product(linear.weight, linear.bias),
         )
-        self._head = _head(model)
+        self._logits = _head(model)
         step_weights = accounting.step_weights(model.config)
-        self._uses_one_thread = device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
-        # A CPU is as fast with one source at a time, and its 8-bit products want it so.
-        self._reads_together = device.type != "cpu"
-        self.granularity = granularity
+        self._uses_one_thread = self._device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
 
     def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
         """What decoding needs of each source, token ids with [CLS] and [SEP].
@@ -115,7 +119,7 @@ class PlainModel:
             key_values, encoder_mask = cache.encoder_view(len(token_ids), self.granularity)
             embedded = self._embeddings(token_ids, position_ids=positions)
             hidden_states = self._decoder(embedded, key_values, encoder_mask, mask, cache)
-            return self._head(hidden_states).float()
+            return self._logits(hidden_states).float()
         finally:
             if threads > 1:
                 torch.set_num_threads(threads)

@@ -161,6 +161,12 @@ class GenerationSettings:
         "before any setting changes them (vLLM's `raw_logprobs`)",
         unset=("不给", "None: off"),
     )  # fmt: skip
+    simplify: bool = option(
+        False, Bool(),
+        "先把要续写的文字从繁体转成简体（要装 plug-zh[opencc]）。",
+        "convert the prompt from traditional to simplified characters first; needs the extra "
+        "`opencc`",
+    )  # fmt: skip
     window: int | None = option(
         None, Int(1, MAX_OUT_LENGTH),
         "写满多少个词元后，编码器重读已写的内容。",

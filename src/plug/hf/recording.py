@@ -46,6 +46,9 @@ def recording(stack: Encoder | Decoder, wanted: Wanted) -> Iterator[Recorded]:
     which is the last hidden state for transformers too.
     """
     recorded = Recorded()
+    if not (wanted.hidden_states or wanted.attentions):  # what follows cannot be compiled
+        yield recorded
+        return
     thread = threading.get_ident()
 
     def keep(target: list[Tensor], value: Callable[..., Tensor]) -> Callable[..., None]:

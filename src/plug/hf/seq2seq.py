@@ -437,7 +437,11 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
         """
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
-                raise UsageError("需要 decoder_input_ids 或 labels；要续写文本请用 generate()。")
+                raise UsageError(
+                    "需要 decoder_input_ids 或 labels；要续写文本请用 generate()。"
+                    "用 Trainer 的 label_smoothing_factor 时，"
+                    "请用 DataCollatorForSeq2Seq(tokenizer, model)。"
+                )
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         wanted = self.wanted(output_hidden_states, output_attentions)
         cache = self.chosen_cache(

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from plug.errors import UsageError
+from plug.pretraining.masking import Array, Masking
 from plug.pretraining.palm import PalmExample, palm_example, passage_start
 from plug.pretraining.structbert import (
     ANOTHER_DOCUMENT,
     NEXT,
-    Array,
-    Masking,
     StructBertExample,
     pair_spans,
     structbert_example,

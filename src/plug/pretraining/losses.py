@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plug.model.plug import Plug
 from plug.pretraining.batches import Batch
-from plug.pretraining.structbert import IGNORE_INDEX
+from plug.pretraining.masking import IGNORE_INDEX
 
 LABELS = {  # loss -> the batch's labels it is computed on
     "lm": "labels",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plug.pretraining.structbert import IGNORE_INDEX, Array, Masking, mask_tokens
+from plug.pretraining.masking import IGNORE_INDEX, Array, Masking, mask_tokens
 
 
 class PalmExample(NamedTuple):

@@ -1,10 +1,15 @@
-"""What a run writes down as it goes: a CSV row every few steps, and the loss curves as a PNG."""
+"""The log of a run: a CSV row every few steps, and the loss curves as a PNG."""
 
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
+
+from plug.files import new_file, sync
+
+logger = logging.getLogger(__name__)
 
 FIELDS = ["step", "tokens", "seconds", "tokens_per_second", "learning_rate", "grad_norm"]
 
@@ -23,22 +28,43 @@ class Record:
         self.fields = FIELDS + losses
         kept = [row for row in read_rows(path) if row["step"] <= resume_step] if resume_step else []
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.fields, restval="")
+        with new_file(path, newline="") as file:
+            writer = csv.DictWriter(file, self.fields, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row. A process killed here leaves part of it, which `read_rows` passes over."""
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.fields, restval="").writerow(row)
 
+    def sync(self) -> None:
+        """Flush the file to the disk."""
+        sync(self.path)
+
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a `log.csv`, numbers as numbers, empty cells left out."""
+    """The rows of a `log.csv`, numbers as numbers, empty cells left out.
+
+    A last line without its end is passed over: the run was killed as it wrote it. So are rows that
+    are no numbers, with a warning.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    rows, broken = [], 0
+    for cells in csv.DictReader(whole.replace("\0", "").splitlines()):
+        try:
+            row = {name: float(value) for name, value in cells.items() if value}
+        except (TypeError, ValueError):  # words, or more cells than columns
+            row = {}
+        if row.keys() >= set(FIELDS):
+            rows.append(row)
+        else:
+            broken += 1
+    if broken:
+        logger.warning("%s 有 %d 行读不懂，已略去。", path, broken)
+    return rows
 
 
 def plot_losses(log: Path, image: Path) -> None:
@@ -62,8 +88,10 @@ def plot_losses(log: Path, image: Path) -> None:
     axes.set_ylim(bottom=0, top=1.1 * max(settled, default=1.0))
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats a prediction)")
-    axes.legend()
+    if rows:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(image, dpi=120)
+    with new_file(image, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)

@@ -22,7 +22,7 @@ _POSITIVE = (
     "learning_rate",
     "clip_grad_norm",
 )
-_NOT_NEGATIVE = ("weight_decay", "domain_exponent", "workers", "seed")
+_NOT_NEGATIVE = ("weight_decay", "domain_exponent", "workers", "checkpoint_minutes", "seed")
 _SHARES = (
     "warmup_fraction",
     "mlm_fraction",
@@ -74,6 +74,7 @@ class RunConfig:
     compile: bool = False  # `torch.compile` of each layer; pays on a GPU
     workers: int = 2  # processes that make batches
     checkpoint_every: int = 1000  # steps
+    checkpoint_minutes: float = 10.0  # a checkpoint is due after so long as well; 0: by steps alone
     log_every: int = 10  # steps
     seed: int = 1
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from plug.errors import PlugError, UsageError
+from plug.errors import UsageError
+from plug.files import new_directory, refuse_used, write_json
 from plug.pretraining.corpus import domain_name, read_documents, split_sentences
 from plug.tokenization import PlugTokenizer
 
@@ -58,19 +59,21 @@ def write_tokens(
     heldout: float = 0.005,
     character_share: float = 0.0,
 ) -> Iterator[DomainCounts]:
-    """Encode a corpus into ``directory``, a domain at a time; yields each domain's counts.
+    """Encode a corpus into ``directory``, a domain at a time, and yield each domain's counts.
+
+    The directory appears when all counts have been taken.
 
     Args:
         paths: corpus files.
         tokenizer: written beside the ids.
-        directory: must not hold a corpus yet.
+        directory: is not there yet, or empty.
         heldout: share of documents whose text goes to `heldout/DOMAIN.txt` instead, evenly
             spaced in each domain.
         character_share: share of documents encoded one piece a character, so that the model also
             knows text cut for labels by character (our own vocabulary merges characters).
 
     Raises:
-        UsageError: the folder already holds a corpus, a share is outside [0, 1), or the
+        UsageError: the folder is in use, a share is outside [0, 1), or the
             vocabulary does not fit 16 bits.
         PlugError: a file of the corpus is broken, or the folder cannot be written.
     """
@@ -81,24 +84,20 @@ def write_tokens(
         raise UsageError(f"词表有 {tokenizer.vocab_size} 项，语料只支持 65536 项以内。")
     if (directory / "corpus.json").exists():
         raise UsageError(f"{directory} 已有编码好的语料。请换一个文件夹或先删去它。")
+    refuse_used(directory)
     by_domain: dict[str, list[Path]] = {}
     for path in paths:
         by_domain.setdefault(domain_name(path), []).append(path)
     counts = []
-    try:
-        (directory / "heldout").mkdir(parents=True, exist_ok=True)
-        tokenizer.save(directory)
+    with new_directory(directory) as temporary:
+        (temporary / "heldout").mkdir()
+        tokenizer.save(temporary)
         for name, files in by_domain.items():
             counts.append(
-                _write_domain(name, files, tokenizer, directory, heldout, character_share)
+                _write_domain(name, files, tokenizer, temporary, heldout, character_share)
             )
             yield counts[-1]
-        listing = json.dumps([asdict(one) for one in counts], ensure_ascii=False, indent=2)
-        (directory / "corpus.json").write_text(listing, encoding="utf-8")
-    except OSError as error:
-        raise PlugError(
-            f"没能写入 {directory}：{error.strerror or error}。请检查磁盘空间和权限后重新编码。"
-        ) from error
+        write_json(temporary / "corpus.json", [asdict(one) for one in counts])
 
 
 def _write_domain(

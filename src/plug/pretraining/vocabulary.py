@@ -16,7 +16,8 @@ from tokenizers.trainers import BpeTrainer
 
 from plug.errors import UsageError
 from plug.pretraining.corpus import domain_name, read_documents
-from plug.tokenization import BYTE_TOKENS, PRE_TOKENIZATION, SPECIAL_TOKENS, PlugTokenizer
+from plug.tokenization import BYTE_TOKENS, PRE_TOKENIZATION, PlugTokenizer
+from plug.tokenizer_files import SPECIAL_TOKENS
 
 # What Chinese text must be able to say whatever the corpus holds.
 ALWAYS_PRESENT = "\n “”‘’—…，。、；：？！（）《》「」『』【】·～"

@@ -12,6 +12,7 @@ from plug.checkpoints.directory import (
     CONFIG_FILE,
     find_model_directory,
     is_original,
+    load_tokenizer,
     refuse_quantized,
     weight_shapes,
     write_configs,
@@ -25,7 +26,6 @@ from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantized_names
 from plug.quantization.scheme import Scheme
-from plug.tokenization import PlugTokenizer
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -67,7 +67,7 @@ def quantize_directory(
         directory = find_model_directory(source)
         refuse_quantized(directory)
         config = PlugConfig.from_file(directory / CONFIG_FILE)
-        tokenizer = PlugTokenizer.load(directory) if _has_tokenizer(directory) else None
+        tokenizer = load_tokenizer(directory) if _has_tokenizer(directory) else None
         with torch.device("meta"):
             shapes = weight_shapes(Plug(config))
         places = locate_weights(directory, shapes)

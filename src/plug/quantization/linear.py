@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from plug.errors import UsageError
+from plug.kernels.cpu.build import library
+from plug.kernels.cpu.products import CpuProduct
 from plug.quantization.products import Product, product, product_4bit, product_8bit
 from plug.quantization.scheme import Scheme
 
@@ -57,14 +59,23 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.float32:
             if self._product is None:
-                self._product = product(self.dequantized(x.dtype), self._bias, lossless=False)
+                self._product = self.cpu_product() or product(
+                    self.dequantized(x.dtype), self._bias, lossless=False
+                )
             return self._product(x)
         return nn.functional.linear(x, self.dequantized(x.dtype), self._bias)
 
+    def cpu_product(self) -> CpuProduct | None:
+        """The product by `kernels/cpu`, which reads the weight as it is; None where it cannot."""
+        weight = self.get_buffer("weight")
+        if weight.device.type != "cpu" or self._bias.dtype != torch.float32 or library() is None:
+            return None
+        return CpuProduct(weight, self._bias, self.get_buffer("scale"), self._buffers.get("center"))
+
     def step_product(self) -> Product:
         """The fastest product of the few rows of a decoding step; nearly `forward`."""
-        fast = None
-        if self._bias.dtype == torch.float32:
+        fast: Product | None = self.cpu_product()
+        if fast is None and self._bias.dtype == torch.float32:
             weight, scale = self.get_buffer("weight"), self.get_buffer("scale")
             if self.scheme.bits == 8:
                 fast = product_8bit(weight, scale, self._bias)
@@ -74,8 +85,8 @@ class QuantizedLinear(nn.Module):
 
     def source_product(self) -> Product:
         """The fastest product of the many rows of one source, for all of them together."""
-        fast = None
-        if self._bias.dtype == torch.float32 and self.scheme.bits == 8:
+        fast: Product | None = self.cpu_product()
+        if fast is None and self._bias.dtype == torch.float32 and self.scheme.bits == 8:
             weight, scale = self.get_buffer("weight"), self.get_buffer("scale")
             fast = product_8bit(weight, scale, self._bias, row_by_row=False)
         return fast or self.forward

@@ -1,4 +1,7 @@
-"""The fastest product of few rows with a weight, on each device. The decoding engine calls it."""
+"""The fastest product of few rows with a weight, on each device. The decoding engine calls it.
+
+On a CPU these serve where `kernels/cpu` cannot be built.
+"""
 
 from __future__ import annotations
 
@@ -94,10 +97,12 @@ def _has_fbgemm(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and supported
 
 
+def fits_halves(weight: Tensor) -> bool:
+    """Whether float16 holds float32 weights without loss, as all do that were saved in 16 bits."""
+    return bool((weight.half().float() - weight).abs_().max() <= _NEGLIGIBLE)
+
+
 def _packs(weight: Tensor, lossless: bool) -> bool:
     if not _has_fbgemm(weight) or weight.dtype != torch.float32:
         return False
-    half = weight.half()
-    if lossless:
-        return bool((half.float() - weight).abs_().max() <= _NEGLIGIBLE)
-    return bool(half.isfinite().all())
+    return fits_halves(weight) if lossless else bool(weight.half().isfinite().all())

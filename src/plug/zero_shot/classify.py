@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
+from plug.traditional import as_read
 from plug.zero_shot.encoder import TextEncoder, check_text, pad
 
 Method = Literal["decoder", "mlm"]
@@ -42,6 +43,7 @@ def classify(
     method: Method = "decoder",
     model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
+    simplify: bool = False,
 ) -> list[LabelScore]:
     """Labels for ``text``, the likeliest first.
 
@@ -54,6 +56,7 @@ def classify(
             the masked-LM head's of the label's characters at masks.
         model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
+        simplify: convert traditional characters to simplified ones first (`plug.traditional`).
 
     Raises:
         UsageError: fewer than two labels, labels twice, no "{text}", or a model without decoder.
@@ -69,9 +72,12 @@ def classify(
         raise UsageError(f"method={method!r} 只能是 'decoder' 或 'mlm'。")
     encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
     score = _decoder_scores if method == "decoder" else _mlm_scores
-    shown = "".join(f"{prompt.replace(SLOT, each)}{label}。\n" for each, label in examples)
+    text, prompt, *words = (as_read(each, simplify) for each in (text, prompt, *labels))
+    shown = "".join(
+        as_read(f"{prompt.replace(SLOT, each)}{label}。\n", simplify) for each, label in examples
+    )
     with_text, without = (
-        score(encoder, shown + prompt.replace(SLOT, content), labels) for content in (text, "")
+        score(encoder, shown + prompt.replace(SLOT, content), words) for content in (text, "")
     )
     probabilities = (with_text - without).softmax(0).tolist()
     scored = map(LabelScore, labels, probabilities)

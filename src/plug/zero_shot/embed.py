@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
+from plug.traditional import as_read
 from plug.zero_shot.encoder import TextEncoder, check_text
 
 
@@ -21,6 +22,7 @@ def embed(
     batch_size: int = 32,
     model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
+    simplify: bool = False,
 ) -> Tensor:
     """(texts, hidden) float32 on the CPU, of length 1: products are cosine similarities.
 
@@ -29,14 +31,16 @@ def embed(
         batch_size: texts encoded together.
         model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
+        simplify: convert traditional characters to simplified ones first (`plug.traditional`).
 
     Raises:
         UsageError: no text, or an empty one.
     """
     if not texts:
         raise UsageError("没有文字。请给出至少一段。")
+    read = [as_read(check_text(text), simplify) for text in texts]
     encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
-    sources = list(map(encoder.frame, encoder.tokenizer.encode_batch(list(map(check_text, texts)))))
+    sources = list(map(encoder.frame, encoder.tokenizer.encode_batch(read)))
     vectors = []
     for first in range(0, len(sources), batch_size):
         encoded, mask = encoder.encode(sources[first : first + batch_size])

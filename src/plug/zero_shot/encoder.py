@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.directory import find_model_directory, load_tokenizer
 from plug.device import find_device
 from plug.errors import UsageError
 from plug.loading.load import load
@@ -38,7 +38,7 @@ class TextEncoder:
                 raise UsageError("model 是 Plug 对象时，还要给 tokenizer（PlugTokenizer）。")
         else:
             directory = find_model_directory(model)
-            tokenizer = tokenizer or PlugTokenizer.load(directory)
+            tokenizer = tokenizer or load_tokenizer(directory)
             model = load(directory, device=find_device(device))
         self.model = model.eval()
         self.tokenizer = tokenizer

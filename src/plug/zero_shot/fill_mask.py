@@ -9,6 +9,7 @@ import torch
 
 from plug.errors import UsageError
 from plug.model.plug import Plug
+from plug.traditional import as_read
 from plug.zero_shot.encoder import TextEncoder
 
 MASK = "[MASK]"
@@ -28,6 +29,7 @@ def fill_mask(
     top_k: int = 5,
     model: str | Path | Plug | TextEncoder | None = None,
     device: str | None = None,
+    simplify: bool = False,
 ) -> list[list[Filling]]:
     """For each [MASK] of ``text``, in order, the ``top_k`` likeliest pieces.
 
@@ -38,6 +40,7 @@ def fill_mask(
         top_k: pieces a mask.
         model: as in `plug.load`, or a `TextEncoder`.
         device: "cpu", "cuda", …; None is CUDA where there is one.
+        simplify: convert traditional characters to simplified ones first (`plug.traditional`).
 
     Raises:
         UsageError: there is no mask, or the text is too long to be read whole.
@@ -48,7 +51,7 @@ def fill_mask(
         raise UsageError(f"top_k={top_k} 应不小于 1。")
     encoder = model if isinstance(model, TextEncoder) else TextEncoder(model, device=device)
     tokenizer = encoder.tokenizer
-    parts = tokenizer.encode_batch(text.split(MASK))
+    parts = tokenizer.encode_batch(as_read(text, simplify).split(MASK))
     ids = parts[0]
     for part in parts[1:]:
         ids = [*ids, tokenizer.mask_token_id, *part]

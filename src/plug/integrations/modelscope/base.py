@@ -14,8 +14,8 @@ from modelscope.utils.config import Config
 from plug.checkpoints.directory import find_model_directory, is_original
 from plug.checkpoints.hub import CONFIGURATION_FILE
 from plug.checkpoints.original_cache import converted
-from plug.cli.progress import byte_counter
 from plug.errors import PlugError, UsageError
+from plug.progress import byte_counter
 
 _OF_THE_ORIGINAL = {  # arguments of its pipeline that have no meaning on one device
     "trust_remote_code", "master_ip", "master_port", "first_sequence", "sequence_length",

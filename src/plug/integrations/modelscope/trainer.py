@@ -16,9 +16,10 @@ from modelscope.trainers.base import BaseTrainer
 from modelscope.trainers.builder import TRAINERS
 from modelscope.utils.config import Config
 
-from plug.checkpoints.directory import CONFIG_FILE
+from plug.checkpoints.directory import CONFIG_FILE, load_tokenizer
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
+from plug.files import write_text
 from plug.finetuning.kind import make_kind
 from plug.finetuning.readers import read_generation
 from plug.finetuning.run import finetune
@@ -27,7 +28,6 @@ from plug.generation.settings import WINDOW
 from plug.integrations.modelscope.base import device_of, find_directories, read_configuration
 from plug.integrations.modelscope_hub import training_sections
 from plug.model.configuration import PlugConfig
-from plug.tokenization import PlugTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class PlugTrainer(BaseTrainer):
             self.cfg.train.max_epochs = max_epochs
         self.seed = seed
         self.datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self.tokenizer = PlugTokenizer.load(self.directory)
+        self.tokenizer = load_tokenizer(self.directory)
         chosen = find_device(self.device)
         self.processes = PartialState(cpu=chosen.type == "cpu")
         # The model card gives each process a work_dir of its own. All must have one.
@@ -155,7 +155,7 @@ class PlugTrainer(BaseTrainer):
         settings = self._settings()
         kind = make_kind(
             "generation",
-            PlugTokenizer.load(directory),
+            load_tokenizer(directory),
             source_length=settings.source_length,
             target_length=settings.target_length,
             num_beams=settings.num_beams,
@@ -259,8 +259,7 @@ class PlugTrainer(BaseTrainer):
                     f"数据与中断的训练不同（那时的在 {path}）。请用原来的，或换 work_dir。"
                 )
             if self.processes.is_main_process:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
+                write_text(path, text)
         except OSError as error:
             raise PlugError(f"没能写入 {path}：{error.strerror or error}。") from error
         self.processes.wait_for_everyone()

@@ -1,0 +1,500 @@
+"""`plug serve` under load, on loopback: bounded loops, one JSON line at the end.
+
+    pip install ".[serve,benchmark]"
+    python benchmarks/serve_load.py                       # every part that a CPU can run
+    python benchmarks/serve_load.py --parts cpu,sigterm --seconds 20
+    python benchmarks/serve_load.py --parts gpu --model DIR --device cuda
+
+The server and each of its peers is a process of its own, whose CPU seconds the system counts; the
+client is this process. Parts:
+
+- cpu: clients that stream one text after another, against the same engine driven in its process and
+  against a plain FastAPI endpoint around `transformers` `generate()`, in turns.
+- overload: twice as many requests a second as the server completes.
+- disconnects: clients that leave at a random moment.
+- characters: long streams of rare characters; each frame is checked.
+- sigterm: the server is told to end while streams run.
+- gpu: 1, 32 and 128 streams of 128 tokens after sources of 512, against the engine in its process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from machine import processor
+
+import plug
+
+SHIPPED = "plug-mini-zh"
+TICKS = os.sysconf("SC_CLK_TCK")
+CPU_PARTS = "cpu,overload,disconnects,characters,sigterm"
+RARE = "龘靐齉爩麤龗灪龖厵滟爨癵籱饢驫鲡鹂鸾麣纞虋讟钃鸜麷鞻韽顟顠饙饳饸😀🌸🏔️🐉🎋"
+VOCABULARY = (300, 12_000)  # ids that prompts are drawn from
+
+
+# --- servers --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Process:
+    """A server under test."""
+
+    running: subprocess.Popen[bytes]
+    port: int
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.running.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def resident_mb(self) -> float:
+        for line in Path(f"/proc/{self.running.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+        return 0.0
+
+
+@contextlib.contextmanager
+def started(*command: str) -> Iterator[Process]:
+    """A server as a process; PORT in its command becomes a free one."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    words = [sys.executable, *(str(port) if word == "PORT" else word for word in command)]
+    running = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 300
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if running.poll() is not None or time.monotonic() > end:
+                    raise SystemExit(f"did not start: {' '.join(words)}") from None
+                time.sleep(0.1)
+        yield Process(running, port)
+    finally:
+        running.kill()
+        running.wait()
+
+
+def serve_command(arguments: argparse.Namespace, *more: str) -> list[str]:
+    command = ["-m", "plug", "serve", "--model", arguments.model, "--port", "PORT", *more]
+    return [*command, "--device", arguments.device]
+
+
+# --- the client -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What came of requests."""
+
+    ok: int = 0
+    rejected: int = 0
+    other: int = 0
+    tokens: int = 0
+    cut: int = 0
+    first: list[float] = field(default_factory=list)  # seconds to the first token
+
+    def p99(self) -> float | None:
+        if len(self.first) < 2:
+            return None
+        return round(statistics.quantiles(self.first, n=100)[98], 3)
+
+
+def prompt_ids(source: random.Random, count: int) -> list[int]:
+    return [source.randrange(*VOCABULARY) for _ in range(count)]
+
+
+def body_of(prompt: Any, tokens: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, **more}
+
+
+async def stream(port: int, body: dict[str, Any], tally: Tally) -> AsyncIterator[dict[str, Any]]:
+    """The events of one request; how it ended goes into ``tally``."""
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        data = json.dumps(body).encode()
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+        )
+        status = int((await reader.readline()).split()[1])
+        if status != 200:
+            tally.rejected += status == 429
+            tally.other += status != 429
+            return
+        has_begun = is_done = False
+        while line := await reader.readline():
+            if not line.startswith(b"data: "):
+                continue
+            if line.startswith(b"data: [DONE]"):
+                is_done = True
+                break
+            event = json.loads(line[6:])
+            if "error" in event:
+                break
+            if not has_begun:
+                has_begun = True
+                tally.first.append(time.perf_counter() - began)
+            yield event
+        tally.ok += is_done
+        tally.cut += not is_done
+    except (OSError, ValueError, IndexError):
+        tally.other += 1
+    finally:
+        writer.close()
+
+
+async def read_all(port: int, body: dict[str, Any], tally: Tally) -> None:
+    async for event in stream(port, body, tally):
+        if any(choice["text"] for choice in event["choices"]):
+            tally.tokens += 1
+
+
+async def closed_loop(
+    port: int, clients: int, seconds: float, source: int, tokens: int, seed: int
+) -> Tally:
+    """``clients`` that ask for one text after another until the time is over."""
+    tally, end = Tally(), time.perf_counter() + seconds
+    draw = random.Random(seed)
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            before = tally.ok
+            await read_all(port, body_of(prompt_ids(draw, source - 2), tokens), tally)
+            if tally.ok == before:
+                await asyncio.sleep(0.01)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    tally.tokens = tally.ok * tokens  # a byte of a character is a token without text
+    return tally
+
+
+# --- the engine in its process, and transformers --------------------------------------------------
+
+ENGINE = """
+import json, random, sys, threading, time
+import plug
+from plug.generation.generator import Generator
+model, device, clients, source, tokens = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+generator = Generator(model, device=device)
+engine = plug.AsyncEngine(generator, rows=clients)
+settings = plug.GenerationSettings(out_length=tokens, ignore_eos=True)
+def run(seconds, seed):
+    draw, done, end = random.Random(seed), threading.Semaphore(0), time.perf_counter() + seconds
+    counted = [0]
+    requests = {}
+    def submit(slot):
+        prompt = [draw.randrange(300, 12000) for _ in range(source - 2)]
+        def listen(news):
+            counted[0] += len(news.token_ids)
+            if news.result is not None:
+                if time.perf_counter() < end: submit(slot)
+                else: done.release()
+        requests[slot] = engine.submit(prompt, settings, listener=listen)
+    began, cpu = time.perf_counter(), time.process_time()
+    for slot in range(clients): submit(slot)
+    for _ in range(clients): done.acquire()
+    return counted[0], time.perf_counter() - began, time.process_time() - cpu
+for line in sys.stdin:
+    seconds, seed = map(float, line.split())
+    print(json.dumps(run(seconds, seed)), flush=True)
+"""
+
+TRANSFORMERS = """
+import sys
+import torch, uvicorn
+from fastapi import FastAPI
+import plug
+from plug.checkpoints.directory import find_model_directory
+directory = find_model_directory(sys.argv[1])
+model = plug.PlugForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+app = FastAPI()
+@app.post("/v1/completions")
+def complete(body: dict):
+    ids = torch.tensor([[101, *body["prompt"], 102]])
+    count = body["max_tokens"]
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=20,
+                             temperature=0.9, max_new_tokens=count, min_new_tokens=count)
+    return {"tokens": out[0, 1:].tolist()}
+uvicorn.run(app, port=int(sys.argv[2]), log_level="critical")
+"""
+
+
+class InProcess:
+    """The engine, driven by callbacks in a process of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, clients: int, source: int, tokens: int):
+        words = [sys.executable, "-c", ENGINE, arguments.model, arguments.device]
+        self._running = subprocess.Popen(
+            [*words, str(clients), str(source), str(tokens)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, seconds: float, seed: int) -> tuple[int, float, float]:
+        """Tokens, seconds and CPU seconds of a round."""
+        assert self._running.stdin is not None
+        assert self._running.stdout is not None
+        self._running.stdin.write(f"{seconds} {seed}\n")
+        self._running.stdin.flush()
+        tokens, wall, cpu = json.loads(self._running.stdout.readline())
+        return tokens, wall, cpu
+
+    def close(self) -> None:
+        self._running.kill()
+        self._running.wait()
+
+
+def transformers_rate(arguments: argparse.Namespace, source: int, tokens: int) -> float:
+    """Tokens a CPU second of the plain endpoint, one request after another."""
+    draw = random.Random(0)
+    with started("-c", TRANSFORMERS, arguments.model, "PORT") as server:
+
+        async def ask() -> int:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            data = json.dumps(body_of(prompt_ids(draw, source - 2), tokens)).encode()
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+            )
+            answer = await reader.read()
+            writer.close()
+            return len(json.loads(answer.split(b"\r\n\r\n", 1)[1])["tokens"])
+
+        asyncio.run(ask())  # warms up
+        cpu, written, end = server.cpu_seconds(), 0, time.monotonic() + arguments.seconds / 3
+        while time.monotonic() < end:
+            written += asyncio.run(ask())
+        return written / (server.cpu_seconds() - cpu)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def throughput(
+    arguments: argparse.Namespace, clients: int, source: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """The server against its engine in turns; rates a CPU second, and a second."""
+    engine = InProcess(arguments, clients, source, tokens)
+    server_rates, engine_rates, server_walls, engine_walls = [], [], [], []
+    total = Tally()
+    with started(*serve_command(arguments, "--max-num-seqs", str(clients))) as server:
+        asyncio.run(closed_loop(server.port, clients, 3, source, tokens, seed=0))
+        engine.run(3, 0)
+        seconds = arguments.seconds / rounds
+        for each in range(1, rounds + 1):
+            written, wall, cpu = engine.run(seconds, each)
+            engine_rates.append(written / cpu)
+            engine_walls.append(written / wall)
+            began, cpu_before = time.perf_counter(), server.cpu_seconds()
+            tally = asyncio.run(closed_loop(server.port, clients, seconds, source, tokens, each))
+            wall, cpu = time.perf_counter() - began, server.cpu_seconds() - cpu_before
+            server_rates.append(tally.tokens / cpu)
+            server_walls.append(tally.tokens / wall)
+            total.ok += tally.ok
+            total.other += tally.other + tally.rejected + tally.cut
+            total.first += tally.first
+    engine.close()
+    ratios = [one / other for one, other in zip(server_rates, engine_rates, strict=True)]
+    wall_ratios = [one / other for one, other in zip(server_walls, engine_walls, strict=True)]
+    return {
+        "tokens_per_s": round(statistics.median(server_walls), 1),
+        "tokens_per_cpu_s": round(statistics.median(server_rates), 1),
+        "engine_tokens_per_s": round(statistics.median(engine_walls), 1),
+        "engine_tokens_per_cpu_s": round(statistics.median(engine_rates), 1),
+        "ratio_to_engine": round(statistics.median(ratios), 3),
+        "ratios_to_engine": [round(each, 3) for each in ratios],
+        "wall_ratio_to_engine": round(statistics.median(wall_ratios), 3),
+        "ttft_p99_s": total.p99(),
+        "requests": total.ok,
+        "errors": total.other,
+        "clients": clients,
+        "source_tokens": source,
+        "tokens": tokens,
+    }
+
+
+def cpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = throughput(arguments, arguments.clients, 64, 64, rounds=6)
+    other = transformers_rate(arguments, 64, 64)
+    found["transformers_tokens_per_cpu_s"] = round(other, 1)
+    found["ratio_to_transformers"] = round(found["tokens_per_cpu_s"] / other, 2)
+    return found
+
+
+def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {f"b{each}": throughput(arguments, each, 512, 128, rounds=3) for each in (1, 32, 128)}
+
+
+def overload(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arrivals at twice the rate that the server completes."""
+    clients, seconds = arguments.clients, arguments.overload_seconds
+    command = serve_command(arguments, "--max-num-seqs", str(clients), "--max-waiting", "32")
+    memory: list[tuple[float, float]] = []
+    with started(*command) as server:
+        began = time.perf_counter()
+        warm = asyncio.run(closed_loop(server.port, clients, 10, 64, 64, seed=0))
+        rate = 2 * warm.ok / (time.perf_counter() - began)
+        tally, draw = Tally(), random.Random(1)
+
+        async def arrive() -> None:
+            tasks: set[asyncio.Task[None]] = set()
+            start = time.perf_counter()
+            for number in range(int(seconds * rate)):
+                await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
+                body = body_of(prompt_ids(draw, 62), 64)
+                task = asyncio.create_task(read_all(server.port, body, tally))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                if not memory or time.perf_counter() - start - memory[-1][0] >= 1:
+                    memory.append((time.perf_counter() - start, server.resident_mb()))
+            await asyncio.gather(*tasks)
+
+        asyncio.run(arrive())
+    late = [each for each in memory if each[0] > seconds / 3]  # caches have filled by then
+    slope = statistics.linear_regression(*zip(*late, strict=True)).slope if len(late) > 2 else 0.0
+    return {
+        "ok": tally.ok,
+        "rejected": tally.rejected,
+        "other": tally.other + tally.cut,
+        "rss_slope_mb_per_min": round(slope * 60, 3),
+        "rss_mb": round(memory[-1][1], 1),
+        "ttft_p99_s": tally.p99(),
+        "arrivals_per_s": round(rate, 1),
+        "seconds": seconds,
+    }
+
+
+def disconnects(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Clients that leave; what the server still counts as taken afterwards."""
+    count, draw = arguments.leaving, random.Random(2)
+    with started(*serve_command(arguments, "--max-waiting", str(count))) as server:
+
+        async def leave() -> None:
+            tally = Tally()
+            body = body_of(prompt_ids(draw, 62), 512, stream=draw.random() < 0.7)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(draw.uniform(0, 5)):
+                    async for _ in stream(server.port, body, tally):
+                        pass
+
+        async def all_of_them() -> None:
+            waiting: set[asyncio.Task[None]] = set()
+            for _ in range(count):
+                waiting.add(asyncio.create_task(leave()))
+                if len(waiting) >= 200:
+                    _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*waiting)
+
+        asyncio.run(all_of_them())
+        time.sleep(2)
+        return {"clients": count, "leaked": _taken(server.port)}
+
+
+def _taken(port: int) -> int:
+    """Texts that the server counts as running or waiting."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
+    names = ("plug_running_texts ", "plug_waiting_texts ")
+    return int(sum(float(x.split()[1]) for x in answer.splitlines() if x.startswith(names)))
+
+
+def characters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Streams of characters that the vocabulary spells in bytes."""
+    wanted, draw = arguments.characters, random.Random(3)
+    found = {"streamed": 0, "outside_vocabulary": 0, "replacement": 0, "broken": 0}
+    known = plug.PlugTokenizer.load(plug_directory(arguments.model)).backend.get_vocab()
+    with started(*serve_command(arguments)) as server:
+
+        async def client() -> None:
+            while found["streamed"] < wanted:
+                prompt = "".join(draw.choice(RARE) for _ in range(30)) * 3
+                more = {
+                    "temperature": 0.7,
+                    "repetition_penalty": 1.0,
+                    "seed": draw.randrange(2**31),
+                }
+                tally = Tally()
+                async for event in stream(server.port, body_of(prompt, 512, **more), tally):
+                    text = "".join(choice["text"] for choice in event["choices"])
+                    found["streamed"] += len(text)
+                    found["replacement"] += text.count("\ufffd")
+                    found["outside_vocabulary"] += sum(each not in known for each in text)
+                found["broken"] += tally.other + tally.cut
+
+        async def clients() -> None:
+            await asyncio.gather(*(client() for _ in range(arguments.clients)))
+
+        asyncio.run(clients())
+    return found
+
+
+def plug_directory(model: str) -> Path:
+    from plug.checkpoints.directory import find_model_directory
+
+    return find_model_directory(model)
+
+
+def sigterm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Streams that run when the server is told to end."""
+    draw, tally = random.Random(4), Tally()
+    with started(*serve_command(arguments)) as server:
+        threading.Timer(2.0, server.running.send_signal, [signal.SIGTERM]).start()
+
+        async def clients() -> None:
+            bodies = [body_of(prompt_ids(draw, 62), 128) for _ in range(arguments.clients)]
+            await asyncio.gather(*(read_all(server.port, each, tally) for each in bodies))
+
+        asyncio.run(clients())
+        status = server.running.wait(60)
+    return {"streams": tally.ok, "cut": tally.cut + tally.other, "exit_status": status}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", default=CPU_PARTS, help="of: cpu overload … gpu")
+    parser.add_argument("--model", default=SHIPPED)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=60, help="of the server, in part cpu")
+    parser.add_argument("--overload-seconds", type=float, default=600)
+    parser.add_argument("--leaving", type=int, default=1000, help="clients of part disconnects")
+    parser.add_argument("--characters", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    parts = {f.__name__: f for f in (cpu, overload, disconnects, characters, sigterm, gpu)}
+    results: dict[str, Any] = {}
+    for name in arguments.parts.split(","):
+        results[name] = parts[name](arguments)
+        print(json.dumps({name: results[name]}), file=sys.stderr)
+    about = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
+        "plug": plug.__version__,
+    }
+    print(json.dumps({**results, **about}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`plug serve`: an HTTP server with OpenAI's routes, PLUG's own, and the page AI写手."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plug.cli.convert import Precision
+from plug.cli.options import Device, Model, options_from
+from plug.errors import PlugError
+from plug.serving.settings import ServeSettings
+from plug.shipped import SHIPPED_MODEL
+
+
+@options_from(ServeSettings)
+def serve(
+    model: Model = SHIPPED_MODEL,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="客户端用的模型名（默认为目录名）。", show_default=False)
+    ] = None,
+    *,
+    settings: ServeSettings,
+    device: Device = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="权重的精度（默认 CPU 上 float32，显卡上照原样）。", show_default=False),
+    ] = None,
+) -> None:
+    """启动服务：OpenAI 兼容的接口和写作网页。"""
+    try:
+        from plug.serving.server import serve as run
+    except ModuleNotFoundError as error:
+        raise PlugError(
+            f'缺少 {error.name}。请安装服务所需的包：pip install "plug-zh[serve]"'
+        ) from None
+    from plug.checkpoints.weights import DTYPES
+    from plug.device import find_device
+    from plug.serving.loading import load_model
+
+    served = load_model(
+        served_model_name or Path(model).expanduser().resolve().name,
+        model,
+        rows=settings.max_num_seqs,
+        device=find_device(device),
+        dtype=None if dtype is None else DTYPES[dtype],
+    )
+    run([served], settings)

@@ -1,0 +1,146 @@
+"""`CpuModel`: a step of the decoder in one call of `kernels/cpu`, for float32 on a CPU.
+
+Sources are read by `PlainModel`. A step of a small model is a few milliseconds, of which PyTorch's
+functions, one by one, would take more than the arithmetic does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from plug.distributed.tensor_parallel import is_sharded
+from plug.generation.kv_cache import DecoderCache
+from plug.generation.plain_model import PlainModel
+from plug.kernels.cpu.build import Layer, Norm, Product, Shape, library
+from plug.kernels.cpu.products import CpuProduct
+from plug.model.attention import Attention
+from plug.model.layers import DecoderLayer, LayerNorm
+from plug.model.plug import Plug
+from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.products import fits_halves
+from plug.quantization.scheme import Scheme
+
+
+class CpuModel(PlainModel):
+    """Encoding and decoding for a `ModelRunner`; in place of `PlainModel` where `can_run`.
+
+    Args:
+        model: with a decoder, in float32 (and integers), on a CPU, whole.
+    """
+
+    @staticmethod
+    def can_run(model: Plug) -> bool:
+        """Whether this class serves ``model`` here, and faster than `PlainModel`."""
+        words = model.embeddings.word_embeddings.weight
+        if words.device.type != "cpu" or words.dtype != torch.float32 or is_sharded(model):
+            return False
+        found = library()
+        # FBGEMM is better than plain loops where there is no AVX-512; it has no product in which a
+        # text of a quantised model does not depend on its batch.
+        return found is not None and (
+            found.plug_instructions() == 512 or scheme_of(model) is not None
+        )
+
+    def _prepare_decoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        found = library()
+        assert found is not None, "ask `can_run` first"
+        self._step = found.plug_step
+        config = model.config
+        self._sizes = (config.hidden_size, config.num_attention_heads, config.head_dim)
+        self._eps = config.layer_norm_eps
+        self._kept: list[object] = []  # what the structures below point to
+        self._layers = [self._layer(layer) for layer in model.decoder.layers]
+        self._final_norm = self._norm(model.decoder.final_norm)
+        self._head_product = self._head(model)
+        self._layers_of: WeakKeyDictionary[DecoderCache, ctypes.Array[Layer]] = WeakKeyDictionary()
+
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, length: int, cache: DecoderCache
+    ) -> Tensor:
+        """As `PlainModel.decode`."""
+        assert length <= cache.capacity, "the window is longer than the cache"
+        if cache not in self._layers_of:
+            self._layers_of[cache] = self._layers_with(cache)
+        hidden = self._embeddings(token_ids, position_ids=positions).contiguous()
+        rows, tokens = token_ids.shape
+        which = torch.arange(rows)[:, None].expand(rows, tokens).contiguous()
+        where = positions.contiguous()
+        logits = torch.empty(rows, tokens, self._head_product.out)
+        shape = Shape(
+            *self._sizes, cache.capacity, cache.sources[0][0].shape[2], len(self._layers), self._eps
+        )
+        self._step(
+            torch.get_num_threads(),
+            byref(shape),
+            self._layers_of[cache],
+            byref(self._final_norm),
+            byref(self._head_product),
+            hidden.data_ptr(),
+            rows * tokens,
+            which.data_ptr(),
+            where.data_ptr(),
+            cache.source_lengths.data_ptr(),
+            logits.data_ptr(),
+        )
+        return logits
+
+    def _layers_with(self, cache: DecoderCache) -> ctypes.Array[Layer]:
+        """The layers, with the addresses of the cache's buffers."""
+        found = (Layer * len(self._layers))(*self._layers)
+        for layer, own, source in zip(found, cache.own, cache.sources, strict=True):
+            layer.keys, layer.values = (buffer.data_ptr() for buffer in own)
+            layer.source_keys, layer.source_values = (buffer.data_ptr() for buffer in source)
+        return found
+
+    def _layer(self, module: nn.Module) -> Layer:
+        assert isinstance(module, DecoderLayer)
+        own, cross = module.self_attention, module.cross_attention
+        assert isinstance(own, Attention)
+        return Layer(
+            self._norm(module.self_attention_norm),
+            self._norm(module.cross_attention_norm),
+            self._norm(module.feed_forward_norm),
+            tuple(map(self._product, (own.q_proj, own.k_proj, own.v_proj))),
+            self._product(own.out_proj),
+            self._product(cross.q_proj),
+            self._product(cross.out_proj),
+            self._product(module.feed_forward.fc1),
+            self._product(module.feed_forward.fc2),
+        )
+
+    def _norm(self, norm: LayerNorm) -> Norm:
+        tensors = [each.detach().float().contiguous() for each in (norm.weight, norm.bias)]
+        self._kept.append(tensors)
+        return Norm(*(each.data_ptr() for each in tensors))
+
+    def _product(self, linear: nn.Module) -> Product:
+        if isinstance(linear, QuantizedLinear):
+            found = linear.cpu_product()
+            assert found is not None, "ask `can_run` first"
+        else:
+            assert isinstance(linear, nn.Linear)
+            found = _plain(linear.weight, linear.bias)
+        self._kept.append(found)
+        return found.product
+
+    def _head(self, model: Plug) -> Product:
+        """The product with the word table; in a quantised model with its copy in 8 bits."""
+        table = model.embeddings.word_embeddings.weight.detach()
+        if scheme_of(model) is None:
+            found = _plain(table, None)
+        else:
+            found = CpuProduct(bias=None, **Scheme.of(8).quantize(table))
+        self._kept.append(found)
+        return found.product
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> CpuProduct:
+    """In float16 where that loses nothing: half as much is read."""
+    weight = weight.detach()
+    return CpuProduct(weight.half() if fits_halves(weight) else weight, bias)

@@ -1,0 +1,50 @@
+"""`CpuProduct`: a weight in 32, 16, 8 or 4 bits that multiplies float32 rows on a CPU."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from plug.kernels.cpu.build import Product, library
+
+
+class CpuProduct:
+    """``x @ weight.T + bias`` for x (…, in), by `products.h`.
+
+    A row's result depends on that row alone, to the last bit. With 8 and 4 bits the inputs are
+    rounded to 8 bits, by the row's largest value and by that of each group of 128.
+
+    Args:
+        weight: (out, in) in float32, float16 or int8, or `pack_nibbles` of one; contiguous.
+        scale: None, float32 (out,), or bfloat16 (out, in / 128).
+        center: None, or bfloat16 as the scale of 4 bits.
+        bias: float32 (out,) or None.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None = None,
+        center: Tensor | None = None,
+    ) -> None:
+        bits = {torch.float32: 32, torch.float16: 16, torch.int8: 8, torch.uint8: 4}[weight.dtype]
+        self._kept = [
+            None if each is None else each.detach().contiguous()
+            for each in (weight, scale, center, bias)
+        ]
+        self.out, self.inputs = len(weight), weight.shape[1] * (2 if bits == 4 else 1)
+        addresses = (None if each is None else each.data_ptr() for each in self._kept)
+        self.product = Product(bits, *addresses, self.out, self.inputs)
+        found = library()
+        assert found is not None, "ask `library` first"
+        self._multiply = found.plug_multiply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.inputs).contiguous()
+        y = torch.empty(len(flat), self.out)
+        threads = torch.get_num_threads()
+        self._multiply(threads, byref(self.product), flat.data_ptr(), y.data_ptr(), len(flat))
+        return y.view(*x.shape[:-1], self.out)

@@ -1,0 +1,191 @@
+// A step of the decoder on a CPU, in one call: PyTorch's functions would cost more than the arithmetic of a small model.
+// The mathematics is that of `model/layers.py`. A C interface, so that no header of PyTorch is compiled and a build takes
+// seconds; `build.py` compiles it for the processor at hand.
+
+#include <memory>
+#include <mutex>
+
+#include "products.h"
+
+namespace plug {
+namespace {
+
+constexpr float SQRT_HALF = 0.70710678f;
+
+struct Norm {
+  const float *weight, *bias;
+};
+
+struct Layer {
+  Norm self_norm, cross_norm, feed_forward_norm;
+  Product query_key_value[3], out, source_query, source_out, fc1, fc2;
+  float *keys, *values;                        // (rows, heads, capacity, head_dim): written and read
+  const float *source_keys, *source_values;    // (rows, heads, source_capacity, head_dim)
+};
+
+struct Shape {
+  int64_t hidden, heads, head_dim, capacity, source_capacity, layers;
+  double eps;
+};
+
+// Sixteen sums side by side, which the compiler keeps in one register.
+inline float dot(const float* a, const float* b, int64_t count) {
+  float lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int lane = 0; lane < 16; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += a[i] * b[i];
+  float sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+void normalize(const float* x, const Norm& norm, int64_t hidden, double eps, float* y) {
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < hidden; ++i) sum += x[i];
+  const double mean = sum / hidden;
+  for (int64_t i = 0; i < hidden; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = static_cast<float>(1 / std::sqrt(squares / hidden + eps)), shift = static_cast<float>(mean);
+  for (int64_t i = 0; i < hidden; ++i) y[i] = (x[i] - shift) * scale * norm.weight[i] + norm.bias[i];
+}
+
+// One head of one token: softmax(query keys / sqrt(head_dim)) values, over the first `count` positions.
+void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim, float* context) {
+  static thread_local std::vector<float> chances;
+  chances.resize(count);
+  const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
+  float largest = -INFINITY, sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    chances[i] = scale * dot(query, keys + i * head_dim, head_dim);
+    largest = std::max(largest, chances[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) sum += chances[i] = std::exp(chances[i] - largest);
+  std::fill(context, context + head_dim, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    const float chance = chances[i] / sum;
+    for (int64_t d = 0; d < head_dim; ++d) context[d] += chance * values[i * head_dim + d];
+  }
+}
+
+constexpr auto NOTHING = [](float*, int64_t, int64_t) {};
+
+void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final_norm, const Product& head, float* hidden,
+          int64_t tokens, const int64_t* rows, const int64_t* positions, const int32_t* source_lengths, float* logits) {
+  const int64_t width = shape.hidden, heads = shape.heads, head_dim = shape.head_dim, inner = heads * head_dim;
+  std::vector<float> normalized(tokens * width), query(tokens * inner), key(tokens * inner), value(tokens * inner),
+      context(tokens * inner), change(tokens * width), wide(tokens * layers[0].fc1.out);
+  const auto norm = [&](const Norm& by) {
+    for (int64_t n = 0; n < tokens; ++n)
+      normalize(hidden + n * width, by, width, shape.eps, normalized.data() + n * width);
+  };
+  const auto multiply_one = [&](const Product& product, const float* x, float* y) {
+    multiply(pool, &product, 1, x, &y, tokens, NOTHING);
+  };
+  const auto add = [&](const Product& product, const float* x) {
+    multiply_one(product, x, change.data());
+    for (int64_t i = 0; i < tokens * width; ++i) hidden[i] += change[i];
+  };
+  const auto attend_all = [&](const float* keys, const float* values, int64_t capacity, const auto& count) {
+    pool.run(heads, [&](int64_t h) {
+      for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t begin = (rows[n] * heads + h) * capacity * head_dim, own = n * inner + h * head_dim;
+        attend(query.data() + own, keys + begin, values + begin, count(n), head_dim, context.data() + own);
+      }
+    });
+  };
+  for (int64_t index = 0; index < shape.layers; ++index) {
+    const Layer& layer = layers[index];
+    norm(layer.self_norm);
+    float* const parts[] = {query.data(), key.data(), value.data()};
+    multiply(pool, layer.query_key_value, 3, normalized.data(), parts, tokens, NOTHING);
+    // All new positions join the cache before any attends, each to those up to its own.
+    for (int64_t n = 0; n < tokens; ++n)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = ((rows[n] * heads + h) * shape.capacity + positions[n]) * head_dim, own = n * inner + h * head_dim;
+        std::copy_n(key.data() + own, head_dim, layer.keys + at);
+        std::copy_n(value.data() + own, head_dim, layer.values + at);
+      }
+    attend_all(layer.keys, layer.values, shape.capacity, [&](int64_t n) { return positions[n] + 1; });
+    add(layer.out, context.data());
+    norm(layer.cross_norm);
+    multiply_one(layer.source_query, normalized.data(), query.data());
+    attend_all(layer.source_keys, layer.source_values, shape.source_capacity, [&](int64_t n) { return source_lengths[rows[n]]; });
+    add(layer.source_out, context.data());
+    norm(layer.feed_forward_norm);
+    float* y = wide.data();
+    multiply(pool, &layer.fc1, 1, normalized.data(), &y, tokens, [&](float* done, int64_t from, int64_t to) {
+      for (int64_t n = 0; n < tokens; ++n)  // the exact GELU
+        for (float* at = done + n * layer.fc1.out + from; at < done + n * layer.fc1.out + to; ++at)
+          *at = 0.5f * *at * (1 + std::erf(*at * SQRT_HALF));
+    });
+    add(layer.fc2, wide.data());
+  }
+  norm(final_norm);
+  multiply_one(head, normalized.data(), logits);
+}
+
+}  // namespace
+}  // namespace plug
+
+namespace {
+
+// One pool for all models of the process; calls from several threads wait for each other.
+std::mutex mutex;
+std::unique_ptr<plug::Pool> pool;
+int pool_threads = 0;
+
+plug::Pool& pool_of(int threads) {
+  if (threads != pool_threads) {
+    pool.reset();
+    pool = std::make_unique<plug::Pool>(threads);
+    pool_threads = threads;
+  }
+  return *pool;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 512: AVX-512 with VNNI. 0: what the compiler made of plain loops.
+int plug_instructions() {
+#ifdef PLUG_AVX512
+  return 512;
+#else
+  return 0;
+#endif
+}
+
+// x (rows, in) and y (rows, out), float32, contiguous.
+void plug_multiply(int threads, const plug::Product* product, const float* x, float* y, int64_t rows) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  plug::multiply(pool_of(threads), product, 1, x, &y, rows, plug::NOTHING);
+}
+
+// hidden (tokens, hidden), the embedded tokens, is overwritten; token n is at positions[n] of text rows[n]; logits
+// (tokens, vocabulary).
+void plug_step(int threads, const plug::Shape* shape, const plug::Layer* layers, const plug::Norm* final_norm,
+               const plug::Product* head, float* hidden, int64_t tokens, const int64_t* rows, const int64_t* positions,
+               const int32_t* source_lengths, float* logits) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  plug::step(pool_of(threads), *shape, layers, *final_norm, *head, hidden, tokens, rows, positions, source_lengths, logits);
+}
+
+// 0 if products in 16, 8 and 4 bits of a weight that is 1 everywhere are what they should be.
+int plug_self_test() {
+  constexpr int64_t out = 70, in = 256, rows = 5;
+  std::vector<float> x(rows * in, 0.5f), y(rows * out), scale(out, 1.0f);
+  std::vector<uint16_t> half(out * in, 0x3c00), ones(out * in / plug::GROUP, 0x3f80), zeros(ones.size(), 0);
+  std::vector<int8_t> eight(out * in, 1);
+  std::vector<uint8_t> four(out * in / 2, 0x99);  // (9 - 8) * 1 + 0
+  for (const plug::Product& product : {plug::Product{16, half.data(), nullptr, nullptr, nullptr, out, in},
+                                       plug::Product{8, eight.data(), scale.data(), nullptr, nullptr, out, in},
+                                       plug::Product{4, four.data(), ones.data(), zeros.data(), nullptr, out, in}}) {
+    plug_multiply(2, &product, x.data(), y.data(), rows);
+    for (float each : y)
+      if (std::fabs(each - 0.5f * in) > 1e-3f) return static_cast<int>(product.bits);
+  }
+  return 0;
+}
+
+}  // extern "C"

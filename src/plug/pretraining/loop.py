@@ -1,0 +1,180 @@
+"""The training loop of both stages: a plain PyTorch loop, the same in one process or several.
+
+Each process makes its share of each batch, and gradients are summed. Batch, dropout and learning
+rate of a step depend on the seed and the step alone, so a resumed run is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, perf_counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from plug.distributed.processes import Processes, Vote
+from plug.errors import PlugError
+from plug.interrupts import Interrupted, Interrupts, ignore_signals
+from plug.model.plug import Plug
+from plug.pretraining import losses as loss_functions
+from plug.pretraining.batches import Batch, PalmBatches, StructBertBatches, global_batch_tokens
+from plug.pretraining.optimization import learning_rate_scale
+from plug.pretraining.record import Record
+from plug.pretraining.settings import RunConfig
+from plug.pretraining.state import State
+from plug.progress import StepProgress
+
+Batches = StructBertBatches | PalmBatches
+LossFunction = Callable[[Plug, Batch], dict[str, Tensor]]
+LOSSES = {1: ["mlm", "word", "sentence"], 2: ["lm", "mlm"]}  # the columns of the log, by stage
+_SAVE = 1  # a vote, below the number of any signal that we listen to
+
+
+def train(state: State, batches: Batches, processes: Processes, output: Path) -> None:
+    """Take the steps that are left, write the log, and save checkpoints into ``output``.
+
+    Raises:
+        Interrupted: a signal came; a checkpoint was saved.
+        PlugError: a loss is no longer a number.
+    """
+    config, first = state.config, processes.is_first
+    record = Record(output / "log.csv", LOSSES[state.stage], state.step) if first else None
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(state.step, config.steps),
+        num_workers=config.workers,
+        pin_memory=processes.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+    vote = Vote(processes.world_size)
+    schedule = _Schedule(config)
+    seconds_before = record.seconds_before if record else 0.0
+    began = since = perf_counter()
+    tokens_since = state.tokens
+    with Interrupts() as interrupts, StepProgress(config.steps, state.step, first) as progress:
+        for step, batch in enumerate(loader, start=state.step):
+            means, grad_norm = take_step(state, batch, processes, step)
+            state.step, state.tokens = (
+                step + 1,
+                state.tokens + global_batch_tokens(batch, config.batch_tokens),
+            )
+            is_last = state.step == config.steps
+            # One clock decides, and all stop at the same step.
+            wish = interrupts.asked or (_SAVE if first and schedule.is_due(state.step) else 0)
+            agreed = 0 if is_last else vote(wish)
+            logs = state.step % config.log_every == 0 or is_last
+            if logs or agreed:
+                values = {name: float(mean) for name, mean in means.items()}
+                _check_finite({**values, "grad_norm": float(grad_norm)}, state.step)
+            if logs:
+                now = perf_counter()  # float() above waited for the device
+                rate = (state.tokens - tokens_since) / (now - since)
+                since, tokens_since = now, state.tokens
+                row = {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "seconds": round(seconds_before + now - began, 2),
+                    "tokens_per_second": round(rate),
+                    "learning_rate": state.optimizers[0].param_groups[0]["lr"],
+                    "grad_norm": round(float(grad_norm), 4),
+                    **{name: round(value, 6) for name, value in values.items()},
+                }
+                if record:
+                    record.add(row)
+                progress.update(state.step, rate, values)
+            if agreed and record:
+                record.sync()  # the log reaches the disk before the checkpoint that counts on it
+                state.save(output, processes.world_size)
+                schedule.saved()
+            if agreed > _SAVE:
+                if processes.world_size > 1:
+                    dist.barrier()  # the launcher ends all processes when one has ended
+                raise Interrupted(
+                    f"已中断，第 {state.step} 步的检查点在 {output}。"
+                    "用同样的命令加 --resume 接着训练。",
+                    agreed,
+                )
+
+
+class _Schedule:
+    """When a checkpoint is due: after so many steps, or so many minutes since the last."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.every = config.checkpoint_every
+        self.seconds = 60 * config.checkpoint_minutes or math.inf
+        self.last = monotonic()
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 or monotonic() - self.last >= self.seconds
+
+    def saved(self) -> None:
+        self.last = monotonic()
+
+
+def take_step(
+    state: State, batch: Batch, processes: Processes, step: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Take optimiser step number ``step`` (from 0).
+
+    Returns:
+        The mean losses by name, and the gradient's norm; left on the device.
+    """
+    config, device = state.config, processes.device
+    losses: LossFunction = (
+        loss_functions.structbert_losses if state.stage == 1 else loss_functions.palm_losses
+    )
+    # dropout depends on the step and the process alone, so that a resumed run repeats it
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + processes.rank)
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    counts = loss_functions.prediction_counts(batch)
+    if processes.world_size > 1:
+        for count in counts.values():
+            dist.all_reduce(count)
+    sums = {name: torch.zeros((), device=device) for name in counts}
+    for part in split(batch, config.micro_batch_tokens):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            part_sums = losses(state.model, part)
+        # a count is 0 where no trigram was free to be shuffled
+        means = [part_sums[name] / counts[name].clamp(min=1) for name in part_sums]
+        torch.stack(means).sum().backward()
+        for name, value in part_sums.items():
+            sums[name] += value.detach()
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    if processes.world_size > 1:
+        waiting = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+        waiting += [dist.all_reduce(value, async_op=True) for value in sums.values()]
+        for handle in waiting:
+            handle.wait()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
+    warmup = round(config.warmup_fraction * config.steps)
+    scale = learning_rate_scale(step, config.steps, warmup, config.schedule)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: sums[name] / counts[name].clamp(min=1) for name in sums}, grad_norm
+
+
+def split(batch: Batch, micro_batch_tokens: int) -> Iterator[Batch]:
+    """Yield the batch in parts of at most ``micro_batch_tokens`` tokens, at least one row each."""
+    rows = len(batch["input_ids"])
+    tokens = sum(batch[k].numel() for k in ("input_ids", "decoder_input_ids") if k in batch)
+    parts = min(rows, -(-tokens // micro_batch_tokens))
+    size = -(-rows // parts)
+    for start in range(0, rows, size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise PlugError(
+            f"第 {step} 步的 {'、'.join(broken)} 不再是有限的数。"
+            "请降低 learning_rate 或加大 warmup_fraction，换一个 output 重新训练。"
+        )

@@ -1,0 +1,154 @@
+"""What a run keeps on disk: its settings, and the checkpoint from which it can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from plug.checkpoints.directory import CONFIG_FILE
+from plug.checkpoints.weights import save_pickle
+from plug.errors import PlugError, UsageError
+from plug.files import is_used, replace_directory, write_json
+from plug.loading.save import write_model
+from plug.model.plug import Plug
+from plug.pretraining.settings import RunConfig
+from plug.tokenization import PlugTokenizer
+
+SETTINGS_FILE = "settings.json"
+STATE_FILE = "training_state.pt"
+CHECKPOINT = "checkpoint"  # a model directory with `STATE_FILE`
+MODEL = "model"  # the model directory that a finished run leaves
+# settings that change nothing of what is computed
+FREE_ON_RESUME = frozenset(
+    {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a resumed run goes on. Its weights are in the checkpoint's model directory."""
+
+    step: int
+    tokens: int
+    optimizers: list[dict[str, Any]]
+
+
+@dataclass(slots=True)
+class State:
+    """What training changes, and what a checkpoint holds of it."""
+
+    stage: int
+    config: RunConfig
+    model: Plug
+    tokenizer: PlugTokenizer
+    optimizers: list[Optimizer]
+    step: int = 0  # optimiser steps done
+    tokens: int = 0  # seen in them, by all processes
+
+    def save(self, output: Path, world_size: int) -> None:
+        """Replace the checkpoint in ``output``, or leave the old one if that fails."""
+        values = {
+            "stage": self.stage,
+            "step": self.step,
+            "tokens": self.tokens,
+            "world_size": world_size,
+            "config": dataclasses.asdict(self.config),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
+            write_model(self.model, directory, tokenizer=self.tokenizer)
+            save_pickle(values, directory / STATE_FILE)
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from ``saved``; the weights have been read with the model."""
+        for optimizer, values in zip(self.optimizers, saved.optimizers, strict=True):
+            optimizer.load_state_dict(values)
+        self.step, self.tokens = saved.step, saved.tokens
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Refuse an output that is in use, or one without anything to resume.
+
+    Raises:
+        UsageError: says whether --resume is needed or has to go.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"输出目录 {output} 是一个文件。请换一个 output。")
+    is_run = (output / SETTINGS_FILE).is_file() or (output / CHECKPOINT / STATE_FILE).is_file()
+    if not is_used(output):
+        if resume:
+            raise UsageError(
+                f"{output} 里没有可以接着训练的检查点，也没有中断的训练。请去掉 --resume。"
+            )
+    elif not is_run:
+        raise UsageError(f"输出目录 {output} 已有内容，但不是一次训练。请换一个 output。")
+    elif not resume:
+        raise UsageError(
+            f"输出目录 {output} 已有内容，是一次训练。接着训练请加 --resume"
+            "（还没有检查点时从头开始），否则请换一个 output。"
+        )
+
+
+def write_settings(output: Path, stage: int, config: RunConfig) -> None:
+    """Write down what the run was started with."""
+    write_json(output / SETTINGS_FILE, {"stage": stage, **dataclasses.asdict(config)})
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the run has left its model."""
+    return (output / MODEL / CONFIG_FILE).is_file()
+
+
+def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> Saved | None:
+    """The checkpoint of an interrupted run; None if it was stopped before the first one.
+
+    Raises:
+        UsageError: the run was started with settings, or a number of processes, that would make
+            it another run.
+        PlugError: the checkpoint or the settings are damaged.
+    """
+    path = output / CHECKPOINT / STATE_FILE
+    if not path.is_file():
+        path = output / SETTINGS_FILE
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise PlugError(f"{path} 已损坏，也没有检查点。请换一个 output 重新训练。") from None
+        _check_same(path, before if isinstance(before, dict) else {}, stage, config)
+        return None
+    try:
+        values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        before = {"stage": values["stage"], **values["config"]}
+        processes_before = values["world_size"]
+        saved = Saved(values["step"], values["tokens"], values["optimizers"])
+    except Exception as error:  # torch raises whatever the bytes lead to
+        reason = str(error).split("\n")[0]
+        raise PlugError(f"检查点 {path} 已损坏（{reason}）。请换一个 output 重新训练。") from None
+    _check_same(path, before, stage, config)
+    # Batches are the same whatever the number of processes; the draws of dropout are not.
+    if config.dropout and processes_before != world_size:
+        raise UsageError(
+            f"检查点 {path} 是用 {processes_before} 个进程训练的，现在有"
+            f" {world_size} 个，而 dropout={config.dropout}："
+            "接下去不会与不中断的训练相同。请用同样多的进程"
+            f"（torchrun --nproc-per-node {processes_before}），或换一个 output 重新训练。"
+        )
+    return saved
+
+
+def _check_same(path: Path, before: dict[str, Any], stage: int, config: RunConfig) -> None:
+    wanted = {"stage": stage, **dataclasses.asdict(config)}
+    differing = sorted(
+        name for name in wanted.keys() - FREE_ON_RESUME if before.get(name) != wanted[name]
+    )
+    if differing:
+        raise UsageError(
+            f"{path} 是用别的设置训练的，不同之处：{'、'.join(differing)}。"
+            "请改回来，或换一个 output 重新训练。"
+        )

@@ -1,0 +1,100 @@
+"""`Engine`: a `plug.AsyncEngine`, and beam search beside it, as the `TextEngine` of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+
+from plug.errors import PlugError
+from plug.generation.async_engine import AsyncEngine, Progress
+from plug.generation.generator import GenerationResult, Generator
+from plug.generation.settings import GenerationSettings
+from plug.serving.jobs import Alternative, End, Handle, Listener, Piece
+
+# The server has a bound of its own, with an answer that says when to come back.
+_NO_BOUND = 1_000_000
+
+
+class Engine:
+    """Writes with one model.
+
+    Args:
+        generator: the model.
+        rows: texts written at once; beams come on top, one request at a time.
+    """
+
+    def __init__(self, generator: Generator, rows: int) -> None:
+        self.generator = generator
+        self._engine = AsyncEngine(generator, rows=rows, max_waiting=_NO_BOUND)
+        self._beams = ThreadPoolExecutor(1, thread_name_prefix="plug-beams")
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._engine.is_closed
+
+    def submit(
+        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+    ) -> Handle:
+        """As `TextEngine.submit`."""
+        if settings.num_beams > 1:
+            return self._submit_beams(prompt, settings, seed, listener)
+        return self._engine.submit(
+            list(prompt), settings, seed=seed, listener=lambda news: _tell(listener, news)
+        )
+
+    def _submit_beams(
+        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+    ) -> Handle:
+        self.generator.window(settings)  # refuses what this model cannot do
+        work = self._beams.submit(self._search, prompt, settings, seed)
+
+        def done(future: Future[GenerationResult]) -> None:
+            try:
+                result = future.result()
+            except CancelledError:
+                listener(End(None, PlugError("请求已取消。")))
+            except Exception as error:
+                listener(End(None, error if isinstance(error, PlugError) else _explained(error)))
+            else:
+                listener(Piece(result.text, result.token_ids))
+                listener(End(result.finish_reason))
+
+        work.add_done_callback(done)
+        return _Beams(work.cancel)
+
+    def _search(
+        self, prompt: Sequence[int], settings: GenerationSettings, seed: int
+    ) -> GenerationResult:
+        [result] = self.generator([list(prompt)], settings, seed=seed)
+        return result
+
+    def close(self) -> None:
+        self._beams.shutdown(wait=False, cancel_futures=True)
+        self._engine.close()
+
+
+class _Beams:
+    """A beam search; it can be cancelled while it waits."""
+
+    def __init__(self, cancel: Callable[[], bool]) -> None:
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        self._cancel()
+
+
+def _tell(listener: Listener, news: Progress) -> None:
+    if news.token_ids or news.text:
+        logprobs = [each.logprob for each in news.logprobs]
+        alternatives = [[Alternative(*pair) for pair in each.top] for each in news.logprobs]
+        listener(Piece(news.text, news.token_ids, logprobs, alternatives))
+    if news.result is not None:
+        listener(End(news.result.finish_reason))
+    elif news.error is not None:
+        listener(End(None, news.error))
+
+
+def _explained(error: Exception) -> PlugError:
+    explained = PlugError(f"这个请求出错了（{type(error).__name__}）。")
+    explained.__cause__ = error
+    return explained

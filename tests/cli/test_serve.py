@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "--allow-unauthenticated"),
+        (["--api-key", "short"], "密钥应是 8 个以上"),
+        (["--api-key-file", "nowhere"], "读不了密钥文件 nowhere"),
+        (["--port", "70000"], "port=70000 应在 0 到 65535 之间"),
+        (["--root-path", "plug/"], "root_path='plug/' 应以 / 开头"),
+        (["--max-num-seqs", "0"], "max_num_seqs=0"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    run_plug: Callable[..., Any], options: list[str], message: str
+) -> None:
+    ran = run_plug("serve", *options)
+
+    assert ran.status == 2
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_an_address_in_use_is_one_line(run_plug: Callable[..., Any], model_directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = run_plug("serve", "--model", model_directory, "--port", port)
+
+    assert ran.status == 2
+    assert f"127.0.0.1:{port}" in ran.err
+
+
+def test_the_help_names_every_limit(run_plug: Callable[..., Any]) -> None:
+    shown = run_plug("serve", "--help").out
+
+    for option in ("--max-waiting-tokens", "--api-key-file", "--shutdown-timeout", "--uds"):
+        assert option in shown
+
+
+def test_the_server_needs_no_transformers() -> None:
+    check = (
+        "import sys, plug.serving.server, plug.serving.loading\n"
+        "print([m for m in ('transformers', 'peft', 'accelerate') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+
+    assert ran.stdout == "[]\n", ran.stderr

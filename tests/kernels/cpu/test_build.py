@@ -1,0 +1,70 @@
+"""Building: once, checked, and a sentence where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from plug.kernels.cpu.build import library, library_file
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cache_clear()
+    yield tmp_path / "plug"
+    library.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_build_is_kept_for_the_next_process(
+    own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert library() is not None
+    [built] = own_cache.glob("*.so")
+    assert "只此一次" in caplog.text
+    caplog.clear()
+    library.cache_clear()
+
+    assert library() is not None
+    assert not caplog.text
+    assert list(own_cache.iterdir()) == [built]
+
+
+def test_without_a_compiler_there_is_none_and_it_is_said(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # noqa: ARG005
+    caplog.set_level(logging.INFO)
+
+    assert library() is None
+    assert "没有找到 C++ 编译器" in caplog.text
+    assert not own_cache.exists()
+
+
+@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
+def test_a_compiler_that_fails_is_named(
+    compiler: str,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+
+    assert library() is None
+    assert "没能编译" in caplog.text
+    assert compiler in caplog.text
+    assert not list(own_cache.glob("*.so"))
+
+
+def test_a_damaged_library_is_not_loaded(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own_cache.mkdir()
+    library_file().write_bytes(b"not a library")
+
+    assert library() is None
+    assert str(library_file()) in caplog.text

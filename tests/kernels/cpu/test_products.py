@@ -1,0 +1,106 @@
+"""Products in 32, 16, 8 and 4 bits against float64, and one row against many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from plug.kernels.cpu.build import library
+from plug.kernels.cpu.products import CpuProduct
+from plug.quantization.scheme import Scheme
+
+pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+
+# (out, in): no multiples of a vector or a tile; 4 bits want whole groups.
+SHAPES = [(1, 128), (7, 384), (77, 128), (64, 1280)]
+
+
+def weight_in(bits: int, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors that `CpuProduct` takes, and the weight that they stand for in float64."""
+    if bits >= 16:
+        plain = weight.half() if bits == 16 else weight
+        return {"weight": plain}, plain.double()
+    scheme = Scheme.of(bits)
+    tensors = scheme.quantize(weight)
+    return tensors, scheme.dequantize(tensors, torch.float64)
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """Inputs as the product rounds them, in float64."""
+    if bits >= 16:
+        return x.double()
+    groups = x.unflatten(-1, (-1, 128 if bits == 4 else x.shape[-1]))
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((groups / scale).round() * scale).flatten(-2).double()
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_a_product_is_that_of_float64(bits: int, out: int, inputs: int, rows: int) -> None:
+    torch.manual_seed(0)
+    tensors, exact = weight_in(bits, torch.randn(out, inputs))
+    bias, x = torch.randn(out), torch.randn(rows, inputs)
+
+    found = CpuProduct(bias=bias, **tensors)(x)
+
+    expected = rounded(x, bits) @ exact.T + bias
+    # Float32 sums; an input that lies between two integers may fall to either (one in thousands).
+    size = 1e-5 if bits >= 16 else 2e-3
+    assert ((found - expected).norm() / expected.norm()) < size
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_there_are(bits: int) -> None:
+    torch.manual_seed(0)
+    tensors, _ = weight_in(bits, torch.randn(70, 384))
+    multiply = CpuProduct(bias=torch.randn(70), **tensors)
+    x = torch.randn(33, 384) * torch.logspace(-3, 3, 33)[:, None]
+
+    together = multiply(x)
+
+    for size in (1, 2, 4, 7):
+        parts = torch.cat([multiply(part) for part in x.split(size)])
+        assert torch.equal(parts, together)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_integers_do_not_overflow(bits: int) -> None:
+    inputs = 32768  # of the 27B's widest layer
+    weight = torch.ones(4, inputs)
+    weight[1] = -1
+    if bits == 4:
+        weight[:, ::2] *= -1  # both ends of each group's range
+    tensors, exact = weight_in(bits, weight)
+    x = torch.ones(1, inputs) * 3.0
+    x[:, 1::2] *= -1 if bits == 4 else 1
+
+    found = CpuProduct(bias=None, **tensors)(x)
+
+    torch.testing.assert_close(found.double(), x.double() @ exact.T, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_rows_of_zeros_and_no_rows(bits: int) -> None:
+    tensors, _ = weight_in(bits, torch.randn(5, 128))
+    bias = torch.randn(5)
+    multiply = CpuProduct(bias=bias, **tensors)
+
+    assert torch.equal(multiply(torch.zeros(2, 128)), bias.expand(2, 5))
+    assert multiply(torch.zeros(0, 128)).shape == (0, 5)
+    assert multiply(torch.zeros(2, 3, 128)).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    tensors, _ = weight_in(4, torch.randn(500, 256))
+    multiply, x = CpuProduct(bias=None, **tensors), torch.randn(5, 256)
+    expected = multiply(x)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(multiply(x), expected) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
