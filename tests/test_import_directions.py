@@ -46,7 +46,6 @@ LEVELS = {room: level for level, rooms in enumerate(LINES) for room in rooms}
 # Imports that still go up, (file, room): shrink it to nothing.
 KNOWN: set[tuple[str, str]] = {
     ("distributed.tensor_parallel", "quantization"),
-    ("integrations.modelscope.base", "cli"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ from plug.options import (
     check_options,
     markdown_table,
     merge,
+    merge_tables,
     option,
+    parse_assignments,
+    read_toml,
 )
 
 
@@ -34,6 +38,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+def test_a_settings_file_and_assignments(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('name = "甲"\n[model]\nsize = 3\nheads = 2\n')
+    found = merge_tables(
+        read_toml(tmp_path / "a.toml"), parse_assignments(["model.size=4", "name=乙", "share=0.5"])
+    )
+    assert found == {"name": "乙", "model": {"size": 4, "heads": 2}, "share": 0.5}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a = ", b"a = " + b"[" * 100_000])
+def test_what_is_no_settings_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.toml"):
+        read_toml(tmp_path / "a.toml")
+    with pytest.raises(UsageError, match="应写成 名字=值"):
+        parse_assignments(["steps"])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Where a model runs, from what a user typed, and by which means."""
+"""Where a model runs, from what a user typed; by which means; and what happens without memory."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -40,3 +42,23 @@ def has_kernels(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and find_spec("triton") is not None
     )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(device: torch.device, batch_size: int) -> Iterator[None]:
+    """Turn the error of a device without memory into a `PlugError` that says what to do."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        all_of_it = torch.cuda.get_device_properties(device).total_memory
+        used = torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        smaller = (
+            f"请用 --batch-size {max(1, batch_size // 2)}（现在 {batch_size}）"
+            if batch_size > 1
+            else "请用更短的 --window，或量化过的模型（plug quantize），或 --device-map auto"
+        )
+        raise PlugError(
+            f"{device} 的显存用完了：共 {all_of_it / 1e9:.1f} GB，"
+            f"本程序占着 {used / 1e9:.1f} GB。{smaller}。"
+        ) from None

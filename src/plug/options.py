@@ -10,13 +10,17 @@ import dataclasses
 import difflib
 import math
 import numbers
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from plug.errors import UsageError
+from plug.jsonfiles import read_bytes
 
 S = TypeVar("S")
+REQUIRED = dataclasses.MISSING
 
 
 class Kind(Protocol):
@@ -247,7 +251,10 @@ class Option:
 def option(
     default: Any, kind: Kind, chinese: str, english: str, unset: tuple[str, str] = ("", "")
 ) -> Any:
-    """Return a dataclass field with this default; the arguments are those of `Option`."""
+    """Return a dataclass field with this default; the arguments are those of `Option`.
+
+    `REQUIRED` as the default makes a field that must be given.
+    """
     metadata = {"option": Option(chinese, english, kind, unset)}
     if isinstance(default, dict):  # kept out of the hash: a dict has none
         return dataclasses.field(default_factory=dict, metadata=metadata, hash=False)
@@ -311,11 +318,57 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
     return f"没有选项 {name}。可用的有：{'、'.join(known)}。"
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a TOML file of settings says.
+
+    Raises:
+        UsageError: the file cannot be read, or is no TOML.
+    """
+    if not path.exists():
+        raise UsageError(f"设置文件 {path} 不存在。")
+    content = read_bytes(path, UsageError)
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise UsageError(f"{path} 的嵌套太深，不是正常的设置文件。") from None
+    except ValueError as error:  # also what is not UTF-8
+        raise UsageError(f"{path} 不是有效的 TOML：{error}") from None
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return what words of the form "NAME=VALUE" say; values as in TOML, a bare word is a string.
+
+    Raises:
+        UsageError: a word has no "=".
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment!r} 应写成 名字=值。")
+        try:
+            values = merge_tables(values, tomllib.loads(f"{name} = {value}"))
+        except (tomllib.TOMLDecodeError, RecursionError):
+            values[name.strip()] = value.strip()
+    return values
+
+
+def merge_tables(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``settings`` with ``changes``; of a table in both, only the keys in ``changes``."""
+    merged = settings | changes
+    for name in settings.keys() & changes.keys():
+        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
+            merged[name] = settings[name] | changes[name]
+    return merged
+
+
 def markdown_table(settings: type) -> str:
     """Return the options as the rows of a table: name, default, accepted values, meaning."""
     rows = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
     for name, (default, each) in options_of(settings).items():
         shown = each.unset[1] or ("none" if default in ((), {}, None) else f"`{default}`")
+        if default is REQUIRED:
+            shown = "must be given"
         rows.append(f"| `{name}` | {shown} | {each.kind.limits} | {each.english} |")
     return "\n".join(rows) + "\n"
 

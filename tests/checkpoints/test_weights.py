@@ -48,3 +48,15 @@ def test_a_value_of_another_shape_is_not_broadcast(tmp_path: Path) -> None:
 
     with writer, pytest.raises(ValueError, match=r"\(6,\) into \(4, 6\)"):
         writer.write("table", torch.zeros(6))
+
+
+def test_an_error_while_a_tensor_is_written_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    """Its traceback holds a view of the memory map, which then cannot be closed."""
+    specs = {"a": TensorSpec(torch.float32, (4,))}
+
+    def write() -> None:
+        with WeightWriter(tmp_path, specs) as writer:
+            writer.write("a", torch.zeros(3))
+
+    with pytest.raises(ValueError, match=r"\(3,\) into \(4,\)"):
+        write()

@@ -56,6 +56,29 @@ def test_predict_a_text_and_a_file(run_plug: Callable, tuned: Path, tmp_path: Pa
         assert second["text"] == "今天天气"
 
 
+def test_a_settings_file_with_changes_on_the_command_line(
+    run_plug: Callable, model_directory: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'task = "tnews"\ntrain = "{data}"\neval = "{data}"\nmodel = "{model_directory}"\n'
+        "source_length = 32\nepochs = 3\nfgm = 0.5\n"
+    )
+    output = tmp_path / "out"
+    ran = run_plug(
+        *("finetune", "--config", config, "--output", output, "--epochs", 1),
+        *("--set", "fgm=0.25", "--set", "patience=2", "--device", "cpu"),
+    )
+    assert ran.status == 0, ran.err
+    settings = json.loads((output / "finetuning.json").read_text())["settings"]
+    found = {
+        name: settings[name] for name in ("task", "source_length", "epochs", "fgm", "patience")
+    }
+    assert found == {
+        "task": "tnews", "source_length": 32, "epochs": 1.0, "fgm": 0.25, "patience": 2,
+    }  # fmt: skip
+
+
 def test_evaluate_agrees_with_the_run_and_reports(
     run_plug: Callable, tuned: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +132,9 @@ def test_wrong_use_is_one_line(
     same = ("--train", data, "--eval", data, "--output")
     for arguments, complaint in (
         (("finetune", "tnew", *same, tmp_path / "x"), "没有任务 'tnew'"),
+        (("finetune", "tnews", *same[:2]), "缺少 --eval、--output"),
+        (("finetune", "tnews", *same, "x", "--set", "fgmm=1"), "没有选项 fgmm。是否想用 fgm"),
+        (("finetune", "tnews", *same, "x", "--set", "fgm=x"), "fgm='x' 应是一个数"),
         (("finetune", "tnews", *same, tuned), "已有一次完成的训练"),
         (("finetune", "tnews", *same, tmp_path / "x", "--model", "nowhere"), "nowhere"),
         (("predict", "--model", model_directory, "花"), "不是微调过的模型"),

@@ -392,7 +392,7 @@ def unsynced(trace: str, folder: Path) -> list[str]:
             dirty.add(paths[0])
         elif name == "mkdir":
             dirty |= {paths[0], _parent(paths[0])}
-        elif name == "fsync":
+        elif name in ("fsync", "unlink", "rmdir"):
             dirty.discard(paths[0])
         elif name == "rename" and len(paths) == 2:
             old, new = paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -338,28 +337,6 @@ def test_weights_that_are_missing_are_told(
         finetune(settings("classification", data("classification")), device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"task": "tnew"}, "没有任务 'tnew'"),
-        ({"batch_size": -1}, "batch_size=-1 应大于 0"),
-        ({"learning_rate": math.nan}, "learning_rate=nan 应大于 0"),
-        ({"epochs": "3"}, "epochs='3' 的类型应为 float"),
-        ({"layer_decay": 1.5}, "layer_decay=1.5 应在 0.01 与 1 之间"),
-        ({"patience": -1}, "patience=-1 不能小于 0"),
-        ({"task": "cmrc2018", "r_drop": 1.0}, "r_drop 只用于分类任务"),
-        ({"task": "cmrc2018", "label_smoothing": 0.1}, "label_smoothing 不能用于阅读理解"),
-        ({"label_smoothing": 1.5}, "label_smoothing=1.5 应在 0.0 与 1 之间"),
-        ({"fgm": -1.0}, "fgm=-1.0 不能小于 0"),
-        ({"precision": "fp16"}, "precision='fp16' 应是 bf16 或 fp32"),
-    ],
-)
-def test_settings_that_make_no_sense(changes: dict[str, Any], complaint: str) -> None:
-    values = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
-    with pytest.raises(UsageError, match=complaint):
-        FinetuneSettings(**values | changes)
-
-
 def test_lengths_the_model_has_no_positions_for(settings: Make, data: Callable[..., Path]) -> None:
     for task, changes in (
         ("classification", {"source_length": 97}),
@@ -368,12 +345,3 @@ def test_lengths_the_model_has_no_positions_for(settings: Make, data: Callable[.
     ):
         with pytest.raises(UsageError, match=r"应在 .* 到 96 之间"):
             finetune(settings(task, data(task), **changes), device="cpu")
-
-
-def test_the_command_in_the_report_is_the_run_s() -> None:
-    run = FinetuneSettings(
-        task="tnews", train="a b.json", eval="d.json", output="o", seed=3, from_scratch=True
-    )
-    assert run.command() == (
-        "plug finetune tnews --train 'a b.json' --eval d.json --output o --seed 3 --from-scratch"
-    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from plug.checkpoints.headers import read_places
+from plug.device import explain_out_of_memory
 from plug.errors import PlugError, UsageError
 from plug.generation.generator import Generator
 from plug.loading import memory
@@ -19,7 +20,6 @@ from plug.loading.memory import (
     Room,
     check_dtype,
     check_memory,
-    explain_out_of_memory,
     generation_need,
     resident_share,
     weight_bytes,

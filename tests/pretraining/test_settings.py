@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from plug.cli.pretrain import _overrides
 from plug.errors import UsageError
+from plug.options import parse_assignments
 from plug.pretraining.settings import RunConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -124,7 +124,7 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def test_a_file_with_overrides(file: Callable[[str], Path]) -> None:
+def test_a_file_withparse_assignments(file: Callable[[str], Path]) -> None:
     assignments = [
         "steps=20",
         "schedule=cosine",
@@ -135,7 +135,7 @@ def test_a_file_with_overrides(file: Callable[[str], Path]) -> None:
         "compile=true",
         "learning_rate=2e-3",
     ]
-    config = RunConfig.from_file(file(GOOD), _overrides(assignments))
+    config = RunConfig.from_file(file(GOOD), parse_assignments(assignments))
     assert config.steps == 20
     assert config.schedule == "cosine"
     assert config.output == "runs/b c"
@@ -163,7 +163,7 @@ def test_wrong_files(content: str, message: str, file: Callable[[str], Path]) ->
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="不存在"):
+    with pytest.raises(UsageError, match=r"none\.toml 不存在"):
         RunConfig.from_file(tmp_path / "none.toml")
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="不是有效的 TOML"):
@@ -183,7 +183,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_wrong_overrides(assignment: str, message: str, file: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match=message):
-        RunConfig.from_file(file(GOOD), _overrides([assignment]))
+        RunConfig.from_file(file(GOOD), parse_assignments([assignment]))
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")))

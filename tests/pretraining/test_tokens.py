@@ -169,3 +169,34 @@ def test_a_full_disk_while_encoding_is_told_in_a_line(
         list(write_tokens(corpus_files, tiny_tokenizer, tmp_path / "out"))
     with pytest.raises(UsageError, match=r"缺 corpus\.json"):
         read_tokens(tmp_path / "out")
+
+
+def test_a_run_killed_at_any_event_leaves_no_corpus_or_a_whole_one(
+    tiny_tokenizer: PlugTokenizer, tmp_path: Path, kill: Callable[..., bool]
+) -> None:
+    """Held-out documents of a stopped run stayed beside those of the next one."""
+    file = text_file(tmp_path / "a.txt", ["今天天气很好。"] * 20)
+    whole = tmp_path / "whole"
+    list(write_tokens([file], tiny_tokenizer, whole, heldout=0.1))
+    number, alive = 0, False
+    while not alive:
+        number += 2
+        out = tmp_path / str(number) / "corpus"
+        alive = not kill(
+            lambda out=out: list(write_tokens([file], tiny_tokenizer, out, heldout=0.1)), number
+        )
+        if not out.exists():
+            list(write_tokens([file], tiny_tokenizer, out, heldout=0.1))
+        for path in whole.rglob("*"):
+            if path.is_file():
+                assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+        assert len(list(out.rglob("*"))) == len(list(whole.rglob("*")))
+    assert number > 30
+
+
+def test_a_folder_with_something_in_it_is_refused(
+    tiny_tokenizer: PlugTokenizer, corpus_files: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "heldout").mkdir()
+    with pytest.raises(UsageError, match="已经存在"):
+        list(write_tokens(corpus_files, tiny_tokenizer, tmp_path))

@@ -6,13 +6,13 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from plug.options import Option, merge, options_of
+from plug.options import REQUIRED, Option, merge, options_of
 from plug.shipped import SHIPPED_MODEL
 
 Model = Annotated[str, typer.Option(help=f"{SHIPPED_MODEL} 或模型目录。")]
@@ -39,27 +39,39 @@ def tells_of_interruption() -> Iterator[None]:
         raise typer.Exit(getattr(error, "exit_code", 130)) from error
 
 
-def options_from(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator: the command's parameter ``settings`` becomes an option for each field.
+def options_from(
+    settings: type, names: Sequence[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator: a parameter of the command becomes an option for each field.
 
-    The command is called with a checked object of this class.
+    Without ``names`` that is the parameter ``settings``: the command is called with a checked
+    object of this class. With ``names`` it is the parameter ``changes``: the command is called with
+    a dictionary of those options that were typed, to put them over what a file says.
 
     Args:
         settings: a dataclass whose fields are made by `plug.options.option`.
+        names: the fields that are options; None: all.
     """
-    parameters = [_parameter(name, *found) for name, found in options_of(settings).items()]
-    names = [parameter.name for parameter in parameters]
+    found = options_of(settings)
+    parameters = [_parameter(name, *found[name], names is not None) for name in names or found]
+    replaced = "settings" if names is None else "changes"
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         shown: list[inspect.Parameter] = []
         for each in signature.parameters.values():
-            shown += parameters if each.name == "settings" else [each]
+            shown += parameters if each.name == replaced else [each]
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            chosen = {name: values.pop(name) for name in names}
-            command(settings=merge(settings, None, chosen), **values)
+            chosen = {name: values.pop(name) for name in names or found}
+            if names is None:
+                values["settings"] = merge(settings, None, chosen)
+            else:
+                values["changes"] = {
+                    name: value for name, value in chosen.items() if value is not None
+                }
+            command(**values)
 
         in_order = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
         run.__signature__ = signature.replace(parameters=in_order)  # type: ignore[attr-defined]
@@ -69,18 +81,18 @@ def options_from(settings: type) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-def _parameter(name: str, default: Any, option: Option) -> inspect.Parameter:
+def _parameter(name: str, default: Any, option: Option, is_change: bool) -> inspect.Parameter:
     kind = option.kind
     text = option.chinese
     if option.unset[0]:
         text += f"（默认{option.unset[0]}）"
-    elif not kind.is_repeated and kind.word_type is not bool:
+    elif default is not REQUIRED and not kind.is_repeated and kind.word_type is not bool:
         text += f"（默认 {default:g}）" if isinstance(default, float) else f"（默认 {default}）"
     flag = "--" + name.replace("_", "-")
     if kind.word_type is bool and default is True:
         flag += f"/--no-{name.replace('_', '-')}"
     annotation: Any = list[kind.word_type] if kind.is_repeated else kind.word_type  # type: ignore[name-defined]
-    if default is None or kind.is_repeated:
+    if default is None or kind.is_repeated or is_change:
         annotation, default = annotation | None, None
     return inspect.Parameter(
         name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -110,28 +110,10 @@ def stage2(
 def _run(
     stage: int, config: Path, assignments: list[str], resume: bool, device: str | None
 ) -> None:
+    from plug.options import parse_assignments
     from plug.pretraining.run import pretrain
     from plug.pretraining.settings import RunConfig
 
-    settings = RunConfig.from_file(config, _overrides(assignments))
+    settings = RunConfig.from_file(config, parse_assignments(assignments))
     with tells_of_interruption():
         pretrain(stage, settings, resume=resume, device=device)
-
-
-def _overrides(assignments: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, values as in TOML; a bare word is a string."""
-    import tomllib
-
-    from plug.errors import UsageError
-    from plug.pretraining.settings import merge
-
-    overrides: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"--set {assignment!r} 应写成 名字=值。")
-        try:
-            overrides = merge(overrides, tomllib.loads(f"{name} = {value}"))
-        except tomllib.TOMLDecodeError:
-            overrides[name.strip()] = value.strip()
-    return overrides

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from plug import hf as classes
 from plug.checkpoints.headers import read_places
 from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Evaluation
 from plug.finetuning.tasks import KindName
+from plug.model.heads import IGNORE_INDEX
 from plug.tokenization import PlugTokenizer
 
 Features = dict[str, Any]  # arguments of a model's forward: id lists, or one number an example
@@ -108,6 +108,8 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         """
         from transformers import logging
 
+        from plug import hf as classes
+
         logging.set_verbosity_error()  # its notes on heads that are new
         logging.disable_progress_bar()
         cls = getattr(classes, self.model_class)
@@ -158,7 +160,7 @@ class Collator:
 
     def _column(self, key: str, values: list[Any]) -> Tensor:
         if isinstance(values[0], list):
-            padding = {"input_ids": self.pad_token_id, "labels": classes.IGNORE_INDEX}.get(key, 0)
+            padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.get(key, 0)
             longest = max(map(len, values))
             values = [value + [padding] * (longest - len(value)) for value in values]
         return torch.tensor(values)

@@ -14,8 +14,8 @@ from plug.evaluation.metrics import entity_scores, entity_spans
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
 from plug.finetuning.readers import OUTSIDE, LabellingExample
-from plug.hf import IGNORE_INDEX
 from plug.jsonfiles import shown
+from plug.model.heads import IGNORE_INDEX
 from plug.textfiles import trim
 
 Tags = tuple[str, ...]

@@ -1,92 +1,181 @@
-"""`FinetuneSettings`: every option of a run and its default; imports no torch."""
+"""`FinetuneSettings`: every option of a fine-tuning run. Their one home; imports no torch.
+
+The command line (`cli/finetune.py`), settings files, the table in `docs/finetuning.md` and the
+checks are made from the fields. To add an option, add a field, and its effect in `trainer.py`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from plug.errors import UsageError
 from plug.finetuning.tasks import find_task
-from plug.generation.settings import MAX_PROMPT_TOKENS, WINDOW
+from plug.generation.settings import MAX_BEAMS, MAX_PROMPT_TOKENS, WINDOW
+from plug.options import (
+    REQUIRED,
+    Bool,
+    Choice,
+    Float,
+    Int,
+    Text,
+    check_options,
+    merge,
+    option,
+    options_of,
+)
+from plug.shipped import SHIPPED_MODEL
 
-PRECISIONS = ("bf16", "fp32")
+# What the command line has an option for; all else is `--set NAME=VALUE`, or in a settings file.
+FLAGS = (
+    "train", "eval", "output", "model", "epochs", "batch_size", "eval_batch_size", "learning_rate",
+    "source_length", "target_length", "num_beams", "seed", "precision", "from_scratch",
+)  # fmt: skip
+_OF_TASK = ("epochs", "batch_size", "source_length", "target_length")
+_TASK_S = ("任务的默认值", "the task's")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSettings:
-    """One run. Epochs, batch size and lengths of 0 are the task's own, and are filled in here.
+    """One run. Each field's metadata has its help text and its limits.
 
-    Attributes:
-        task: a name in `TASKS`.
-        train: file to learn from; eval: file that chooses the best epoch.
-        output: directory of the run; the model, its report and its settings end up in it.
-        model: a name or directory as `plug.load` takes it.
-        epochs: passes over the training file.
-        learning_rate: highest, after the warm-up; then linear decay to 0.
-        layer_decay: each layer further from the output learns by this factor more slowly.
-        r_drop: weight of R-Drop's divergence (classification); 0: off.
-        label_smoothing: share of the target that is spread over all labels, or all tokens; 0: off.
-        fgm: length of the adversarial step on the word embeddings (FGM); 0: off.
-        child_tuning: share of gradients that each step keeps (Child-Tuning-F); 1: all.
-        patience: evaluations without a better score before the run stops; 0: never.
-        num_beams: of the evaluations of generation; 1 is argmax.
-        precision: of training on a GPU: "bf16" (autocast), or "fp32" with products in TF32: no
-            casts, about 40% fewer kernels a step. A CPU always has fp32.
-        from_scratch: start from random weights of the model's shape, for comparison.
+    Epochs, batch size and lengths of 0 are the task's own, and are filled in.
+
+    Raises:
+        UsageError: a value is of another type, outside its limits, or excludes another option.
     """
 
-    task: str
-    train: str
-    eval: str
-    output: str
-    model: str = "plug-mini-zh"
-    epochs: float = 0.0
-    batch_size: int = 0
-    eval_batch_size: int = 64
-    learning_rate: float = 5e-4
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-    clip_grad_norm: float = 1.0
-    layer_decay: float = 1.0
-    r_drop: float = 0.0
-    label_smoothing: float = 0.0
-    fgm: float = 0.0
-    child_tuning: float = 1.0
-    source_length: int = 0
-    target_length: int = 0
-    num_beams: int = 1
-    patience: int = 0
-    seed: int = 1
-    precision: str = "bf16"
-    from_scratch: bool = False
+    task: str = option(REQUIRED, Text(4096), "任务名。", "a name in `finetuning/tasks.py`")
+    train: str = option(
+        REQUIRED, Text(4096),
+        "训练数据文件（可 .gz、.zst），或 datasets 的 名字:划分。",
+        "file to learn from, or `NAME:SPLIT` of `datasets`",
+    )  # fmt: skip
+    eval: str = option(
+        REQUIRED, Text(4096), "评测数据，用来选出最好的一轮。", "file that chooses the best epoch"
+    )
+    output: str = option(
+        REQUIRED, Text(4096),
+        "输出目录：模型、设置、报告。须不存在或为空。",
+        "directory of the run: model, settings, report; new or empty",
+    )  # fmt: skip
+    model: str = option(
+        SHIPPED_MODEL, Text(4096),
+        "从哪个模型开始：名字或目录。",
+        "where to start: a name or directory, as `plug.load` takes it",
+    )  # fmt: skip
+    epochs: float = option(
+        0.0, Float(0.001, 10_000, zero=True), "训练几轮。", "passes over the training file", _TASK_S
+    )
+    batch_size: int = option(0, Int(0, 65_536), "每步几个例子。", "examples a step", _TASK_S)
+    eval_batch_size: int = option(
+        64, Int(1, 65_536), "评测时一次几个例子。", "examples at once in evaluations"
+    )
+    learning_rate: float = option(
+        5e-4, Float(1e-30, 1e30),
+        "最高学习率；大模型用 1e-5。",
+        "highest, after the warm-up; then it falls to 0 in a line. Large models want 1e-5",
+    )  # fmt: skip
+    warmup_fraction: float = option(
+        0.1,
+        Float(0, 0.99),
+        "学习率升高的步数所占比例。",
+        "share of the steps that the rate rises in",
+    )
+    weight_decay: float = option(0.01, Float(0, 10), "权重衰减。", "of AdamW")
+    clip_grad_norm: float = option(
+        1.0, Float(1e-6, 1e6), "梯度范数的上限。", "longest gradient; a longer one is scaled down"
+    )
+    layer_decay: float = option(
+        1.0, Float(0.01, 1),
+        "每低一层，学习率乘以它；1 为不变。",
+        "each layer further from the output learns by this factor more slowly (arXiv:1801.06146)",
+    )  # fmt: skip
+    r_drop: float = option(
+        0.0, Float(0, 1000),
+        "R-Drop 的权重（分类任务）；0 为不用。",
+        "weight of R-Drop: two passes with different dropout should agree (classification; "
+        "arXiv:2106.14448); 0: off",
+    )  # fmt: skip
+    label_smoothing: float = option(
+        0.0, Float(0, 1),
+        "标签平滑：目标中分给所有标签（或词元）的比例；0 为不用。",
+        "share of the target that is spread over all labels, or all tokens (arXiv:1512.00567); "
+        "0: off",
+    )  # fmt: skip
+    fgm: float = option(
+        0.0, Float(0, 1000),
+        "对抗训练（FGM）在词向量上走多远，如 1；0 为不用。",
+        "length of an adversarial step on the word embeddings, for a second gradient "
+        "(arXiv:1605.07725); 0: off",
+    )  # fmt: skip
+    child_tuning: float = option(
+        1.0, Float(0.01, 1),
+        "每步保留多大比例的梯度；1 为全部。",
+        "share of the gradients that each step keeps (Child-Tuning-F, arXiv:2109.05687); 1: all",
+    )  # fmt: skip
+    source_length: int = option(
+        0, Int(0, 2**20), "最多读多少词元。", "tokens read at most, `[CLS]` and `[SEP]` counted",
+        _TASK_S,
+    )  # fmt: skip
+    target_length: int = option(
+        0, Int(0, 2**20),
+        "最多写多少词元（常有几个字），或答案最长多少词元。",
+        "tokens written at most, or of an answer",
+        _TASK_S,
+    )  # fmt: skip
+    num_beams: int = option(
+        1, Int(1, MAX_BEAMS),
+        "生成任务评测时的束宽；1 为贪心。",
+        "beams in evaluations of generation; 1: greedy",
+    )  # fmt: skip
+    patience: int = option(
+        0, Int(0, 10_000),
+        "连续几轮不见好就停；0 为不早停。",
+        "evaluations without a better score before the run stops; 0: never",
+    )  # fmt: skip
+    seed: int = option(1, Int(0, 2**32 - 1), "随机种子。", "of the order, dropout and new heads")
+    precision: str = option(
+        "bf16", Choice(("bf16", "fp32")),
+        "GPU 上的精度：bf16，或 fp32（乘法用 TF32）。CPU 上总是 fp32。",
+        "of training on a GPU: bfloat16 autocast, or float32 with products in TF32 (no casts, "
+        "about 40% fewer kernels a step). A CPU always has float32",
+    )  # fmt: skip
+    from_scratch: bool = option(
+        False, Bool(),
+        "不用模型的权重，随机初始化（供比较）。",
+        "start from random weights of the model's shape, for comparison",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
+        check_options(self)
         task = find_task(self.task)
-        for name in ("epochs", "batch_size", "source_length", "target_length"):
+        for name in _OF_TASK:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, getattr(task, name))
-        for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), str(item.type))
-        for name in ("epochs", "batch_size", "eval_batch_size", "learning_rate", "target_length",
-                     "num_beams", "clip_grad_norm"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name}={getattr(self, name)} 应大于 0。")
-        for name, low in (("warmup_fraction", 0.0), ("layer_decay", 0.01), ("child_tuning", 0.01),
-                          ("label_smoothing", 0.0)):  # fmt: skip
-            if not low <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)} 应在 {low} 与 1 之间。")
-        for name in ("weight_decay", "r_drop", "fgm", "patience", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name}={getattr(self, name)} 不能小于 0。")
         if self.r_drop and task.kind != "classification":
             raise UsageError(f"r_drop 只用于分类任务，{self.task} 不是。请去掉它。")
         if self.label_smoothing and task.kind == "reading":
             raise UsageError(f"label_smoothing 不能用于阅读理解，{self.task} 是。请去掉它。")
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"precision={self.precision!r} 应是 {' 或 '.join(PRECISIONS)}。")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> FinetuneSettings:
+        """Settings from a mapping, such as a settings file's.
+
+        Raises:
+            UsageError: a name is unknown, one that must be given is missing, or a value is not
+                accepted.
+        """
+        required = [name for name, (default, _) in options_of(cls).items() if default is REQUIRED]
+        if missing := [name for name in required if name not in values]:
+            words = ["任务名" if name == "task" else f"--{name}" for name in missing]
+            raise UsageError(f"缺少 {'、'.join(words)}。加上 `--help` 看用法。")
+        return merge(cls, None, values)
 
     def check_lengths(self, max_position_embeddings: int) -> None:
         """Raise `UsageError` where the model has no positions for the lengths."""
@@ -111,18 +200,10 @@ class FinetuneSettings:
         for name, value in self.to_dict().items():
             if name == "task" or value == defaults[name]:
                 continue
-            option = "--" + name.replace("_", "-")
-            words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
+            if name not in FLAGS:
+                words.append(f"--set {shlex.quote(f'{name}={json.dumps(value)}')}")
+            elif value is True:
+                words.append(f"--{name.replace('_', '-')}")
+            else:
+                words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(words)
-
-
-def _check_type(name: str, value: object, annotation: str) -> None:
-    wanted: tuple[type, ...] = (str,)
-    if "bool" in annotation:
-        wanted = (bool,)
-    elif "float" in annotation:
-        wanted = (int, float)
-    elif "int" in annotation:
-        wanted = (int,)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise UsageError(f"{name}={value!r} 的类型应为 {annotation}。")

@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 
 from plug.checkpoints.directory import find_model_directory, load_tokenizer
-from plug.device import find_device
+from plug.device import explain_out_of_memory, find_device
 from plug.distributed.processes import Processes, agree
 from plug.distributed.tensor_parallel import is_sharded
 from plug.errors import UsageError
@@ -37,7 +37,7 @@ from plug.generation.window import (
     window_length,
 )
 from plug.loading.load import load
-from plug.loading.memory import Room, explain_out_of_memory
+from plug.loading.memory import Room
 from plug.loading.offload import DeviceMap
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from plug.device import has_kernels
+from plug.device import explain_out_of_memory, has_kernels
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
 from plug.generation.cpu_model import CpuModel
@@ -26,7 +26,6 @@ from plug.generation.sampling import Plan, Sampler, log_probabilities
 from plug.generation.scheduler import NO_CHOICE, StepPlan
 from plug.generation.sequence import TokenLogprobs
 from plug.generation.settings import MAX_LOOKUP_TOKENS
-from plug.loading.memory import explain_out_of_memory
 from plug.model.layers import KeyValue
 from plug.model.plug import Plug
 

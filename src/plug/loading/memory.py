@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -226,25 +225,6 @@ def _ways_to_fit(
         if size <= free:
             ways.append(f"torchrun --nproc-per-node {count}，每张卡约需 {_gb(size)} GB")
     return ways
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(device: torch.device, batch_size: int) -> Iterator[None]:
-    """A device that has no memory left is a `PlugError` that says what to do."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        all_of_it = torch.cuda.get_device_properties(device).total_memory
-        used = torch.cuda.memory_allocated(device)
-        torch.cuda.empty_cache()
-        smaller = (
-            f"请用 --batch-size {max(1, batch_size // 2)}（现在 {batch_size}）"
-            if batch_size > 1
-            else "请用更短的 --window，或量化过的模型（plug quantize），或 --device-map auto"
-        )
-        raise PlugError(
-            f"{device} 的显存用完了：共 {_gb(all_of_it)} GB，本程序占着 {_gb(used)} GB。{smaller}。"
-        ) from None
 
 
 def _gb(count: int) -> str:

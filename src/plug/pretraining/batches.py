@@ -1,9 +1,9 @@
-"""Batches of the two stages: batch number ``step`` is a pure function of the seed and the step.
+"""Batches of both stages. A batch is a pure function of the seed and the step.
 
-So a run resumes exactly by going on at its step, needs no loader state, and N processes see
-together what one would see. All sequences of a batch have one length (its *shape*, drawn for the
-batch), and only documents long enough for it are read, so that nothing is padded on the encoder's
-side and attention needs no mask there.
+So a resumed run continues exactly without any state of the loader, and N processes together see the
+batch that one process would see. A *shape* is drawn for each batch: the length of its sequences, or
+of source and target. Only documents that are long enough for the shape are read, so the encoder's
+side has no padding and needs no attention mask.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Document:
 
 
 class DocumentSampler:
-    """Draws documents of at least a given length: a domain by its weight, a document by its size.
+    """Draw a domain by its weight, then a document of a minimum length by its size.
 
     Args:
         domains: the corpus.
-        exponent: a domain's weight is its tokens to this power (1: as they are, 0: all alike).
-        factors: multiplies the weight of the domains named.
-        least: tokens a document must have.
+        exponent: a domain's weight is its number of tokens to this power (0: all domains alike).
+        factors: by domain name, what its weight is multiplied by.
+        least: the minimum length of a document, in tokens.
 
     Raises:
         UsageError: no document is long enough, or a factor names no domain.
@@ -92,7 +92,7 @@ class DocumentSampler:
             raise UsageError(
                 f"domain_factors 让所有有不短于 {least} 个词元的文档的领域权重都成了 0。"
             )
-        # how many documents can be drawn at all
+        # documents that can be drawn: those of domains whose weight is not 0
         self.documents = sum(
             len(numbers)
             for (_, numbers, _), weight in zip(self._domains, weights, strict=True)
@@ -110,7 +110,7 @@ class DocumentSampler:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
-    """What both stages' batches are made of; see `RunConfig` for the settings' meaning."""
+    """What the batches of both stages are made from. `RunConfig` explains the settings."""
 
     domains: Sequence[Domain]
     tokenizer: PlugTokenizer
@@ -125,13 +125,13 @@ class BatchPlan:
 
 
 def global_batch_tokens(batch: Batch, batch_tokens: int) -> int:
-    """Tokens in one step's batch of all processes, from one process's share of it."""
+    """Return the tokens of a step's whole batch, given one process's share of it."""
     each = sum(batch[k].shape[1] for k in ("input_ids", "decoder_input_ids") if k in batch)
     return batch_tokens // each * each
 
 
 class _Batches(torch.utils.data.Dataset[Batch]):
-    """The part common to both stages: shapes, this process's share, stacking."""
+    """What both stages share: they draw a shape, make this process's rows, and stack them."""
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
@@ -174,11 +174,11 @@ class _Batches(torch.utils.data.Dataset[Batch]):
         }
 
     def least_tokens(self, shape: Shape) -> int:
-        """Tokens a document must have to be read at this shape."""
+        """Return the minimum length of a document for this shape, in tokens."""
         raise NotImplementedError
 
     def masking_at(self, step: int) -> Masking | None:  # noqa: ARG002
-        """How sequences are corrupted at ``step``; None leaves them clean."""
+        """Return how sequences are corrupted at ``step``; None leaves them clean."""
         return self.masking
 
     def example(
@@ -188,12 +188,12 @@ class _Batches(torch.utils.data.Dataset[Batch]):
         masking: Masking | None,
         rng: np.random.Generator,
     ) -> Any:
-        """One example (a named tuple of arrays) of this shape."""
+        """Return one example of this shape, a named tuple of arrays."""
         raise NotImplementedError
 
 
 class StructBertBatches(_Batches):
-    """Stage 1: two segments of one document, or of two, a third of each kind."""
+    """Stage 1: two segments. The second is the next, the previous, or another document's."""
 
     def __init__(self, plan: BatchPlan, *, shuffle_rate: float, sentence_objective: bool) -> None:
         super().__init__(plan)
@@ -246,9 +246,9 @@ class StructBertBatches(_Batches):
 
 
 class PalmBatches(_Batches):
-    """Stage 2: the first part of a passage is read, the rest written.
+    """Stage 2: the encoder reads the first part of a passage, the decoder writes the rest.
 
-    Until ``clean_from`` (a step) the source is corrupted for masked LM; from there on it is clean.
+    The source is corrupted for masked LM before step ``clean_from``, and clean from then on.
     """
 
     def __init__(self, plan: BatchPlan, *, clean_from: int, whole_sentence_share: float) -> None:

@@ -1,4 +1,4 @@
-"""The losses of both stages by name, as sums, so that any split of a batch adds up."""
+"""The losses of both stages by name. They are sums, so the parts of a batch add up to the batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = {  # loss -> the batch's labels it is computed on
 
 
 def prediction_counts(batch: Batch) -> dict[str, Tensor]:
-    """How many predictions each loss of this batch sums over; losses without any are left out."""
+    """Return the number of predictions of each loss that this batch has."""
     return {
         name: (batch[key] != IGNORE_INDEX).sum()
         for name, key in LABELS.items()
@@ -28,7 +28,10 @@ def prediction_counts(batch: Batch) -> dict[str, Tensor]:
 
 
 def structbert_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
-    """Stage 1, in summed nats: `mlm` at masked positions, `word` at shuffled ones, `sentence`."""
+    """Return the losses of stage 1, summed, in nats.
+
+    `mlm` at masked positions, `word` at shuffled ones, `sentence` for each example.
+    """
     hidden_states = model.encode(batch["input_ids"], token_type_ids=batch["token_type_ids"])
     losses = {"mlm": _token_loss(model, hidden_states, batch["mlm_positions"], batch["mlm_labels"])}
     if batch["word_labels"].numel():
@@ -42,7 +45,10 @@ def structbert_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
 
 
 def palm_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
-    """Stage 2, in summed nats: `lm` on the target, `mlm` on the source while it is corrupted."""
+    """Return the losses of stage 2, summed, in nats.
+
+    `lm` on the target, `mlm` on the source where it is corrupted.
+    """
     hidden_states = model.encode(batch["input_ids"])
     decoded = model.decode(batch["decoder_input_ids"], hidden_states)
     losses = {"lm": cross_entropy_sum(model.lm_logits(decoded), batch["labels"])}
@@ -54,7 +60,14 @@ def palm_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
 
 
 def _token_loss(model: Plug, hidden_states: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-    """Masked-LM head at ``positions`` (batch, n) of (batch, length, hidden)."""
+    """Return the loss of the masked-LM head at ``positions``, (batch, n).
+
+    Args:
+        model: has the head.
+        hidden_states: (batch, length, hidden).
+        positions: in each sequence.
+        labels: (batch, n), IGNORE_INDEX where a position does not count.
+    """
     batch, length, hidden = hidden_states.shape
     rows = torch.arange(batch, device=positions.device)[:, None] * length
     selected = hidden_states.reshape(-1, hidden).index_select(0, (positions + rows).flatten())
@@ -62,7 +75,7 @@ def _token_loss(model: Plug, hidden_states: Tensor, positions: Tensor, labels: T
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in fp32, summed over the labels that are not ignored."""
+    """Return the cross-entropy in float32, summed over the labels that are not ignored."""
     return F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(),
         labels.flatten(),

@@ -1,4 +1,4 @@
-"""Masked LM as a pure function of ids and a random generator: both stages corrupt their source so.
+"""Masked LM as a pure function of ids and a random generator. Both stages use it.
 
 Source: BERT, arXiv 1810.04805, section 3.1; StructBERT and PALM keep its shares.
 """
@@ -17,7 +17,7 @@ IGNORE_INDEX = -100  # a label that no loss is computed on
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Masking:
-    """What masked LM draws from, and how often."""
+    """The rates of masked LM, and the ids that it writes."""
 
     mask_token_id: int
     first_random_id: int  # replacement ids are drawn from [first_random_id, last_random_id)
@@ -30,7 +30,7 @@ class Masking:
 def mask_tokens(
     ids: Array, allowed: npt.NDArray[np.bool_], rng: np.random.Generator, masking: Masking
 ) -> tuple[Array, Array]:
-    """Corrupt ``rate`` of the allowed positions: 80% [MASK], 10% kept, 10% random.
+    """Corrupt ``masking.rate`` of the allowed positions: 80% [MASK], 10% kept, 10% random.
 
     Args:
         ids: (length,) token ids.
@@ -39,8 +39,8 @@ def mask_tokens(
         masking: rates and ids.
 
     Returns:
-        The corrupted copy (length,), and the chosen positions (round(rate * allowed), at least 1
-        where any is allowed), sorted. The loss is on those positions alone.
+        The corrupted copy (length,), and the chosen positions, sorted: round(rate * allowed), but
+        at least 1 where any is allowed. The loss is computed on those positions alone.
     """
     candidates = np.flatnonzero(allowed)
     count = min(len(candidates), max(1, round(masking.rate * len(candidates))))

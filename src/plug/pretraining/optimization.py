@@ -14,10 +14,10 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def learning_rate_scale(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
-    """Factor on the peak learning rate at ``step`` (from 0): warm-up, then decay to 0 at the end.
+    """Return the factor on the peak learning rate at ``step``: warm-up, then decay to 0.
 
     Args:
-        step: the step about to be taken.
+        step: the step about to be taken, from 0.
         steps: all steps of the run.
         warmup_steps: linear rise over these.
         schedule: "linear", "cosine", or "constant" (no decay).
@@ -42,14 +42,14 @@ def build_optimizers(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for every weight, or Muon for the layers' matrices and AdamW for the rest.
+    """Return AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.
 
-    Weight decay is on matrices alone. Muon's update is scaled to AdamW's size
-    (`match_rms_adamw`), so one learning rate serves both. Source: Jordan et al. 2024 and
-    arXiv 2502.16982, as `torch.optim.Muon` has it.
+    Only matrices decay. Muon's update is scaled to the size of AdamW's (`match_rms_adamw`), so one
+    learning rate serves both. Source: Jordan et al. 2024 and arXiv 2502.16982, by
+    `torch.optim.Muon`.
 
     Raises:
-        UsageError: another name.
+        UsageError: ``name`` is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
         raise UsageError(f"optimizer={name!r} 应为 {'、'.join(OPTIMIZERS)} 之一。")

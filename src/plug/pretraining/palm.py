@@ -33,13 +33,13 @@ def palm_example(
     masking: Masking | None,
     rng: np.random.Generator,
 ) -> PalmExample:
-    """One training example from a passage that has been cut in two.
+    """Return one training example from a passage that has been cut in two.
 
     Args:
         source: (source,) ids before the cut.
         target: (at most target_length,) ids after it.
-        target_length: what the target is padded to.
-        ends: the document ends with the target, so [SEP] is to be written after it (if it fits).
+        target_length: the length that the target is padded to.
+        ends: whether the document ends with the target. Then [SEP] follows it, if it fits.
         cls_token_id: first id of both sides.
         sep_token_id: last id of the source, and the end of a text.
         pad_token_id: decoder input on padding.
@@ -75,19 +75,18 @@ def passage_start(
     whole_sentences: bool,
     rng: np.random.Generator,
 ) -> int:
-    """Where a passage begins in a document.
+    """Return where a passage begins in a document.
 
-    Passages are spread evenly over the document, but its very beginning is as likely as a whole
-    source's length elsewhere: texts are continued from their start more often than from a place
-    inside. A document too short for both parts is read from its beginning.
+    All positions are equally likely but one: the beginning of the document is as likely as
+    ``source`` other positions together, because users continue texts from their start more often
+    than from a place inside. A document too short for both parts is read from its beginning.
 
     Args:
         boundaries: sorted positions where a sentence begins.
         start: where the document begins.
-        end: where it ends; the source and at least one token more must fit.
-        lengths: tokens before the cut, and at most after it.
-        whole_sentences: move the passage so that the cut falls on a sentence boundary, if one
-            fits.
+        end: where it ends. The source and at least one more token must fit.
+        lengths: tokens before the cut, and the maximum after it.
+        whole_sentences: move the passage so that the cut is at a sentence boundary, if one fits.
         rng: the source of chance.
     """
     source, target = lengths

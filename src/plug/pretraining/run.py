@@ -254,7 +254,7 @@ def _build_batches(
 
 
 def compile_layers(model: Plug) -> None:
-    """`torch.compile` each layer in place: they share one compiled graph, so it takes seconds."""
+    """Compile each layer in place. All share one compiled graph, so this takes seconds."""
     for part in (model.encoder, model.decoder):
         for layer in part.layers if part is not None else ():
             layer.compile()

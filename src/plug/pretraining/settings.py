@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plug.errors import UsageError
 from plug.model.configuration import PRESETS
+from plug.options import merge_tables, read_toml
 from plug.pretraining.optimization import OPTIMIZERS, SCHEDULES
 
 _POSITIVE = (
@@ -160,12 +160,7 @@ class RunConfig:
             UsageError: the file is missing, no TOML, has unknown or missing settings, or values
                 that make no sense.
         """
-        if not path.is_file():
-            raise UsageError(f"设置文件 {path} 不存在。")
-        try:
-            values = merge(tomllib.loads(path.read_text(encoding="utf-8")), overrides or {})
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} 不是有效的 TOML：{error}") from None
+        values = merge_tables(read_toml(path), overrides or {})
         known = {item.name for item in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - known)
         if unknown:
@@ -178,15 +173,6 @@ class RunConfig:
         if missing := sorted(required - values.keys()):
             raise UsageError(f"{path} 缺少设置 {missing}。")
         return cls(**values)
-
-
-def merge(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` with ``changes``; of a table that both have, only the keys in ``changes``."""
-    merged = settings | changes
-    for name in settings.keys() & changes.keys():
-        if isinstance(settings[name], dict) and isinstance(changes[name], dict):
-            merged[name] = settings[name] | changes[name]
-    return merged
 
 
 def _is_number(value: object) -> bool:

@@ -30,10 +30,11 @@ class StructBertExample(NamedTuple):
 def shuffle_trigrams(
     ids: Array, allowed: npt.NDArray[np.bool_], rng: np.random.Generator, rate: float = 0.05
 ) -> tuple[Array, Array]:
-    """Shuffle ``rate`` of the trigrams in place; no two overlap, all lie on allowed positions.
+    """Shuffle the tokens within ``rate`` of the trigrams.
 
-    A sequence of n allowed positions has n - 2 trigrams, overlapping ones counted, so 5% of them
-    moves up to 15% of the positions. A shuffle may leave the order as it was (1 of 6).
+    Trigrams do not overlap, and lie on allowed positions. n positions have n - 2 trigrams, counting
+    those that overlap, so 5% of them are up to 15% of the positions. One shuffle in 6 leaves the
+    order as it was.
 
     Args:
         ids: (length,) token ids, masked LM applied already.
@@ -71,19 +72,18 @@ def pair_spans(
     label: int,
     rng: np.random.Generator,
 ) -> tuple[int, int]:
-    """Where two segments of one document begin, so that the second is the next or previous one.
+    """Return where two adjacent segments of one document begin.
 
-    Whatever the label, the first segment ends and the second begins at a sentence boundary (if
-    the document has one that fits) and their outer ends fall anywhere: how a segment is cut tells
-    nothing of its label.
+    For both labels the segments meet at a sentence boundary, if the document has one that fits, and
+    their outer ends may be anywhere. So the way a segment is cut does not give its label away.
 
     Args:
         boundaries: sorted positions in the document where a sentence begins.
         start: where the document begins.
-        end: where it ends; end - start must hold both segments.
+        end: where it ends. Both segments must fit between start and end.
         lengths: tokens of the first and of the second segment.
-        label: `NEXT` or `PREVIOUS`. For `ANOTHER_DOCUMENT` take the first span of `NEXT` here, and
-            the second from the `NEXT` of another document.
+        label: `NEXT` or `PREVIOUS`. For `ANOTHER_DOCUMENT` callers take the first segment of
+            `NEXT` here, and the second of `NEXT` in another document.
         rng: the source of chance.
 
     Returns:
@@ -101,7 +101,7 @@ def pair_spans(
 
 
 def _pick(boundaries: Array, low: int, high: int, rng: np.random.Generator) -> int:
-    """A boundary in [low, high] at random, or any position there if none is one."""
+    """Draw a boundary in [low, high], or any position there if it holds no boundary."""
     left, right = np.searchsorted(boundaries, (low, high + 1))
     if left < right:
         return int(boundaries[rng.integers(left, right)])
@@ -119,9 +119,9 @@ def structbert_example(
     shuffle_rate: float,
     rng: np.random.Generator,
 ) -> StructBertExample:
-    """One stage-1 example from two segments.
+    """Return one stage-1 example from two segments.
 
-    `shuffle_rate` 0 leaves the word objective out, ``label`` None the sentence objective.
+    ``shuffle_rate`` 0 leaves out the word objective, ``label`` None the sentence objective.
     """
     ids = np.concatenate(([cls_token_id], first, [sep_token_id], second, [sep_token_id]))
     token_type_ids = np.zeros(len(ids), dtype=np.int64)

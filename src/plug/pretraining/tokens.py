@@ -69,8 +69,8 @@ def write_tokens(
         directory: is not there yet, or empty.
         heldout: share of documents whose text goes to `heldout/DOMAIN.txt` instead, evenly
             spaced in each domain.
-        character_share: share of documents encoded one piece a character, so that the model also
-            knows text cut for labels by character (our own vocabulary merges characters).
+        character_share: share of documents that are encoded one piece a character. Labelling tasks
+            read text so, while our own vocabulary merges characters otherwise.
 
     Raises:
         UsageError: the folder is in use, a share is outside [0, 1), or the
@@ -151,7 +151,7 @@ def _write_domain(
 
 
 def _is_due(number: int, share: float) -> bool:
-    """Whether document ``number`` (from 1) is one of an evenly spaced ``share`` of all."""
+    """Return whether document ``number``, from 1, belongs to an evenly spaced ``share`` of all."""
     if not share:
         return False
     exact = Fraction(str(share))  # 0.005 is one in 200, never one in 200.000…01
@@ -160,7 +160,7 @@ def _is_due(number: int, share: float) -> bool:
 
 
 def read_tokens(directory: Path) -> list[Domain]:
-    """The domains of a folder that `write_tokens` wrote, memory-mapped.
+    """Return the domains of a folder that `write_tokens` wrote, memory-mapped.
 
     Raises:
         UsageError: no corpus there, or one that was not finished.

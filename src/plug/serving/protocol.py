@@ -273,6 +273,18 @@ class QuestionsBody(Body):
     answer: str
 
 
+class LoadBody(Body):
+    """/v1/models/load: a subdirectory of `--models-dir`, which becomes a model of that name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")
+
+
+class UnloadBody(Body):
+    """/v1/models/unload: a model that was loaded by `/v1/models/load`."""
+
+    name: str
+
+
 # Roles of a conversation, as the prompt spells them.
 ROLES = {"user": "用户", "assistant": "助手"}
 

@@ -1,0 +1,105 @@
+"""Settings of a fine-tuning run: what they accept, where they come from, how they are shown."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plug.cli.options import options_from
+from plug.errors import UsageError
+from plug.finetuning.settings import FLAGS, FinetuneSettings
+from plug.finetuning.tasks import TASKS
+from plug.options import markdown_table, options_of, parse_assignments
+
+NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task": "tnew"}, "没有任务 'tnew'"),
+        ({"batch_size": -1}, "batch_size=-1 应在 0 到 65536 之间"),
+        ({"learning_rate": math.nan}, "learning_rate=nan 应在 1e-30 到 1e\\+30 之间"),
+        ({"epochs": "3"}, "epochs='3' 应是一个数"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5 应在 0.01 到 1 之间"),
+        ({"patience": -1}, "patience=-1 应在 0 到 10000 之间"),
+        ({"task": "cmrc2018", "r_drop": 1.0}, "r_drop 只用于分类任务"),
+        ({"task": "cmrc2018", "label_smoothing": 0.1}, "label_smoothing 不能用于阅读理解"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5 应在 0 到 1 之间"),
+        ({"fgm": -1.0}, "fgm=-1.0 应在 0 到 1000 之间"),
+        ({"precision": "fp16"}, "precision='fp16' 只能是 'bf16' 或 'fp32'"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], complaint: str) -> None:
+    values = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
+    with pytest.raises(UsageError, match=complaint):
+        FinetuneSettings(**values | changes)
+
+
+def test_what_a_task_decides_is_filled_in() -> None:
+    found = FinetuneSettings(**NEEDED, epochs=2)
+    task = TASKS["tnews"]
+    assert (found.epochs, found.batch_size) == (2.0, task.batch_size)
+    assert (found.source_length, found.target_length) == (task.source_length, task.target_length)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"task": "tnews"}, "缺少 --train、--eval、--output。"),
+        ({"train": "a", "eval": "b", "output": "c"}, "缺少 任务名。"),
+        (NEEDED | {"epoch": 3}, "没有选项 epoch。是否想用 epochs？"),
+        (NEEDED | {"train": 3}, "train=3 应是至多 4096 个字的文字"),
+    ],
+)
+def test_mappings_that_make_no_settings(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        FinetuneSettings.of(values)
+
+
+def test_the_command_in_the_report_is_the_run_s() -> None:
+    run = FinetuneSettings(
+        task="tnews", train="a b.json", eval="d.json", output="o", seed=3, from_scratch=True, fgm=1
+    )
+    assert run.command() == (
+        "plug finetune tnews --train 'a b.json' --eval d.json --output o --set fgm=1.0 --seed 3"
+        " --from-scratch"
+    )
+
+
+def test_a_command_gives_the_settings_that_it_was_made_from() -> None:
+    changes: dict[str, Any] = {
+        "epochs": 2.5, "batch_size": 7, "eval_batch_size": 9, "learning_rate": 1e-5,
+        "warmup_fraction": 0.2, "weight_decay": 0.0, "clip_grad_norm": 2.0, "layer_decay": 0.9,
+        "r_drop": 1.0, "label_smoothing": 0.1, "fgm": 0.5, "child_tuning": 0.3,
+        "source_length": 99, "target_length": 9, "num_beams": 3, "patience": 2, "seed": 5,
+        "precision": "fp32", "from_scratch": True, "model": "a model",
+    }  # fmt: skip
+    assert NEEDED.keys() | changes.keys() == options_of(FinetuneSettings).keys()
+    run = FinetuneSettings(**NEEDED | {"task": "classification"}, **changes)
+    words = shlex.split(run.command())[3:]
+    values: dict[str, Any] = {"task": "classification"}
+    while words:
+        name = words.pop(0).removeprefix("--").replace("-", "_")
+        if name == "set":
+            values |= parse_assignments([words.pop(0)])
+        elif name == "from_scratch":
+            values[name] = True
+        else:
+            kind = options_of(FinetuneSettings)[name][1].kind
+            values[name] = kind.word_type(words.pop(0))
+    assert FinetuneSettings.of(values) == run
+
+
+def test_flags_are_fields() -> None:
+    assert set(FLAGS) < options_of(FinetuneSettings).keys()
+    assert callable(options_from(FinetuneSettings, FLAGS))
+
+
+def test_the_documentation_has_the_table_that_the_fields_make() -> None:
+    page = Path(__file__).parents[2] / "docs" / "finetuning.md"
+    assert markdown_table(FinetuneSettings) in page.read_text(encoding="utf-8")
