@@ -34,7 +34,7 @@ _SHAPES = {
 }
 # Bytes of its weights that a block fetches into the second cache before its inputs are there, and
 # as many where attention comes before it, which leaves the memory idle for longer.
-_PREFETCH = {16: (2**16, 2**16), 8: (2**15, 2**15), 4: (2**13, 2**15)}
+_PREFETCH = {16: (2**15, 2**16), 8: (2**15, 2**15), 4: (2**13, 2**15)}
 
 
 class PackedLinear:
