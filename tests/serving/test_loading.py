@@ -118,6 +118,17 @@ def test_stop_strings_end_a_text(real: Any) -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+def test_what_the_engines_did_is_measured(real: Any) -> None:
+    real.post("/v1/completions", {"prompt": "今天", "max_tokens": 5})
+    lines = [x.split() for x in real.get("/metrics")[1].splitlines() if not x.startswith("#")]
+    values = {line[0]: float(line[1]) for line in lines}
+
+    assert values["plug_steps_total"] >= 5
+    assert values["plug_encoder_seconds_total"] > 0
+    assert values["plug_decoder_seconds_total"] > 0
+    assert values["plug_cache_bytes"] > 10_000
+
+
 def test_beams_beside_the_rest(real: Any, base: Path) -> None:
     body = {"prompt": "今天", "max_tokens": 8, "num_beams": 3}
     _, answer, _ = real.post("/v1/completions", body)

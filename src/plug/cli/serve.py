@@ -42,7 +42,7 @@ def serve(
         ) from None
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
-    from plug.serving.loading import load_model, named_directories
+    from plug.serving.loading import limit_memory, load_model, named_directories
 
     name = served_model_name or Path(model).expanduser().resolve().name
     directories = {name: model}
@@ -50,10 +50,12 @@ def serve(
         if other == name:
             raise UsageError(f"--finetuned 的名字 {other} 与 --model 的相同。请换一个。")
         directories[other] = directory
+    place = find_device(device)
+    limit_memory(place, settings.gpu_memory_utilization)
     load = functools.partial(
         load_model,
         rows=settings.max_num_seqs,
-        device=find_device(device),
+        device=place,
         dtype=None if dtype is None else DTYPES[dtype],
     )
     run([load(each, path) for each, path in directories.items()], settings, load)

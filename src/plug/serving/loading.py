@@ -70,6 +70,12 @@ def load_model(
     return served
 
 
+def limit_memory(device: torch.device, share: float) -> None:
+    """Let this process use no more than ``share`` of a card's memory."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
 def named_directories(values: Sequence[str]) -> dict[str, str]:
     """`NAME=DIRECTORY` of the command line, as a mapping.
 
@@ -101,6 +107,7 @@ def _add_engine(served: ServedModel, generator: Generator, rows: int) -> None:
     served.engine = engine
     served.window_tokens = window_length(generator.config, GenerationSettings())
     served.encode_prompt = lambda text: generator.encode(text, allow_special_tokens=False)
+    served.stats = lambda: engine.stats
     served.check_alive = lambda: engine.is_alive
     served.on_close = engine.close
 

@@ -15,6 +15,7 @@ from plug.tokenization import PlugTokenizer
 
 if TYPE_CHECKING:
     import plug
+    from plug.generation.async_engine import EngineStats
 
 Capability = Literal[
     "generate", "tokenize", "embeddings", "classify", "fill_mask", "tag", "answer", "questions"
@@ -39,6 +40,7 @@ class ServedModel:
         question: the source of a question that is to be written, from its answer and context.
         question_settings: how the fine-tuned model writes it.
         check_alive: False when the engine's thread has died.
+        stats: what the engine has done so far.
         on_close: ends the engine.
     """
 
@@ -55,6 +57,7 @@ class ServedModel:
     question: Callable[[Sequence[str]], list[int]] | None = None
     question_settings: GenerationSettings | None = None
     check_alive: Callable[[], bool] = lambda: True
+    stats: Callable[[], EngineStats] | None = None
     on_close: Callable[[], None] = lambda: None
     created: int = field(default_factory=lambda: int(time.time()))
 

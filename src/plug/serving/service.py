@@ -288,6 +288,27 @@ class Service:
             "Source tokens in the queue",
             lambda: float(admission.waiting_tokens),
         )
+        metrics.gauge(
+            "plug_cache_bytes",
+            "Bytes of decoder caches and kept sources",
+            lambda: self._sum("cache_bytes"),
+        )
+        metrics.total("plug_steps", "Decoding steps", lambda: self._sum("steps"))
+        metrics.total(
+            "plug_encoder_seconds",
+            "Seconds of engines spent on encoding",
+            lambda: self._sum("encoder_seconds"),
+        )
+        metrics.total(
+            "plug_decoder_seconds",
+            "Seconds of engines spent on decoding",
+            lambda: self._sum("decoder_seconds"),
+        )
+
+    def _sum(self, name: str) -> float:
+        """Of all engines' stats."""
+        models = list(self.models.values())
+        return sum(float(getattr(each.stats(), name)) for each in models if each.stats is not None)
 
 
 class _Observer:

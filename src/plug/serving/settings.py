@@ -71,6 +71,11 @@ class ServeSettings:
         "同时写的段数，与 vLLM 的同名选项相同。",
         "texts written at once, as in vLLM",
     )  # fmt: skip
+    gpu_memory_utilization: float = option(
+        0.9, Float(0.01, 1),
+        "显存里本进程可以用的比例，与 vLLM 的同名选项相同；CPU 上无效。",
+        "share of a card's memory that this process may use, as in vLLM; nothing on a CPU",
+    )  # fmt: skip
     max_waiting: int = option(
         256, Int(1, 100_000),
         "排队的段数，再多就答 429。",
