@@ -31,6 +31,19 @@ class Labelling(Kind[LabellingExample, Tags]):
     """
 
     model_class = "PlugForTokenClassification"
+    by_character = True
+
+    @classmethod
+    def labels_of(cls, examples: Sequence[LabellingExample], source: str) -> list[str]:
+        """O, and B- and I- of every type: the evaluation file may have tags that this one lacks."""
+        types = {tag[2:] for example in examples for tag in example.tags or () if tag != OUTSIDE}
+        if not types:
+            raise UsageError(f"{source} 里没有一个实体，没有可学的。")
+        return sorted({OUTSIDE, *(f"{prefix}-{name}" for name in types for prefix in "BI")})
+
+    @classmethod
+    def facts_of(cls, examples: Sequence[LabellingExample]) -> dict[str, Any]:
+        return {"tag_scheme": examples[0].scheme}
 
     def check(self, examples: Sequence[LabellingExample], *, training: bool) -> None:  # noqa: ARG002
         for example in examples:

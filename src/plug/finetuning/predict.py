@@ -112,6 +112,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
         target_length=settings.target_length,
         num_beams=num_beams or settings.num_beams,
         pairs=run.get("pairs"),
+        tag_scheme=run.get("tag_scheme"),
     )
 
 

@@ -2,7 +2,8 @@
 
 One thread drives a `Scheduler` and a `ModelRunner`; sequences join and leave between two steps.
 First come, first served: a waiting request joins as soon as a slot is free. What is written for a
-request does not depend on the others, and a request that fails does so alone.
+request does not depend on the others, up to the rounding of sums ("Alone and in a batch" in
+`docs/generation.md`). A request that fails does so alone.
 """
 
 from __future__ import annotations
