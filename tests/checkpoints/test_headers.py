@@ -122,3 +122,12 @@ def test_an_index_that_is_not_of_its_files_is_refused(
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(PlugError, match=says):
         read_places(tmp_path)
+
+
+def test_a_name_that_breaks_lines_does_not_break_the_message(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a\nb": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    with pytest.raises(PlugError, match=r"多出 1 个张量：'a\\nb'") as caught:
+        locate_weights(tmp_path, {})
+
+    assert "\n" not in str(caught.value)
