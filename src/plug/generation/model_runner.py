@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plug.device import explain_out_of_memory, has_kernels
+from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
 from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
@@ -144,6 +145,13 @@ class ModelRunner:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         # The graphs of a runner share their memory.
         self._pool = torch.cuda.graph_pool_handle() if prepared.uses_graphs else None
+        close_with_group(self)
+
+    def close(self) -> None:
+        """Free the graphs; `close_with_group` says why. Later steps capture them again."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> FetchedIds:

@@ -406,6 +406,20 @@ class Sampler:
             counts: bool (rows,), the rows whose choice counts; the others' draws come again.
         """
         state = {name: each[: plan.rows] for name, each in self._state.items()}
+        limits = state["temperature"], state["top_k"], state["top_p"]
+        uniforms, following = state["uniforms"], state["draw"]
+        if has_kernels(logits.device):
+            from plug.kernels.sampling import MOST_CANDIDATES, draw_of_likeliest
+
+            has_few = plan.most <= MOST_CANDIDATES  # a greedy row is one with a single candidate
+            if has_few and not plan.written:  # the kernel itself adds the bias
+                waits = (state["counts"], state["min_length"], self.end) if plan.waits else None
+                return draw_of_likeliest(
+                    logits, *limits, max(1, plan.most), uniforms, following, counts,
+                    min_p=state["min_p"], no_token=NO_TOKEN, bias=state["bias"], early=waits,
+                )  # fmt: skip
+        else:
+            has_few = False
         logits = logits + state["bias"]
         if plan.waits:
             early = state["counts"] < state["min_length"]
@@ -419,16 +433,11 @@ class Sampler:
                 logits = forbid_ngrams(logits, *past, state["ngram_size"], matched)
             if plan.frequencies:
                 logits = penalize_frequency(logits, *past, state["presence"], state["frequency"])
-        limits = state["temperature"], state["top_k"], state["top_p"]
-        uniforms, following = state["uniforms"], state["draw"]
-        if has_kernels(logits.device):
-            from plug.kernels.sampling import MOST_CANDIDATES, draw_of_likeliest
-
-            if plan.most <= MOST_CANDIDATES:  # a greedy row is one with a single candidate
-                return draw_of_likeliest(
-                    logits, *limits, max(1, plan.most), uniforms, following, counts,
-                    min_p=state["min_p"], no_token=NO_TOKEN,
-                )  # fmt: skip
+        if has_few:
+            return draw_of_likeliest(
+                logits, *limits, max(1, plan.most), uniforms, following, counts,
+                min_p=state["min_p"], no_token=NO_TOKEN,
+            )  # fmt: skip
         if not plan.most:
             chosen = logits.argmax(-1)
         else:
