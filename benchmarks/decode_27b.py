@@ -1,6 +1,7 @@
-"""The 27B on one GPU: tokens a second, memory and bandwidth in 16, 8 and 4 bits, beside a peer.
+"""The 27B on one GPU or several: tokens a second, memory and bandwidth in 16, 8 and 4 bits.
 
     python benchmarks/decode_27b.py --output benchmarks/results/decode_27b.json
+    torchrun --standalone --nproc-per-node 2 benchmarks/decode_27b.py --bits 16 --no-peer
 
 Random weights of the 27B's shape, a 512-token prompt, 128 tokens drawn (top-k 20, temperature 0.9),
 end to end: the encoder, every step and the sampling. The peer is `transformers`' MBart (pre-norm,
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 
 from plug import __version__
+from plug.distributed.processes import Processes, start_processes
+from plug.distributed.tensor_parallel import shard_model, shard_shape, shard_slices
 from plug.generation.model_runner import ModelRunner, PreparedModel, Size
 from plug.generation.scheduler import Scheduler
 from plug.generation.sequence import Sequence
@@ -55,11 +58,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    with start_processes(arguments.device) as processes:
+        measure_all(arguments, processes)
+
+
+def measure_all(arguments: argparse.Namespace, processes: Processes) -> None:
+    device = processes.device
     torch.manual_seed(0)
 
     line: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "processes": processes.world_size,
         "preset": arguments.preset,
         "prompt_tokens": PROMPT + 2,
         "tokens": OUT,
@@ -71,9 +80,12 @@ def main() -> None:
         free()
     for bits in arguments.bits:
         time.sleep(COOLING if device.type == "cuda" else 0)
-        line["results"][NAMES[bits]] = measure(bits, arguments, device)
-        print(json.dumps(line["results"]), flush=True)
+        line["results"][NAMES[bits]] = measure(bits, arguments, processes)
+        if processes.is_first:
+            print(json.dumps(line["results"]), flush=True)
         free()
+    if not processes.is_first:
+        return
     line |= {"date": date.today().isoformat(), "plug": __version__, "torch": torch.__version__}
     text = json.dumps(line, ensure_ascii=False)
     if arguments.output:
@@ -96,11 +108,11 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def measure(bits: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(bits: int, arguments: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """One precision of ours."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    model = random_model(PRESETS[arguments.preset], bits, device)
+    model = random_model(PRESETS[arguments.preset], bits, processes)
     prepared = PreparedModel(model)
     found: dict[str, Any] = {"prepared_s": round(time.perf_counter() - began, 1)}
     config = model.config
@@ -133,11 +145,12 @@ def measure(bits: int, arguments: argparse.Namespace, device: torch.device) -> d
         found[f"batch{batch}_encoder_ms"] = round(1e3 * encoded, 2)
     found["peak_gb_all"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     runner = None
-    read_by_weights = step_bytes(model, bits)
+    read_by_weights = step_bytes(model, bits, processes)
     found["steps"] = {}
     for batch in [*arguments.batches, *arguments.steps_of]:
         took = step_seconds(prepared, sources[:batch])
         cache = 2 * 2 * config.num_decoder_layers * config.hidden_size * batch * (512 + OUT // 2)
+        cache //= processes.world_size
         read = read_by_weights + cache
         found["steps"][str(batch)] = {
             "ms": round(1e3 * took, 3),
@@ -159,12 +172,14 @@ def step_seconds(prepared: PreparedModel, sources: list[list[int]]) -> float:
 
     step()  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
-    return seconds(graph.replay, 30)
+    took = seconds(graph.replay, 30)
+    graph.reset()  # NCCL waits for graphs before the processes part
+    return took
 
 
-def step_bytes(model: Plug, bits: int) -> int:
+def step_bytes(model: Plug, bits: int, processes: Processes) -> int:
     """Weights that a step reads, in bytes: all of the decoder but what projects the source."""
     assert model.decoder is not None
     kept = {name for name, _ in model.decoder.named_modules() if "cross_attention.k_proj" in name}
@@ -172,16 +187,24 @@ def step_bytes(model: Plug, bits: int) -> int:
     tensors = [*model.decoder.named_parameters(), *model.decoder.named_buffers()]
     read = sum(t.numel() * t.element_size() for n, t in tensors if n.rpartition(".")[0] not in kept)
     words = model.embeddings.word_embeddings.weight
-    return read + words.numel() * (2 if bits == 16 else 1)
+    return read + words.numel() * (2 if bits == 16 else 1) // processes.world_size
 
 
-def random_model(config: Any, bits: int, device: torch.device) -> Plug:
-    """A model with random weights of the usual size, made on the device."""
+def random_model(config: Any, bits: int, processes: Processes) -> Plug:
+    """A model, or this process's shard of one, with random weights, made on the device."""
     with torch.device("meta"):
         model = Plug(config)
         if bits < 16:
             quantize_modules(model, Scheme.of(bits))
-    model.bfloat16().to_empty(device=device)
+    model.bfloat16()
+    if processes.world_size == 1:
+        model.to_empty(device=processes.device)
+    else:
+        shards = {}
+        for name, whole in model.state_dict().items():
+            shape = shard_shape(shard_slices(name, whole.shape, processes), whole.shape)
+            shards[name] = torch.empty(shape, dtype=whole.dtype, device=processes.device)
+        shard_model(model, shards, processes)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if "norm" in name:

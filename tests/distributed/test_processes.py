@@ -62,6 +62,14 @@ def test_a_model_that_cannot_be_shared_out_is_told_of_once(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_keeps_the_group_alive_is_closed_first(fails: bool, run_together: Run) -> None:
+    answers = run_together(2, "close", fails=fails)
+
+    # After an error the group is not destroyed, which would wait for the others.
+    assert answers == [{"saw": [True], "is_left": fails}] * 2
+
+
 @pytest.mark.slow
 def test_torchrun_starts_them(model_directory: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -162,7 +162,7 @@ def test_groups_of_4_bits_are_not_torn_apart(
 
 def test_a_batcher_needs_the_whole_model(odd_directory: Path) -> None:
     generator = Generator(odd_directory, device="cpu")
-    generator.is_shared_out = True
+    generator.is_sharded = True
     with pytest.raises(UsageError, match="请用一个进程"):
         AsyncEngine(generator)
 

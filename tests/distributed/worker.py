@@ -59,11 +59,32 @@ def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, 
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 
+def close(fails: bool) -> dict[str, Any]:
+    """Whether the group was still there when an owner of it was closed, and is there at the end."""
+    import torch.distributed as dist
+
+    from plug.distributed.processes import close_with_group, start_processes
+
+    class Owner:
+        def __init__(self) -> None:
+            self.saw: list[bool] = []
+
+        def close(self) -> None:
+            self.saw.append(dist.is_initialized())
+
+    owner = Owner()
+    with contextlib.suppress(KeyboardInterrupt), start_processes("cpu"):
+        close_with_group(owner)
+        if fails:
+            raise KeyboardInterrupt
+    return {"saw": owner.saw, "is_left": dist.is_initialized()}
+
+
 if __name__ == "worker":
     given: dict[str, Any] = globals()
     os.environ.update(given["environment"])
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     function, options = given["job"]
-    answer = {"write": write, "command": command}[function](**options)
+    answer = {"write": write, "command": command, "close": close}[function](**options)
     Path(given["output"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -29,6 +29,9 @@ from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.pretraining.optimization import build_optimizers
+from plug.pretraining.settings import RunConfig
+from plug.pretraining.state import CHECKPOINT, STATE_FILE, State, read_saved
 from plug.tokenization import BYTE_TOKENS, PlugTokenizer
 from plug.tokenizer_files import SPECIAL_TOKENS
 
@@ -107,6 +110,24 @@ def formats(folder: Path) -> dict[str, Format]:
         same = {name: x for name, x in found.items() if name in expected}
         faithful({name: x.nan_to_num() for name, x in same.items()}, _no_nan(expected))
 
+    trained = _trained(folder)
+    undamaged = torch.load(trained, weights_only=True)
+
+    def resumed(_content: bytes) -> None:
+        state = _state()
+        saved = read_saved(folder, 1, state.config, 1)
+        if saved is None:
+            raise WrongAnswerError("the run begins anew without a word")
+        state.restore(saved)
+        try:
+            expected = torch.load(trained, weights_only=True)
+        except Exception:  # for something that is not used here, such as a tensor's device
+            expected = undamaged
+        if (state.step, state.tokens) != (expected["step"], expected["tokens"]):
+            raise WrongAnswerError("the step or the tokens are not what the file says")
+        for index, moments in state.optimizers[0].state_dict()["state"].items():
+            faithful(moments, expected["optimizers"][0]["state"][index])
+
     kept = {name: x.clone() for name, x in open_shard(shard).tensors.items()}
     single = folder / "one" / "model.safetensors"
     several = folder / "several" / "model.safetensors.index.json"
@@ -117,6 +138,7 @@ def formats(folder: Path) -> dict[str, Format]:
         "tokenizer.json": Format(folder / "one/tokenizer.json", json_mutations, tokens),
         "vocab.txt": Format(folder / "original/vocab.txt", mutations, vocabulary),
         "mp_rank_00_model_states.pt": Format(shard, zip_mutations, original),
+        "training_state.pt": Format(trained, zip_mutations, resumed),
     }
     files = {name: each.file.read_bytes() for name, each in found.items()}
     return found
@@ -153,6 +175,34 @@ def _check_config(content: bytes, found: PlugConfig) -> None:
             raise WrongAnswerError(f"{name}={given!r} was read as {value!r}")
     if said.get("model_type", "plug") != "plug" or said.get("tie_word_embeddings") is False:
         raise WrongAnswerError("another architecture")
+
+
+def _state() -> State:
+    """A run that has just begun."""
+    torch.manual_seed(0)
+    model = Plug(PRESETS["test"])
+    config = RunConfig(
+        corpus="corpus",
+        output="output",
+        steps=9,
+        shapes=[[32, 1.0]],
+        batch_tokens=64,
+        learning_rate=1e-3,
+    )
+    options: dict[str, Any] = {"name": "adamw", "learning_rate": 1e-3, "betas": (0.9, 0.999)}
+    optimizers = build_optimizers(model, weight_decay=0.01, **options)
+    return State(1, config, model, _tokenizer(), optimizers)
+
+
+def _trained(folder: Path) -> Path:
+    """The state of a run after 2 steps, written into ``folder``."""
+    state = _state()
+    for _ in range(2):
+        sum(parameter.square().sum() for parameter in state.model.parameters()).backward()
+        state.optimizers[0].step()
+    state.step, state.tokens = 2, 128
+    state.save(folder, 1)
+    return folder / CHECKPOINT / STATE_FILE
 
 
 def _no_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ def every_format(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
         "tokenizer.json",
         "vocab.txt",
         "mp_rank_00_model_states.pt",
+        "training_state.pt",
     ],
 )
 def test_damaged_files_are_refused_or_read_as_what_they_say(

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from plug.errors import PlugError, UsageError
-from plug.generation.async_engine import AsyncEngine, Request
+from plug.generation.async_engine import AsyncEngine, Progress, Request
 from plug.generation.generator import Generator, generate
 from plug.generation.settings import GenerationSettings
 
@@ -343,3 +343,46 @@ def test_the_generator_serves_other_calls_meanwhile(
 def test_a_size_out_of_range_is_refused(name: str, generator: Generator) -> None:
     with pytest.raises(UsageError, match=f"{name}=0"):
         AsyncEngine(generator, **{name: 0})
+
+
+def test_a_listener_hears_of_each_step_and_of_the_end(generator: Generator) -> None:
+    settings = GenerationSettings(out_length=9, ignore_eos=True, logprobs=1)
+    heard: list[Progress] = []
+    done = threading.Event()
+
+    def listen(news: Progress) -> None:
+        heard.append(news)
+        if news.result is not None:
+            done.set()
+
+    with AsyncEngine(generator, rows=2) as engine:
+        with engine.submit("今天天气", settings, seed=3, listener=listen):
+            assert done.wait(20)
+        stats = engine.stats
+    [expected] = generator(["今天天气"], settings, seed=3)
+
+    assert "".join(news.text for news in heard) == expected.text
+    assert [each for news in heard for each in news.token_ids] == list(expected.token_ids)
+    assert [each for news in heard for each in news.logprobs] == list(expected.logprobs or ())
+    assert heard[-1].result is not None
+    assert heard[-1].result.finish_reason == "length"
+    assert [news.result for news in heard[:-1]] == [None] * (len(heard) - 1)
+    assert stats.steps >= 9
+    assert stats.encoder_seconds > 0
+    assert stats.decoder_seconds > 0
+    assert stats.cache_bytes > 0
+
+
+def test_a_listener_hears_that_its_request_was_cancelled(generator: Generator) -> None:
+    heard: list[Progress] = []
+    with AsyncEngine(generator, rows=2) as engine:
+        request = engine.submit(
+            "今天天气", out_length=50_000, ignore_eos=True, listener=heard.append
+        )
+        while not heard:
+            time.sleep(0.001)
+        request.cancel()
+        while heard[-1].error is None:
+            time.sleep(0.001)
+
+    assert "已取消" in str(heard[-1].error)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from plug.generation import sampling
 from plug.generation.sampling import (
     NO_TOKEN,
     Sampler,
@@ -374,3 +375,25 @@ def test_log_probabilities_are_those_of_the_model_the_chosen_first() -> None:
     assert torch.equal(found.ids[:, 1:], logits.topk(3).indices)
     torch.testing.assert_close(found.values[:2], every.gather(1, found.ids)[:2])
     assert log_probabilities(logits, torch.tensor([4, 5, 6]), 0).values.shape == (3, 1)
+
+
+def test_rows_that_draw_among_many_are_looked_through_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vocab = 500
+    logits = random_logits(4, vocab)
+    own = [GenerationSettings(), GenerationSettings(top_k=0), GREEDY, GenerationSettings(min_p=0.2)]
+    expected = [
+        choices(make_sampler([each], [9], 20, vocab), logits[row : row + 1], 20)[0]
+        for row, each in enumerate(own)
+    ]
+    asked = []
+    find = sampling.candidates
+    monkeypatch.setattr(
+        sampling, "candidates", lambda *inputs: asked.append(inputs[0].shape) or find(*inputs)
+    )
+
+    together = choices(make_sampler(own, [9] * 4, 20, vocab), logits, 20)
+
+    assert together == expected
+    assert asked == [(3, vocab), (1, vocab)] * 20

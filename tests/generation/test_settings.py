@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plug.errors import UsageError
 from plug.generation.settings import GenerationSettings
@@ -33,6 +37,36 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         GenerationSettings.of(**options)
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([2**63, -(2**63), 10**5000]),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.lists(st.one_of(st.integers(), st.floats(), st.text(max_size=3), st.none()), max_size=4),
+    st.dictionaries(st.one_of(st.integers(), st.text(max_size=3)), st.floats(), max_size=3),
+    st.complex_numbers(),
+    st.sampled_from([object(), int, ..., range(3), np.float16("nan"), np.int8(3), np.ones(2)]),
+)
+
+
+@given(name=st.sampled_from(sorted(options_of(GenerationSettings))), value=JUNK)
+def test_any_value_is_kept_within_limits_or_refused(name: str, value: object) -> None:
+    try:
+        settings = GenerationSettings.of(**{name: value})
+    except UsageError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+        assert GenerationSettings.of(settings) is settings
+        assert dataclasses.replace(settings) == settings
+        assert hash(settings) == hash(dataclasses.replace(settings))
+    assert "\n" not in refusal
+    assert len(refusal) < 300
 
 
 def test_token_ids_are_checked_against_the_vocabulary() -> None:

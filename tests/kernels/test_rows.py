@@ -9,10 +9,9 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.kernels.rows import add_norm, embed, gelu_, quantize_rows, unpack_4bit
+from plug.kernels.rows import add_norm, add_norm_fp8, embed, gelu_, quantize_rows
 from plug.model.configuration import PRESETS
 from plug.model.layers import Embeddings
-from plug.quantization.scheme import Scheme
 
 
 def norm(size: int, generator: torch.Generator) -> nn.LayerNorm:
@@ -72,10 +71,25 @@ def test_rows_that_fp8_can_hold_are_held_exactly(generator: torch.Generator) -> 
     held[1] = 0
     units = torch.tensor([[2.0**-9], [1.0], [2.0**7]])
 
-    eight, scale = quantize_rows((held * units).bfloat16())
+    eight, scale, _ = quantize_rows((held * units).bfloat16())
 
     assert torch.equal(eight.float(), held)
     assert torch.equal(scale[[0, 2]], units[[0, 2]])
+
+
+@torch.inference_mode()
+def test_a_norm_in_fp8_is_the_rounded_norm(generator: torch.Generator) -> None:
+    x, delta = torch.randn(2, 5, 96, generator=generator).bfloat16()
+    layer = norm(96, generator).bfloat16()
+
+    total, got = add_norm_fp8(x, delta, layer)
+
+    expected_total, normalized = add_norm(x, delta, layer)
+    expected = quantize_rows(normalized)
+    assert torch.equal(total, expected_total)
+    assert torch.equal(got.values.float(), expected.values.float())
+    assert torch.equal(got.scale, expected.scale)
+    assert got.dtype == torch.bfloat16
 
 
 @torch.inference_mode()
@@ -83,7 +97,7 @@ def test_gelu_in_place_and_before_rounding(generator: torch.Generator) -> None:
     x = 3 * torch.randn(5, 1000, generator=generator)
     expected = F.gelu(x.double())
 
-    eight, scale = quantize_rows(x, gelu=True)
+    eight, scale, _ = quantize_rows(x, gelu=True)
     got = gelu_(x.clone())
 
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
@@ -93,27 +107,3 @@ def test_gelu_in_place_and_before_rounding(generator: torch.Generator) -> None:
     # The interpreter's own rounding to FP8 goes wrong now and then, never by more than half.
     error = (eight.double() * scale - expected).norm() / expected.norm()
     assert error < (0.04 if x.is_cuda else 0.3)
-
-
-@torch.inference_mode()
-def test_four_bits_become_numbers(generator: torch.Generator) -> None:
-    scheme = Scheme.of(4)
-    tensors = scheme.quantize(torch.randn(6, 384, generator=generator))
-
-    got = unpack_4bit(tensors["weight"], tensors["scale"], tensors["center"], None)
-
-    expected = scheme.dequantize(tensors, torch.float32)
-    torch.testing.assert_close(got.float(), expected, atol=0, rtol=2**-7)
-
-
-@torch.inference_mode()
-def test_four_bits_become_fp8_in_units_of_their_row(generator: torch.Generator) -> None:
-    weight = torch.randint(0, 256, (3, 192), dtype=torch.uint8, generator=generator)
-    scale = 2.0 ** torch.randint(-4, 3, (3, 3), generator=generator)
-    tensors = {"weight": weight, "scale": scale, "center": torch.zeros(3, 3)}
-    row_scale = torch.tensor([1.0, 0.5, 4.0])
-
-    got = unpack_4bit(weight, scale, tensors["center"], row_scale)
-
-    expected = Scheme.of(4).dequantize(tensors, torch.float32)
-    assert torch.equal(got.float() * row_scale[:, None], expected)

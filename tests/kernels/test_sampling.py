@@ -43,6 +43,25 @@ def test_it_draws_what_pytorch_draws(
 
 
 @torch.inference_mode()
+def test_a_bias_is_added_and_the_end_waits(generator: torch.Generator) -> None:
+    rows, vocab, end = 4, 1100, 1050
+    logits, bias = torch.randn(2, rows, vocab, generator=generator)
+    logits[:, end] = 99
+    bias[1, 5] = float("-inf")
+    written, least = torch.tensor([3, 0, 7, 2]), torch.tensor([2, 9, 7, 3])
+    expected = logits + bias
+    expected[[1, 3], end] = float("-inf")
+    ones, one = torch.ones(rows), torch.ones(rows, dtype=torch.long)
+
+    found = draw_of_likeliest(
+        logits, ones, one, ones, 1, torch.zeros(rows, 2), torch.zeros(rows, dtype=torch.long),
+        min_p=torch.zeros(rows), no_token=NO_TOKEN, bias=bias, early=(written, least, end),
+    )  # fmt: skip
+
+    assert torch.equal(found, expected.argmax(1))
+
+
+@torch.inference_mode()
 def test_of_equal_logits_the_smaller_ids_are_likelier() -> None:
     logits = torch.zeros(1, 2500)
     ones, three = torch.ones(1), torch.full((1,), 3)

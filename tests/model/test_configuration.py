@@ -34,6 +34,15 @@ def test_a_config_survives_json(name: str, tmp_path: Path) -> None:
         ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
         ({"type_vocab_size": 0}, "type_vocab_size=0"),
         ({"num_decoder_layers": -1}, "num_decoder_layers=-1"),
+        ({"num_hidden_layers": 513}, "num_hidden_layers=513 太大，上限是 512"),
+        ({"num_decoder_layers": 2**62}, "num_decoder_layers="),
+        ({"hidden_size": 2**20}, "hidden_size=1048576 太大"),
+        ({"vocab_size": 10**100}, "太大"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps=0"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps=-1e-05"),
+        ({"initializer_range": float("inf")}, "initializer_range=inf"),
+        ({"eos_token_id": 0}, "有重复"),
         ({"num_attention_heads": 5}, "hidden_size=32 不能被 num_attention_heads=5"),
         ({"num_emitted_tokens": 321}, "num_emitted_tokens=321 大于 vocab_size=320"),
         ({"encoder_final_norm_passes": 3}, "encoder_final_norm_passes=3"),
@@ -108,3 +117,37 @@ def test_the_27b_is_the_reference_s_shape() -> None:
     assert (config.hidden_size, config.head_dim, config.intermediate_size) == (8192, 64, 32768)
     assert (config.num_hidden_layers, config.num_decoder_layers) == (24, 6)
     assert (config.max_position_embeddings, config.type_vocab_size) == (2048, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 应为 bool"),
+        ({"dtype": "float64"}, "dtype='float64' 不支持"),
+        ({"architectures": "Plug"}, "architectures='Plug' 应为 list"),
+        ({"id2label": []}, r"id2label=\[\] 应为 dict"),
+        ({"model_type": "长" * 9999}, "……"),
+    ],
+)
+def test_bookkeeping_that_contradicts_the_model_is_refused(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PRESETS["test"].to_dict() | changes), encoding="utf-8")
+
+    with pytest.raises(UsageError, match=says) as caught:
+        PlugConfig.from_file(path)
+
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """`json` would take the last one without a word."""
+    path = tmp_path / "config.json"
+    path.write_text('{"hidden_size": 32, "hidden_size": 64}', encoding="utf-8")
+
+    with pytest.raises(UsageError, match="两个键 'hidden_size'"):
+        PlugConfig.from_file(path)

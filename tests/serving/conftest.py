@@ -215,6 +215,7 @@ def running(models: list[ServedModel], settings: ServeSettings) -> Iterator[Clie
         client.close()
         server.should_exit = server.force_exit = True
         thread.join(10)
+        app.state.service.close()
         assert not thread.is_alive()
 
 

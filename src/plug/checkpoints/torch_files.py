@@ -43,6 +43,7 @@ _STORAGES = {
 }
 _MAX_PICKLE_BYTES = 2**30  # without its tensors
 _MAX_DIMENSIONS = 8
+_MAX_DEPTH = 4  # of the dictionaries and lists in which tensors are looked for
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip archive
 _MAGIC = 0x1950A86A20F9469CFC6C  # before 1.6: the first pickle
 
@@ -104,16 +105,16 @@ class Record(NamedTuple):
 class TorchFile(NamedTuple):
     """What a file holds."""
 
-    content: Any  # the tensors of its table are mapped; others are `Record`s, and objects `Foreign`
+    content: Any  # tensors below ``key`` are mapped; others are `Record`s, and objects `Foreign`
     foreign: list[str]  # the names that were not imported
 
 
-def read_torch_file(path: Path, table: str) -> TorchFile:
+def read_torch_file(path: Path, key: str) -> TorchFile:
     """Return what a file of `torch.save` holds.
 
     Args:
         path: of the file.
-        table: the key of its dictionary of tensors.
+        key: of its dictionary, below which tensors are wanted.
 
     Raises:
         PlugError: it is no such file, incomplete or damaged, or claims more than it holds.
@@ -125,7 +126,7 @@ def read_torch_file(path: Path, table: str) -> TorchFile:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             reader = _ZipReader(path, file) if is_zip else _OldReader(path, file)
-            return TorchFile(reader.content(table), list(reader.names))
+            return TorchFile(reader.content(key), list(reader.names))
     except PlugError:
         raise
     except _CannotReadError as error:
@@ -220,6 +221,16 @@ _REBUILD = {
 }
 
 
+def _records(value: Any, depth: int = 0) -> list[Record]:
+    """Return the records that `_Reader._mapped` makes tensors of."""
+    if isinstance(value, Record):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if depth == _MAX_DEPTH:
+        return []
+    return [record for each in inside for record in _records(each, depth + 1)]
+
+
 class _Reader:
     """What the two formats share: a pickle, whose tensors lie elsewhere in the file."""
 
@@ -230,19 +241,25 @@ class _Reader:
         self.storages: dict[str, _Storage] = {}
         self._own: dict[_Storage, torch.UntypedStorage] = {}  # tensors that share one share memory
 
-    def content(self, table: str) -> Any:
+    def content(self, key: str) -> Any:
         payload = self.payload()
-        found = payload.get(table) if isinstance(payload, dict) else None
-        if not isinstance(found, dict):
+        if not isinstance(payload, dict) or key not in payload:
             return payload
-        self._check_claims([each for each in found.values() if isinstance(each, Record)])
-        mapped = torch.UntypedStorage.from_file(str(self.path), False, self.size)  # private
-        whole = cast(torch.UntypedStorage, mapped)
-        tensors = {
-            name: self._tensor(each, whole) if isinstance(each, Record) else each
-            for name, each in found.items()
-        }
-        return {**payload, table: tensors}
+        self._check_claims(_records(payload[key]))
+        whole = torch.UntypedStorage.from_file(str(self.path), False, self.size)  # private
+        mapped = self._mapped(payload[key], cast(torch.UntypedStorage, whole))
+        return {**payload, key: mapped}
+
+    def _mapped(self, value: Any, whole: torch.UntypedStorage, depth: int = 0) -> Any:
+        """Return a copy of ``value`` with tensors in the place of records."""
+        if isinstance(value, Record):
+            return self._tensor(value, whole)
+        if depth < _MAX_DEPTH:
+            if isinstance(value, dict):
+                return {k: self._mapped(v, whole, depth + 1) for k, v in value.items()}
+            if isinstance(value, list):
+                return [self._mapped(each, whole, depth + 1) for each in value]
+        return value
 
     def unpickle(self, file: Any) -> Any:
         return _Unpickler(file, self.names, self.storages).load()

@@ -288,6 +288,7 @@ def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, l
 
 
 def shorten(items: list[str]) -> str:
-    """Return what a message shows of a list: at most 5 of it, none of them long."""
+    """Return what a message shows of a list: at most 5 of it, on one line, none of them long."""
+    items = [item if item.isprintable() else repr(item) for item in items[:6]]
     items = [item if len(item) <= 200 else f"{item[:200]}……" for item in items]
     return "、".join(items[:5]) + ("……" if len(items) > 5 else "")

@@ -13,7 +13,7 @@ from plug.finetuning.settings import FLAGS, FinetuneSettings
 from plug.finetuning.tasks import TASKS
 from plug.options import options_of
 
-_TASKS = "\n\n".join(f"[bold]{name}[/bold] {task.title}" for name, task in TASKS.items())
+_TASKS = "\n\n".join(f"{name}：{task.title}" for name, task in TASKS.items())
 _MORE = "、".join(name for name in options_of(FinetuneSettings) if name not in (*FLAGS, "task"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from plug.cli.convert import Precision
 from plug.cli.options import Device, Model, options_from
-from plug.errors import PlugError
+from plug.errors import PlugError, UsageError
 from plug.serving.settings import ServeSettings
 from plug.shipped import SHIPPED_MODEL
 
@@ -19,6 +20,10 @@ def serve(
     model: Model = SHIPPED_MODEL,
     served_model_name: Annotated[
         str | None, typer.Option(help="客户端用的模型名（默认为目录名）。", show_default=False)
+    ] = None,
+    finetuned: Annotated[
+        list[str] | None,
+        typer.Option(help="名字=目录：再加一个微调过的模型；可重复。", show_default=False),
     ] = None,
     *,
     settings: ServeSettings,
@@ -37,13 +42,20 @@ def serve(
         ) from None
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
-    from plug.serving.loading import load_model
+    from plug.serving.loading import limit_memory, load_model, named_directories
 
-    served = load_model(
-        served_model_name or Path(model).expanduser().resolve().name,
-        model,
+    name = served_model_name or Path(model).expanduser().resolve().name
+    directories = {name: model}
+    for other, directory in named_directories(finetuned or ()).items():
+        if other == name:
+            raise UsageError(f"--finetuned 的名字 {other} 与 --model 的相同。请换一个。")
+        directories[other] = directory
+    place = find_device(device)
+    limit_memory(place, settings.gpu_memory_utilization)
+    load = functools.partial(
+        load_model,
         rows=settings.max_num_seqs,
-        device=find_device(device),
+        device=place,
         dtype=None if dtype is None else DTYPES[dtype],
     )
-    run([served], settings)
+    run([load(each, path) for each, path in directories.items()], settings, load)

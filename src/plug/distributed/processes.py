@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from plug.device import find_device
 
@@ -34,8 +36,9 @@ class Processes:
 def start_processes(device: str | None = None) -> Iterator[Processes]:
     """Join the group that `torchrun` started, or be the only process.
 
-    After an error the group is left as it is: taking it down would wait for the other processes,
-    which `torchrun` ends.
+    At the end, what was given to `close_with_group` is closed and the group is destroyed. After an
+    error the group is aborted: destroying it would wait for the other processes, which `torchrun`
+    ends.
     """
     local_rank, world_size = (
         int(os.environ.get(name, default))
@@ -50,8 +53,43 @@ def start_processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(0, 1, chosen)
         return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    yield Processes(dist.get_rank(), world_size, chosen)
+    try:
+        yield Processes(dist.get_rank(), world_size, chosen)
+        if chosen.type == "cuda":
+            torch.cuda.synchronize(chosen)  # graphs that are closed must have ended
+    except BaseException:
+        _close_owners()
+        if chosen.type == "cuda":
+            with suppress(Exception):  # the error that is being raised matters more
+                _abort_process_group()
+        raise
+    _close_owners()
     dist.destroy_process_group()
+
+
+class Closable(Protocol):
+    """Owns something that must go before the process group does."""
+
+    def close(self) -> None:
+        """Free it. May be called more than once."""
+
+
+_owners: weakref.WeakSet[Closable] = weakref.WeakSet()
+
+
+def close_with_group(owner: Closable) -> None:
+    """Have ``owner.close()`` called before the process group goes, if the owner still exists.
+
+    NCCL waits for CUDA graphs that hold collectives: with one of them alive, destroying the group
+    never ends.
+    """
+    _owners.add(owner)
+
+
+def _close_owners() -> None:
+    for owner in list(_owners):
+        owner.close()
+    _owners.clear()
 
 
 class Vote:

@@ -57,6 +57,13 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """Return all processes' ``x`` side by side, along the last dimension."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts, dim=-1)
+
+
 def check_divisible(model: Plug, count: int) -> None:
     """Raise a `UsageError` unless ``model`` can be sharded over ``count`` processes."""
     config = model.config
@@ -151,21 +158,23 @@ def vocabulary_shard(model: nn.Module, table: Tensor) -> Tensor:
     return F.pad(own, (0, 0, 0, count - len(own)))
 
 
-def gather_logits(model: nn.Module, head: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def gather_logits(
+    model: nn.Module,
+    head: Callable[..., Tensor],
+    gather: Callable[[Tensor], Tensor] = all_gather,
+) -> Callable[..., Tensor]:
     """Return a function that computes all logits, from ``head``, which computes a shard of them.
 
     Args:
         model: what the logits are of.
         head: multiplies with this process's `vocabulary_shard`.
+        gather: does what `all_gather` does.
     """
     if not is_sharded(model):
         return head
     vocab_size = model.get_submodule("embeddings.word_embeddings").get_parameter("weight").shape[0]
 
     def logits(x: Tensor, **options: Any) -> Tensor:
-        own = head(x, **options)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own)
-        return torch.cat(parts, dim=-1)[..., :vocab_size]
+        return gather(head(x, **options))[..., :vocab_size]
 
     return logits

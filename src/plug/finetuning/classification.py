@@ -40,6 +40,26 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
 
     model_class = "PlugForSequenceClassification"
 
+    @classmethod
+    def labels_of(cls, examples: Sequence[ClassificationExample], source: str) -> list[str]:
+        labels = sorted({example.label for example in examples if example.label})
+        if len(labels) < 2:
+            raise UsageError(f"{source} 里只有一种标签 {shown(labels)}，没有可学的。")
+        _check_numbers(labels, source)
+        return labels
+
+    @classmethod
+    def facts_of(cls, examples: Sequence[ClassificationExample]) -> dict[str, Any]:
+        has_two = {example.text_b is not None for example in examples}
+        return {
+            "label_names": {
+                example.label: example.label_name
+                for example in examples
+                if example.label and example.label_name
+            },
+            "pairs": has_two.pop() if len(has_two) == 1 else None,
+        }
+
     def check(self, examples: Sequence[ClassificationExample], *, training: bool) -> None:  # noqa: ARG002
         for example in examples:
             if example.label not in self.label_ids:
@@ -183,6 +203,20 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
             **({"label_name": name} if name else {}),
             "probability": round(prediction.probability, 4),
         }
+
+
+def _check_numbers(labels: list[str], source: str) -> None:
+    """Refuse "1" beside "1.0": two labels by name, surely one by meaning."""
+    values: dict[float, str] = {}
+    for label in labels:
+        try:
+            other = values.setdefault(float(label), label)
+        except ValueError:
+            continue
+        if other != label:
+            raise UsageError(
+                f"{source} 里 {other!r} 和 {label!r} 是两个标签，数值却相同。请统一写法。"
+            )
 
 
 def _few(labels: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,10 @@ from plug.finetuning.kind import SAMPLES, Features, Kind, OnProgress, exactly
 from plug.finetuning.readers import SEPARATOR, GenerationExample
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
-from plug.hf import PlugForConditionalGeneration
 from plug.model.plug import Plug
+
+if TYPE_CHECKING:
+    from plug.hf import PlugForConditionalGeneration
 
 TokenIds = tuple[int, ...]
 
@@ -49,10 +51,10 @@ class Generation(Kind[GenerationExample, TokenIds]):
         end = self.tokenizer.sep_token_id
         return [
             {"input_ids": [self.tokenizer.cls_token_id, *source, end], "labels": [*target, end]}
-            for source, target in zip(self._sources(examples), targets, strict=True)
+            for source, target in zip(self.sources(examples), targets, strict=True)
         ]
 
-    def _sources(self, examples: Sequence[GenerationExample]) -> list[list[int]]:
+    def sources(self, examples: Sequence[GenerationExample]) -> list[list[int]]:
         """Ids of the parts with [SEP] between, without the outer [CLS] and [SEP]."""
         parts = self.tokenizer.encode_batch(
             list(chain.from_iterable(example.source for example in examples))
@@ -76,7 +78,7 @@ class Generation(Kind[GenerationExample, TokenIds]):
         settings = GenerationSettings(
             out_length=self.target_length, do_sample=False, num_beams=self.num_beams
         )
-        sources = self._sources(examples)
+        sources = self.sources(examples)
         order = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
         found: dict[int, TokenIds] = {}
         for first in range(0, len(order), batch_size):
@@ -118,8 +120,10 @@ class Generation(Kind[GenerationExample, TokenIds]):
         return {"src_txt": source, "prediction": self.tokenizer.decode(prediction)}
 
 
-def as_plug(model: PlugForConditionalGeneration) -> Plug:
+def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:
     """The same modules as a `Plug`, which is what `Generator` writes with."""
+    if isinstance(model, Plug):
+        return model
     with torch.device("meta"):
         plug = Plug(model.config.to_plug_config())
     for name, _ in list(plug.named_children()):

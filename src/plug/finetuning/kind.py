@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from plug import hf as classes
 from plug.checkpoints.headers import read_places
 from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Evaluation
 from plug.finetuning.tasks import KindName
+from plug.model.heads import IGNORE_INDEX
 from plug.tokenization import PlugTokenizer
 
 Features = dict[str, Any]  # arguments of a model's forward: id lists, or one number an example
@@ -39,9 +39,11 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         target_length: tokens written at most, or of an answer.
         num_beams: for generation; 1 is argmax.
         pairs: of classification: whether an example is two texts; None where nothing is known.
+        tag_scheme: of labelling: what the training file's tags were written in.
     """
 
     model_class: ClassVar[str]
+    by_character: ClassVar[bool] = False  # whether texts are cut into characters, not pieces
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         target_length: int = 30,
         num_beams: int = 1,
         pairs: bool | None = None,
+        tag_scheme: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.labels = list(labels)
@@ -62,6 +65,35 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         self.target_length = target_length
         self.num_beams = num_beams
         self.pairs = pairs
+        self.tag_scheme = tag_scheme
+
+    @classmethod
+    def labels_of(cls, examples: Sequence[ExampleT], source: str) -> list[str]:  # noqa: ARG003
+        """The labels that the training examples have, sorted; empty where the kind has none.
+
+        Args:
+            examples: to learn from.
+            source: the file's name, for errors.
+
+        Raises:
+            UsageError: there is nothing to choose from, or one label is written in two ways.
+        """
+        return []
+
+    @classmethod
+    def facts_of(cls, examples: Sequence[ExampleT]) -> dict[str, Any]:  # noqa: ARG003
+        """What else the training examples say: arguments of `Kind` by name."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `finetuning.json` keeps beside the settings, to make this kind again."""
+        scheme = {} if self.tag_scheme is None else {"tag_scheme": self.tag_scheme}
+        return {
+            "labels": self.labels,
+            "label_names": self.label_names,
+            "pairs": self.pairs,
+            **scheme,
+        }
 
     @abstractmethod
     def check(self, examples: Sequence[ExampleT], *, training: bool) -> None:
@@ -108,6 +140,8 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         """
         from transformers import logging
 
+        from plug import hf as classes
+
         logging.set_verbosity_error()  # its notes on heads that are new
         logging.disable_progress_bar()
         cls = getattr(classes, self.model_class)
@@ -137,10 +171,15 @@ _KINDS: dict[KindName, tuple[str, str]] = {  # file beside this one, class
 }
 
 
+def find_kind(name: KindName) -> type[Kind[Any, Any]]:
+    """The class of that name."""
+    module, kind = _KINDS[name]
+    return getattr(importlib.import_module(f"plug.finetuning.{module}"), kind)
+
+
 def make_kind(name: KindName, *args: Any, **options: Any) -> Kind[Any, Any]:
     """The kind of that name; arguments as in `Kind`."""
-    module, kind = _KINDS[name]
-    return getattr(importlib.import_module(f"plug.finetuning.{module}"), kind)(*args, **options)
+    return find_kind(name)(*args, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +197,7 @@ class Collator:
 
     def _column(self, key: str, values: list[Any]) -> Tensor:
         if isinstance(values[0], list):
-            padding = {"input_ids": self.pad_token_id, "labels": classes.IGNORE_INDEX}.get(key, 0)
+            padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.get(key, 0)
             longest = max(map(len, values))
             values = [value + [padding] * (longest - len(value)) for value in values]
         return torch.tensor(values)

@@ -14,8 +14,8 @@ from plug.evaluation.metrics import entity_scores, entity_spans
 from plug.evaluation.report import Evaluation, Table, bars_plot
 from plug.finetuning.kind import SAMPLES, Collator, Features, Kind, OnProgress, exactly, run_batches
 from plug.finetuning.readers import OUTSIDE, LabellingExample
-from plug.hf import IGNORE_INDEX
 from plug.jsonfiles import shown
+from plug.model.heads import IGNORE_INDEX
 from plug.textfiles import trim
 
 Tags = tuple[str, ...]
@@ -31,6 +31,19 @@ class Labelling(Kind[LabellingExample, Tags]):
     """
 
     model_class = "PlugForTokenClassification"
+    by_character = True
+
+    @classmethod
+    def labels_of(cls, examples: Sequence[LabellingExample], source: str) -> list[str]:
+        """O, and B- and I- of every type: the evaluation file may have tags that this one lacks."""
+        types = {tag[2:] for example in examples for tag in example.tags or () if tag != OUTSIDE}
+        if not types:
+            raise UsageError(f"{source} 里没有一个实体，没有可学的。")
+        return sorted({OUTSIDE, *(f"{prefix}-{name}" for name in types for prefix in "BI")})
+
+    @classmethod
+    def facts_of(cls, examples: Sequence[LabellingExample]) -> dict[str, Any]:
+        return {"tag_scheme": examples[0].scheme}
 
     def check(self, examples: Sequence[LabellingExample], *, training: bool) -> None:  # noqa: ARG002
         for example in examples:

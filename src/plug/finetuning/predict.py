@@ -13,6 +13,7 @@ from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.files import write_text
 from plug.finetuning.kind import Kind, OnProgress, make_kind
+from plug.finetuning.plain import load_plain
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task, read_examples
 from plug.jsonfiles import read_json, shown
@@ -42,7 +43,7 @@ class Predictor:
         self.task_name = read_run(self.directory)["settings"]["task"]
         self.task = find_task(self.task_name)
         self.kind = kind_of(self.directory, num_beams)
-        self.model = self.kind.load_model(self.directory).to(find_device(device))
+        self.model = load_plain(self.kind, self.directory, find_device(device))
 
     def __call__(
         self,
@@ -111,6 +112,7 @@ def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
         target_length=settings.target_length,
         num_beams=num_beams or settings.num_beams,
         pairs=run.get("pairs"),
+        tag_scheme=run.get("tag_scheme"),
     )
 
 

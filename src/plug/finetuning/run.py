@@ -47,9 +47,8 @@ from plug.files import (
     write_text,
 )
 from plug.finetuning.checkpoints import Checkpoints, last_checkpoint
-from plug.finetuning.kind import Collator, Kind, make_kind
+from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
-from plug.finetuning.readers import OUTSIDE, ClassificationExample, Example, LabellingExample
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
@@ -128,20 +127,17 @@ def _run(
     notes, eval_notes = Notes(), Notes()
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
-    labels = _labels(task, settings, examples)
-    scheme = next((one.scheme for one in examples if isinstance(one, LabellingExample)), None)
-    _check_earlier_labels(directory, settings, labels)
     tokenizer = load_tokenizer(directory)
-    kind = make_kind(
-        task.kind,
+    cls = find_kind(task.kind)
+    kind = cls(
         tokenizer,
-        labels,
-        _label_names(examples),
+        task.labels or cls.labels_of(examples, settings.train),
         source_length=settings.source_length,
         target_length=settings.target_length,
         num_beams=settings.num_beams,
-        pairs=_pairs(examples),
+        **cls.facts_of(examples),
     )
+    _check_earlier_labels(directory, settings, kind.labels)
     kind.check(examples, training=True)
     kind.check(held_out, training=False)
     chosen = find_device(device)
@@ -152,7 +148,7 @@ def _run(
     set_seed(settings.seed)
     model = kind.load_model(directory, from_scratch=settings.from_scratch)
     if is_main:
-        _write_run(output, settings, kind, scheme)
+        write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict()})
 
     def predict(model: Any) -> list[Any]:
         return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
@@ -202,7 +198,7 @@ def _run(
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
         **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
-        **({"tag_scheme": scheme} if scheme else {}),
+        **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -212,7 +208,7 @@ def _run(
             tokenizer.save(
                 new,
                 model_max_length=config.max_source_length,
-                by_character=task.kind == "labelling",
+                by_character=kind.by_character,
             )
             write_finetuned_configuration(new, task.kind, settings.num_beams)
             write_report(new, f"{task.title}：微调", settings.command(), facts, evaluation)
@@ -270,70 +266,6 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
     if changed:
         told = "、".join(f"{name}：{before.get(name)} → {now[name]}" for name in changed)
         raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
-
-
-def _write_run(
-    output: Path, settings: FinetuneSettings, kind: Kind[Any, Any], scheme: str | None
-) -> None:
-    content = {
-        "settings": settings.to_dict(),
-        "labels": kind.labels,
-        "label_names": kind.label_names,
-        "pairs": kind.pairs,
-        **({"tag_scheme": scheme} if scheme else {}),
-    }
-    write_json(output / RUN_FILE, content)
-
-
-def _labels(task: Task, settings: FinetuneSettings, examples: list[Example]) -> list[str]:
-    """The task's own, or those of the training file."""
-    if task.labels or task.kind in ("reading", "generation"):
-        return list(task.labels)
-    found: set[str] = set()
-    for example in examples:
-        if isinstance(example, ClassificationExample) and example.label:
-            found.add(example.label)
-        elif isinstance(example, LabellingExample):
-            found.update(example.tags or ())
-    if len(found) < 2:
-        raise UsageError(f"{settings.train} 里只有一种标签 {sorted(found)}，没有可学的。")
-    if task.kind == "labelling":  # B- and I- of every type: the evaluation file may have either
-        kinds = {tag[2:] for tag in found if tag != OUTSIDE}
-        return sorted({OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")})
-    _check_numbers(found, settings.train)
-    return sorted(found)
-
-
-def _check_numbers(labels: set[str], train: str) -> None:
-    """Refuse "1" beside "1.0": two labels by name, surely one by meaning."""
-    values: dict[float, str] = {}
-    for label in sorted(labels):
-        try:
-            other = values.setdefault(float(label), label)
-        except ValueError:
-            continue
-        if other != label:
-            raise UsageError(
-                f"{train} 里 {other!r} 和 {label!r} 是两个标签，数值却相同。请统一写法。"
-            )
-
-
-def _label_names(examples: list[Example]) -> dict[str, str]:
-    return {
-        example.label: example.label_name
-        for example in examples
-        if isinstance(example, ClassificationExample) and example.label and example.label_name
-    }
-
-
-def _pairs(examples: list[Example]) -> bool | None:
-    """Whether all have two texts, or none has; None if it differs."""
-    has_two = {
-        example.text_b is not None
-        for example in examples
-        if isinstance(example, ClassificationExample)
-    }
-    return has_two.pop() if len(has_two) == 1 else None
 
 
 def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: list[str]) -> None:

@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 from plug.errors import PlugError
 from plug.finetuning.settings import FinetuneSettings
-from plug.hf.base import IGNORE_INDEX, cross_entropy
+from plug.hf.base import cross_entropy
+from plug.model.heads import IGNORE_INDEX
 
 
 class FinetuneTrainer(Trainer):

@@ -2,7 +2,8 @@
 
 One thread drives a `Scheduler` and a `ModelRunner`; sequences join and leave between two steps.
 First come, first served: a waiting request joins as soon as a slot is free. What is written for a
-request does not depend on the others, and a request that fails does so alone.
+request does not depend on the others, up to the rounding of sums ("Alone and in a batch" in
+`docs/generation.md`). A request that fails does so alone.
 """
 
 from __future__ import annotations
@@ -112,6 +113,22 @@ class Progress(NamedTuple):
 Listener = Callable[[Progress], None]
 
 
+class EngineStats(NamedTuple):
+    """What an engine has done so far, and holds now.
+
+    Attributes:
+        steps: decoding steps, each of all running sequences.
+        encoder_seconds: spent on encoding sources.
+        decoder_seconds: spent on the rest of the steps.
+        cache_bytes: of the decoder's cache and of kept sources.
+    """
+
+    steps: int
+    encoder_seconds: float
+    decoder_seconds: float
+    cache_bytes: int
+
+
 class _Work:
     """The engine's side of a request. It holds no `Request`, so that a dropped one is collected.
 
@@ -214,6 +231,10 @@ class AsyncEngine:
         self._waiting: deque[_Work] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._runner: ModelRunner | None = None
+        self._steps = 0
+        self._busy = self._encoding = 0.0  # seconds
+        self._counted = 0.0  # seconds of the runner's encoding that `_encoding` has
         self._thread = threading.Thread(target=self._run, name="plug-async-engine", daemon=True)
         self._thread.start()
 
@@ -267,6 +288,16 @@ class AsyncEngine:
         return Request(work)
 
     @property
+    def stats(self) -> EngineStats:
+        """What was done so far; from any thread."""
+        runner = self._runner
+        cache = None if runner is None else runner.cache
+        held = self._generator.prepared.encoder_cache.num_bytes
+        held += 0 if cache is None else cache.num_bytes
+        decoding = max(0.0, self._busy - self._encoding)
+        return EngineStats(self._steps, self._encoding, decoding, held)
+
+    @property
     def is_closed(self) -> bool:
         """Whether it takes no more requests: it was closed, or its thread has failed."""
         return self._closed
@@ -296,14 +327,17 @@ class AsyncEngine:
         try:
             scheduler, runner = self._begin()
             while self._admit(scheduler, working):
+                began = time.perf_counter()
                 try:
                     finished = scheduler.update(runner.step(scheduler.plan()))
+                    self._count(began, runner)
                 except Exception as failure:
                     logger.exception("连续批处理的一步出错，其中 %d 个请求失败。", len(working))
                     for work in working.values():
                         work.fail(PlugError(f"写作时出错：{failure}。请重新提交。"))
                     working.clear()
-                    del runner  # its memory is free before the next one's is taken
+                    del runner
+                    self._runner = None  # its memory is free before the next one's is taken
                     scheduler, runner = self._begin()
                     continue
                 for sequence in finished:
@@ -321,8 +355,16 @@ class AsyncEngine:
             for work in left:
                 work.fail(error)
 
+    def _count(self, began: float, runner: ModelRunner) -> None:
+        self._steps += 1
+        self._busy += time.perf_counter() - began
+        encoding = runner.encoder_seconds
+        self._encoding += encoding - self._counted
+        self._counted = encoding
+
     def _begin(self) -> tuple[Scheduler, ModelRunner]:
         runner = ModelRunner(self._generator.prepared, self._size)
+        self._runner, self._counted = runner, 0.0
         return Scheduler(self._size.slots, ahead=runner.ahead), runner
 
     def _admit(self, scheduler: Scheduler, working: dict[WrittenSequence, _Work]) -> bool:

@@ -1,7 +1,7 @@
-"""Beam search as the reference's (ModelScope's generator), with caches.
+"""Beam search like the reference's (ModelScope's generator), over a `ModelRunner`.
 
-What is particular about it: a beam that has ended stays among the beams and goes on, with its
-[SEP] inside; a text is done when its BEST beam ends, or at the length limit, and then all its
+It differs from the usual one: a beam that has ended stays among the beams and is extended further,
+with its [SEP] inside. A text is done when its best beam ends, or at the length limit; then all its
 beams count as hypotheses, ended or not. The best score of all hypotheses so far wins.
 """
 
@@ -24,7 +24,7 @@ Allow = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """Token ids without [CLS]; the score is log-probability / length penalty."""
+    """Token ids without [CLS]; the score is the log-probability divided by the length penalty."""
 
     token_ids: list[int]
     score: float
@@ -46,20 +46,20 @@ def beam_search(
     length_penalty: float = 0.6,
     allow: Allow | None = None,
 ) -> list[Hypothesis]:
-    """The best hypothesis of each source.
+    """Return the best hypothesis of each source.
 
     Args:
         runner: with room for `beam_size`; nobody else uses it meanwhile.
         sources: token ids of each text, [CLS] and [SEP] included.
         num_beams: beams of a text.
         max_length: tokens to write at most.
-        min_length: steps in which [SEP] is out of the question.
+        min_length: steps in which [SEP] cannot be chosen.
         length_penalty: exponent alpha of ((5 + n) / 6) ^ alpha, n tokens long.
-        allow: given logits (rows, vocab) and what each row has written (rows, n), the logits
-            without what may not come next.
+        allow: given logits (rows, vocab) and what each row has written (rows, n), returns the
+            logits with -inf for what may not come next.
 
-    Source: golden/plug-tiny/README.md, "Beam search, ModelScope"; the penalty is Wu et al. 2016,
-    arXiv:1609.08144, equation 14.
+    Source: ModelScope's generator (docs/generation.md, "Beam search"); the penalty is Wu et al.
+    2016, arXiv:1609.08144, equation 14.
     """
     config, device = runner.prepared.config, runner.prepared.device
     end = config.eos_token_id

@@ -1,7 +1,7 @@
-"""`EncoderCache`: what the encoder made of sources read lately, for when they are read again.
+"""`EncoderCache`: the encoded form of recent sources, for when they are read again.
 
-"Write it again with another seed" and several texts from one prompt then begin at once. Bounded in
-bytes; the source that was asked for least lately goes first.
+A prompt that is written again with another seed, or several times, is then encoded once. The cache
+is bounded in bytes and drops the least recently used source first.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ Encode = Callable[[Sequence[Sequence[int]]], list[list[KeyValue]]]
 
 
 class EncoderCache:
-    """Cross-attention keys and values by the ids of their source.
+    """Cross-attention keys and values, found by the ids of their source.
 
     Args:
-        limit: bytes kept at most; a source that needs more is not kept, and 0 keeps none.
+        limit: bytes kept at most; a source that alone needs more is not kept; 0 keeps none.
 
     Attributes:
         num_bytes: kept now.
@@ -30,9 +30,9 @@ class EncoderCache:
         self._kept: OrderedDict[tuple[int, ...], list[KeyValue]] = OrderedDict()
 
     def encode(self, sources: Sequence[Sequence[int]], encode: Encode) -> list[list[KeyValue]]:
-        """As ``encode(sources)``, which is called for those alone that are not kept, each once.
+        """Return what ``encode(sources)`` would; it is called once, for distinct sources not kept.
 
-        What is returned may be kept: it is not to be written to.
+        The tensors may belong to the cache: do not write to them.
         """
         if not self._limit:
             return encode(sources)
@@ -55,7 +55,7 @@ class EncoderCache:
         while self.num_bytes + size > self._limit:
             _, dropped = self._kept.popitem(last=False)
             self.num_bytes -= _num_bytes(dropped)
-        # Copies: a view would hold the memory of the whole batch that it was encoded in.
+        # A copy: a view would hold the memory of the whole batch in which it was encoded.
         self._kept[key] = [(keys.clone(), values.clone()) for keys, values in key_values]
         self.num_bytes += size
 

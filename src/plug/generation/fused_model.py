@@ -9,8 +9,8 @@ tokens, without padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -19,19 +19,22 @@ from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import (
     RowParallelLinear,
+    all_gather,
     all_reduce,
     gather_logits,
+    is_sharded,
     vocabulary_shard,
 )
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
+from plug.kernels.one_shot import OneShot
 from plug.kernels.packed_linear import PackedLinear
-from plug.kernels.rows import add_norm, embed
+from plug.kernels.rows import Fp8Rows, add_norm, add_norm_fp8, embed
 from plug.loading.memory import TOKENS_AT_ONCE
 from plug.loading.offload import StreamedLayers
 from plug.model.attention import Attention
-from plug.model.layers import DecoderLayer, EncoderLayer, FeedForward, KeyValue
+from plug.model.layers import DecoderLayer, EncoderLayer, KeyValue
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
 from plug.quantization.scheme import Scheme
@@ -54,6 +57,7 @@ class FusedModel:
         keys = cast(DecoderLayer, model.decoder.layers[0]).self_attention.k_proj.bias
         self._heads = len(keys) // self._head_dim  # of this process
         self._embeddings = model.embeddings
+        one_shot = OneShot.make(self._device) if is_sharded(model) else None
         layers = model.encoder.layers
         self._encoder_layers: Iterable[_EncoderLayer] = (
             layers.each(_EncoderLayer)
@@ -62,14 +66,11 @@ class FusedModel:
         )
         self._encoder_norms = [model.encoder.final_norm] * model.encoder.final_norm_passes
         self._decoder_layers = [
-            _DecoderLayer(cast(DecoderLayer, layer)) for layer in model.decoder.layers
+            _DecoderLayer(cast(DecoderLayer, layer), one_shot) for layer in model.decoder.layers
         ]
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
-        self._logits = gather_logits(model, self._head)
-        steps = [weight for layer in self._decoder_layers for weight in layer.in_a_step]
-        for weight, following in pairwise([*steps, self._head, steps[0]]):
-            weight.comes_before(following)
+        self._logits = gather_logits(model, self._head, _gather(one_shot))
         self.granularity = None
 
     # --- sources ----------------------------------------------------------------------------------
@@ -94,9 +95,11 @@ class FusedModel:
         hidden = embed(token_ids, positions, self._embeddings)
         delta = None
         for layer in self._encoder_layers:
-            hidden, normalized = add_norm(hidden, delta, layer.attention_norm)
+            in_fp8 = layer.query_key_value.wants_fp8(hidden)
+            normalize = add_norm_fp8 if in_fp8 else add_norm
+            hidden, normalized = normalize(hidden, delta, layer.attention_norm)
             context = self._attend_sources(layer.query_key_value(normalized), sources)
-            hidden, normalized = add_norm(hidden, layer.out(context), layer.feed_forward_norm)
+            hidden, normalized = normalize(hidden, layer.out(context), layer.feed_forward_norm)
             delta = layer.fc2.after(layer.fc1, normalized)
         for norm in self._encoder_norms:
             _, hidden = add_norm(hidden, delta, norm)
@@ -150,6 +153,8 @@ class FusedModel:
         """
         rows = len(token_ids)
         columns = positions.t().contiguous()
+        # No kernel of this step has made the positions, or will put a token where others look.
+        early = len(columns) == 1 and columns.data_ptr() == positions.data_ptr()
         hidden = embed(token_ids.t().contiguous().view(-1), columns.view(-1), self._embeddings)
         delta = None
         for index, layer in enumerate(self._decoder_layers):
@@ -157,7 +162,7 @@ class FusedModel:
             query_key_value = layer.query_key_value(normalized)
             keys, values = cache.own[index]
             context = _joined(
-                append_and_attend(new, keys, values, where)
+                append_and_attend(new, keys, values, where, early=early)
                 for new, where in zip(query_key_value.split(rows), columns, strict=True)
             )
             hidden, normalized = add_norm(hidden, layer.out(context), layer.cross_attention_norm)
@@ -175,6 +180,15 @@ class FusedModel:
         return logits.view(-1, rows, logits.shape[1]).transpose(0, 1)
 
 
+def _gather(one_shot: OneShot | None) -> Callable[[Tensor], Tensor]:
+    def gather(x: Tensor) -> Tensor:
+        if one_shot is not None and one_shot.takes(x):
+            return one_shot.all_gather(x)
+        return all_gather(x)
+
+    return gather
+
+
 def _joined(parts: Iterable[Tensor]) -> Tensor:
     contexts = list(parts)
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
@@ -185,25 +199,25 @@ class _EncoderLayer:
         layer = cast(EncoderLayer, module)
         self.attention_norm = layer.attention_norm
         self.query_key_value = _query_key_value(layer.attention, for_sources=True)
-        self.out = _summed(layer.attention.out_proj, for_sources=True)
+        self.out = _row_parallel(layer.attention.out_proj, None, for_sources=True)
         self.feed_forward_norm = layer.feed_forward_norm
-        self.fc1, self.fc2 = _feed_forward(layer.feed_forward, for_sources=True)
+        self.fc1 = PackedLinear(layer.feed_forward.fc1, for_sources=True)
+        self.fc2 = _row_parallel(layer.feed_forward.fc2, None, for_sources=True)
 
 
 class _DecoderLayer:
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(self, layer: DecoderLayer, one_shot: OneShot | None) -> None:
+        own, cross = layer.self_attention, layer.cross_attention
         self.self_attention_norm = layer.self_attention_norm
-        self.query_key_value = _query_key_value(layer.self_attention)
-        self.out = _summed(layer.self_attention.out_proj)
+        self.query_key_value = _query_key_value(own)
+        self.out = _row_parallel(own.out_proj, one_shot, follows_attention=True)
         self.cross_attention_norm = layer.cross_attention_norm
-        cross = layer.cross_attention
         self.source_query = PackedLinear(cross.q_proj)
         self.source_key_value = PackedLinear(cross.k_proj, cross.v_proj, for_sources=True)
-        self.source_out = _summed(cross.out_proj)
+        self.source_out = _row_parallel(cross.out_proj, one_shot, follows_attention=True)
         self.feed_forward_norm = layer.feed_forward_norm
-        self.fc1, self.fc2 = _feed_forward(layer.feed_forward)
-        self.in_a_step = [self.query_key_value, self.out, self.source_query, self.source_out]
-        self.in_a_step += [self.fc1, self.fc2]
+        self.fc1 = PackedLinear(layer.feed_forward.fc1)
+        self.fc2 = _row_parallel(layer.feed_forward.fc2, one_shot)
 
 
 def _query_key_value(attention: Attention, *, for_sources: bool = False) -> PackedLinear:
@@ -211,32 +225,43 @@ def _query_key_value(attention: Attention, *, for_sources: bool = False) -> Pack
     return PackedLinear(*layers, for_sources=for_sources)
 
 
-def _feed_forward(
-    part: FeedForward, *, for_sources: bool = False
-) -> tuple[PackedLinear, PackedLinear]:
-    return PackedLinear(part.fc1, for_sources=for_sources), _summed(
-        part.fc2, for_sources=for_sources
-    )
-
-
 class _RowParallelLinear(PackedLinear):
-    """A layer parted by inputs, of which other processes have the rest."""
+    """The shard of a row-parallel layer; an all-reduce adds up the processes' results."""
+
+    one_shot: OneShot | None = None  # what reduces few rows; None is NCCL
 
     def _skinny(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
-        return all_reduce(super()._skinny(x, gelu=gelu, wide=wide))
+        return self._all_reduce(super()._skinny(x, gelu=gelu, wide=wide))
 
     def _many_rows(self, x: Tensor) -> Tensor:
         result = super()._many_rows(x)
-        return result if self._in_fp8 else all_reduce(result)
+        return result if self._in_fp8 else self._all_reduce(result)
 
-    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return all_reduce(super()._multiply_fp8(rows, row_scale, dtype))
+    def _multiply_fp8(self, x: Fp8Rows) -> Tensor:
+        return self._all_reduce(super()._multiply_fp8(x))
+
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        if self.one_shot is not None and self.one_shot.takes(x):
+            return self.one_shot.all_reduce(x)
+        return all_reduce(x)
 
 
-def _summed(layer: nn.Module, *, for_sources: bool = False) -> PackedLinear:
-    if isinstance(layer, RowParallelLinear):
-        return _RowParallelLinear(cast(nn.Linear, layer.shard), for_sources=for_sources)
-    return PackedLinear(cast(nn.Linear, layer), for_sources=for_sources)
+def _row_parallel(
+    layer: nn.Module,
+    one_shot: OneShot | None,
+    *,
+    for_sources: bool = False,
+    follows_attention: bool = False,
+) -> PackedLinear:
+    if not isinstance(layer, RowParallelLinear):
+        return PackedLinear(
+            cast(nn.Linear, layer), for_sources=for_sources, follows_attention=follows_attention
+        )
+    made = _RowParallelLinear(
+        cast(nn.Linear, layer.shard), for_sources=for_sources, follows_attention=follows_attention
+    )
+    made.one_shot = one_shot
+    return made
 
 
 def _head(model: Plug) -> PackedLinear:

@@ -1,9 +1,9 @@
-"""`DecoderCache`: what decoding keeps, so that a step costs one position and no more.
+"""`DecoderCache`: the keys and values of earlier positions, so that a step computes one position.
 
-Two halves, as in `transformers`' EncoderDecoderCache: self-attention keys and values, filled a
-position at a time, and cross-attention keys and values, projected from the encoder's output once a
-window. Both are fixed buffers, allocated once: a step writes into them in place, wherever each row
-stands, so that its shapes and addresses stay the same and a CUDA graph can replay it.
+It has two halves, as `transformers`' EncoderDecoderCache: self-attention keys and values, filled
+one position at a time, and cross-attention keys and values, projected from the encoder's output
+once a window. Both are fixed buffers that are allocated once. A step writes into them in place, so
+its shapes and addresses stay the same, and a CUDA graph can replay it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class DecoderCache:
     """Keys and values of up to ``rows`` texts; a `plug.model.layers.KeyValueCache`.
 
     Args:
-        like: keys of a layer (heads, …, head_dim), for the number and size of heads, the dtype
-            and the device.
-        layers: how many.
+        like: keys of a layer (heads, …, head_dim); they give the number and the size of heads, the
+            dtype and the device.
+        layers: number of decoder layers.
         rows: texts at most.
         source_length: tokens of a source at most.
-        capacity: positions of self-attention a row has room for.
+        capacity: positions of self-attention that a row has room for.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DecoderCache:
     ) -> None:
         self._heads, self._head_dim = like.shape[0], like.shape[2]
         self.capacity = capacity
-        # Zeros, not empty: what the mask hides must still be a number.
+        # Not uninitialised: hidden positions are multiplied by 0, and NaN would survive that.
         self.own, self.sources = (
             [
                 tuple(like.new_zeros(rows, self._heads, length, self._head_dim) for _ in range(2))
@@ -49,8 +49,13 @@ class DecoderCache:
         self._first_slots = heads.view(rows, self._heads) * capacity
         self._opened, self._shut = like.new_zeros(()), like.new_full((), float("-inf"))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for pair in (*self.own, *self.sources) for buffer in pair)
+
     def put_source(self, row: int, key_values: Sequence[KeyValue]) -> None:
-        """Keep what ``row`` reads: a pair a layer, each (heads, attended positions, head_dim)."""
+        """Store the source of ``row``: a pair a layer, each (heads, positions, head_dim)."""
         length = key_values[0][0].shape[1]
         for kept, new in zip(self.sources, key_values, strict=True):
             for buffer, states in zip(kept, new, strict=True):
@@ -59,12 +64,12 @@ class DecoderCache:
         self.source_lengths[row] = length
 
     def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
-        """Cross-attention keys and values of the first ``rows``, and their mask (rows, src).
+        """Return cross-attention keys and values of the first ``rows``, and their mask (rows, src).
 
         Args:
             rows: how many are decoded.
-            granularity: the length is rounded up to a multiple of it, or to all there is. Above 1
-                there always is a mask.
+            granularity: the length is rounded up to a multiple of it, at most to the whole buffer.
+                Above 1 there is always a mask.
 
         Returns:
             The pairs, each (rows, heads, src, head_dim); the mask is None where it hides nothing.
@@ -79,9 +84,9 @@ class DecoderCache:
         return pairs, self._encoder_slots[:longest] < self.source_lengths[:rows, None]
 
     def place(self, positions: Tensor, length: int, granularity: int = 1) -> Tensor:
-        """Say where the next tokens of each row go.
+        """Set where `update` writes the next tokens of each row, and return their mask.
 
-        A position written before is overwritten, which is what repeating a step needs.
+        A position that was written before is overwritten, so a step may be repeated.
 
         Args:
             positions: (rows, tokens), from 0, below ``capacity``.
@@ -89,17 +94,17 @@ class DecoderCache:
             granularity: as in `encoder_view`.
 
         Returns:
-            (rows, 1, tokens, positions so far): the self-attention mask to add, 0 or -inf.
+            The self-attention mask to add, 0 or -inf, (rows, 1, tokens, positions so far).
         """
         self._rows = len(positions)
         self._length = _round_up(length, granularity, self.capacity)
         slots = self._first_slots[: self._rows, :, None] + positions[:, None]
-        self._target = slots.view(-1)  # of each row, head and token, in a buffer seen as a list
+        self._target = slots.view(-1)  # for each row, head and token, in the flattened buffer
         seen = self._slots[: self._length] <= positions[:, None, :, None]
         return torch.where(seen, self._opened, self._shut)
 
     def update(self, key: Tensor, value: Tensor, layer_index: int) -> KeyValue:
-        """Add (rows, heads, tokens, head_dim) each; all positions of the layer so far."""
+        """Add (rows, heads, tokens, head_dim) each; return all positions of the layer so far."""
         keys, values = self.own[layer_index]
         for buffer, new in ((keys, key), (values, value)):
             states = new.reshape(-1, self._head_dim)
@@ -108,12 +113,12 @@ class DecoderCache:
         return keys[:rows, :, :length], values[:rows, :, :length]
 
     def take(self, rows: Sequence[int], length: int, *, sources: bool) -> None:
-        """Row i becomes what row ``rows[i]`` was, in the first ``length`` positions.
+        """Make row i what row ``rows[i]`` was, in the first ``length`` positions.
 
         Args:
-            rows: of the first ones; may repeat.
-            length: positions worth keeping.
-            sources: the source comes along; beams of one text leave theirs where it is.
+            rows: numbers of rows; may repeat.
+            length: positions that hold something.
+            sources: copy the sources too. Beams of one text share a source and need no copy.
         """
         index = torch.tensor(rows, device=self._slots.device)
         for keys, values in self.own:
@@ -124,7 +129,7 @@ class DecoderCache:
             self._lengths[: len(rows)] = [self._lengths[row] for row in rows]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Row ``target`` becomes what row ``source`` is."""
+        """Make row ``target`` what row ``source`` is."""
         for keys, values in self.own:
             for buffer in (keys, values):
                 buffer[target, :, :length] = buffer[source, :, :length]

@@ -8,14 +8,17 @@ A `PreparedModel` is what runners share: the weights as decoding wants them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plug.device import explain_out_of_memory, has_kernels
+from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
 from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
@@ -136,10 +139,19 @@ class ModelRunner:
         self._tokens = torch.zeros(size.slots, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
         # For each slot the number of drafted tokens, then these.
+        self._encoder_seconds = 0.0
+        self._encodings: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._drafts = self._tokens.new_zeros(size.slots, 1 + MAX_LOOKUP_TOKENS)
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         # The graphs of a runner share their memory.
         self._pool = torch.cuda.graph_pool_handle() if prepared.uses_graphs else None
+        close_with_group(self)
+
+    def close(self) -> None:
+        """Free the graphs; `close_with_group` says why. Later steps capture them again."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> FetchedIds:
@@ -179,6 +191,14 @@ class ModelRunner:
         self.is_intact = True
         return fetched
 
+    @property
+    def encoder_seconds(self) -> float:
+        """Seconds that encoding has taken so far; on CUDA once the device is done with it."""
+        while self._encodings and self._encodings[0][1].query():
+            start, end = self._encodings.popleft()
+            self._encoder_seconds += start.elapsed_time(end) / 1000
+        return self._encoder_seconds
+
     # --- the parts of a step ----------------------------------------------------------------------
 
     def _arrange(self, plan: StepPlan) -> None:
@@ -213,7 +233,22 @@ class ModelRunner:
             self._drafts.copy_(filled)
         # Last: a copy from the host waits for the GPU, which should not wait for the host in turn.
         if plan.due:
-            self._encode(plan.due, [plan.sequences[slot].source for slot in plan.due])
+            with self._timed():
+                self._encode(plan.due, [plan.sequences[slot].source for slot in plan.due])
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Add what its block takes to `encoder_seconds`."""
+        if self.prepared.device.type == "cuda":  # which the host does not wait for
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+            yield
+            events[1].record()
+            self._encodings.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self._encoder_seconds += time.perf_counter() - began
 
     def _encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
         """Encode sources, ids with [CLS] and [SEP], for these slots, whose past is dropped."""

@@ -1,4 +1,4 @@
-"""`PlainModel`: the modules of `plug.model` as they are, with the fastest product for each weight.
+"""`PlainModel`: the modules of `plug.model`, with the fastest product for each weight.
 
 For every device and dtype. `fused_model.py` has the same for half precision on CUDA.
 """
@@ -23,8 +23,8 @@ from plug.quantization.scheme import Scheme
 
 # Sources are encoded together when their lengths round up to the same multiple of this.
 ENCODING_GRANULARITY = 64
-# A step on a CPU that reads fewer weights than this runs in one thread: handing out work takes
-# longer than the work, and far longer where other programs want the processor too.
+# A step on a CPU that reads fewer weights than this runs in one thread: dividing the work among
+# threads takes longer than the work, and far longer where other programs use the processor.
 ONE_THREAD_WEIGHTS = 100_000_000
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -66,7 +66,7 @@ class PlainModel:
         self._uses_one_thread = self._device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
 
     def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
-        """What decoding needs of each source, token ids with [CLS] and [SEP].
+        """Return what decoding needs of each source, token ids with [CLS] and [SEP].
 
         On a GPU, sources of like length are encoded together.
 
@@ -126,7 +126,7 @@ class PlainModel:
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
-    """The positions of a source that hold something to attend to."""
+    """Return the positions of a source that are attended to: all but padding."""
     if pad_token_id not in source:
         return slice(0, len(source))
     return [position for position, token_id in enumerate(source) if token_id != pad_token_id]
@@ -156,8 +156,8 @@ def _with_products(
 ) -> Module:
     """The same modules and weights, for inference alone, with other linear layers.
 
-    What is only ever called becomes a plain function, which costs half of what calling a module
-    does: at batch 1 on a CPU that is 7% of a step.
+    Modules that are only called become plain functions: calling those costs half as much, which is
+    7% of a step at batch 1 on a CPU.
     """
 
     def replaced(original: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Windows and rules: what the encoder reads, what may be written, when a text ends.
+"""Windows and rules: what the encoder reads, which ids are accepted, when a text ends.
 
-A window is a stretch of text decoded from one encoding: when it is full, what was written joins
-the source, the encoder reads again, and the decoder starts afresh from [CLS].
+A window is a stretch of text that is decoded from one encoding. When it is full, what was written
+becomes part of the source, the encoder reads again, and the decoder starts again from [CLS].
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class Written(Protocol):
 
 
 class Rules(Protocol):
-    """What differs between our way of writing and the original's."""
+    """What differs between mode "plug" and mode "original"."""
 
     window: int  # steps from one encoding
-    steps: int  # at most; a step writes one token or, in the original, none
+    steps: int  # at most; a step writes one token or, in mode "original", sometimes none
     forbidden: Sequence[int]  # ids that are never chosen
     min_length: int  # tokens before [SEP] may be chosen
 
     def first_source(self, prompt: Sequence[int]) -> list[int]:
-        """What the encoder reads first."""
+        """Return what the encoder reads first."""
         ...
 
     def next_source(self, sequence: Written) -> list[int]:
-        """What it reads after a full window."""
+        """Return what the encoder reads after a full window."""
         ...
 
     def accept(self, token_id: int, sequence: Written) -> int | FinishReason | None:
-        """The token to keep, "stop" to end here, or None: a step used up, nothing kept."""
+        """Return the token to keep, "stop" to end here, or None: the step writes nothing."""
         ...
 
 
 class PlugRules:
-    """Ours: write until [SEP]; every encoding reads [CLS], the last 510 tokens so far, [SEP].
+    """Mode "plug": write until [SEP]; each encoding reads [CLS], the last 510 tokens, [SEP].
 
     Args:
         config: of the model.
@@ -86,10 +86,10 @@ class PlugRules:
 
 
 class OriginalRules:
-    """The released 27B's loop, id for id (AliceMind's; `docs/generation.md` tells it in full).
+    """Mode "original": AliceMind's loop of the 27B, id for id; `docs/generation.md` describes it.
 
-    Where the source holds several [SEP] the reference fails at its second window; here the last
-    one, which closes the source, is the one that gives way.
+    Where the source holds several [SEP], the reference fails at its second window; here the last
+    one, which closes the source, is replaced.
 
     Args:
         config: of the model.
@@ -110,7 +110,7 @@ class OriginalRules:
         return frame(prompt, self.config)
 
     def next_source(self, sequence: Written) -> list[int]:
-        # The new tokens take the place of the closing [SEP]. Cutting drops [CLS] first.
+        # The new tokens replace the closing [SEP]. Cutting drops [CLS] first.
         spliced = [*sequence.source[:-1], *sequence.in_window, self.config.eos_token_id]
         return spliced[-self.max_source :]
 
@@ -123,18 +123,18 @@ class OriginalRules:
 
 
 def frame(prompt: Sequence[int], config: PlugConfig) -> list[int]:
-    """[CLS], the last tokens of ``prompt`` that the encoder has room for, [SEP]."""
+    """Return [CLS], the last tokens of ``prompt`` that the encoder has room for, [SEP]."""
     kept = prompt[max(0, len(prompt) - prompt_limit(config)) :]
     return [config.decoder_start_token_id, *kept, config.eos_token_id]
 
 
 def prompt_limit(config: PlugConfig) -> int:
-    """Tokens of a prompt that are read: the last 510, or as many as there are positions for."""
+    """Return how many tokens of a prompt are read: 510, or as many as there are positions for."""
     return min(MAX_PROMPT_TOKENS, config.max_position_embeddings - 2)
 
 
 def window_length(config: PlugConfig, settings: GenerationSettings) -> int:
-    """Tokens written from one encoding.
+    """Return how many tokens are written from one encoding.
 
     Raises:
         UsageError: the window asked for has more tokens than the model has positions.

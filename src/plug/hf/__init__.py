@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
         '这个类要用 transformers，但它没有安装。请运行：pip install "plug-zh[train]"'
     ) from None
 
-from plug.hf.base import IGNORE_INDEX, PlugPreTrainedModel
+from plug.hf.base import PlugPreTrainedModel
 from plug.hf.config import PlugTransformersConfig
 from plug.hf.seq2seq import (
     PlugForConditionalGeneration,
@@ -43,6 +43,7 @@ from plug.hf.understanding import (
     PlugForSequenceClassification,
     PlugForTokenClassification,
 )
+from plug.model.heads import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",

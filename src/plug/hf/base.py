@@ -23,12 +23,12 @@ from plug.hf.adapters import teach_peft
 from plug.hf.config import PlugTransformersConfig, local_path
 from plug.hf.recording import Wanted, recording
 from plug.model.configuration import PlugConfig
+from plug.model.heads import IGNORE_INDEX
 from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer
 from plug.model.plug import Encoder, PlugParts, initialize_weights
 from plug.quantization.linear import QuantizedLinear, quantize_modules
 from plug.quantization.scheme import Scheme, scheme_of_entry
 
-IGNORE_INDEX = -100
 # Parts that a directory may lack: transformers reports that they are newly initialised.
 _MAY_BE_NEW = ("classifier.", "decoder.", "mlm_head.", "sentence_head.")
 Forward = TypeVar("Forward", bound=Callable[..., Any])

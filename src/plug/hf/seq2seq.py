@@ -27,7 +27,6 @@ from transformers.utils.generic import ModelOutput
 
 from plug.errors import UsageError
 from plug.hf.base import (
-    IGNORE_INDEX,
     PlugPreTrainedModel,
     cross_entropy,
     returns_output,
@@ -36,6 +35,7 @@ from plug.hf.base import (
 from plug.hf.config import PlugTransformersConfig
 from plug.hf.recording import Wanted, recording
 from plug.model.attention import causal_mask, padding_mask
+from plug.model.heads import IGNORE_INDEX
 from plug.model.layers import KeyValue
 
 logger = logging.getLogger(__name__)

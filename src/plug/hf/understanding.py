@@ -11,9 +11,9 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from plug.hf.base import IGNORE_INDEX, PlugPreTrainedModel, cross_entropy, returns_output
+from plug.hf.base import PlugPreTrainedModel, cross_entropy, returns_output
 from plug.hf.config import PlugTransformersConfig
-from plug.model.heads import MaskedLMHead
+from plug.model.heads import IGNORE_INDEX, MaskedLMHead
 
 
 class PlugForMaskedLM(PlugPreTrainedModel):

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plug.kernels.launch import overlap
+
 # Positions at a time, and warps; measured for what a window and a source usually hold. The long
 # source of a single row, which leaves most of the card idle, is read in larger pieces.
 _USUAL, _LONG_SOURCE = (128, 4), (256, 8)
@@ -27,11 +29,16 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tens
     Returns:
         (rows, heads * head_dim).
     """
-    return _launch(query, None, keys, values, lengths)
+    return _launch(query, None, keys, values, lengths, early=True)
 
 
 def append_and_attend(
-    query_key_value: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+    query_key_value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    early: bool = False,
 ) -> Tensor:
     """Causal self-attention of one new position a row, which joins the caches.
 
@@ -40,15 +47,23 @@ def append_and_attend(
         keys: (at least rows, heads, room, head_dim), contiguous; written at ``positions``.
         values: the same.
         positions: (rows,), where the new position stands, below ``room``.
+        early: no kernel of this step has written to the caches before: they may be read while the
+            product before this still runs.
 
     Returns:
         (rows, heads * head_dim).
     """
-    return _launch(query_key_value, query_key_value, keys, values, positions)
+    return _launch(query_key_value, query_key_value, keys, values, positions, early=early)
 
 
 def _launch(
-    query: Tensor, new: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor
+    query: Tensor,
+    new: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    early: bool,
 ) -> Tensor:
     rows = len(query)
     _, heads, room, head_dim = keys.shape
@@ -68,8 +83,10 @@ def _launch(
         HEAD_DIM=head_dim,
         PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
         HAS_NEW=new is not None,
+        EARLY=early,
         BLOCK=block,
         num_warps=warps,
+        **overlap(query.device),
     )
     return out
 
@@ -88,15 +105,28 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     HAS_NEW: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, PADDED_DIM)
     inside = d < HEAD_DIM
     at = query + row * stride + head * HEAD_DIM + d
-    q = tl.load(at, mask=inside, other=0.0).to(tl.float32) * by
-    length = tl.load(lengths + row).to(tl.int32)
     start = (row * HEADS + head) * room * HEAD_DIM
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_wait()
+    length = tl.load(lengths + row).to(tl.int32)
+    position = tl.arange(0, BLOCK)
+    where = start + position[:, None] * HEAD_DIM + d[None, :]
+    mask = (position < length)[:, None] & inside[None, :]
+    k = tl.load(keys + where, mask=mask, other=0.0)
+    v = tl.load(values + where, mask=mask, other=0.0)
+    if OVERLAP and EARLY:
+        tl.extra.cuda.gdc_wait()
+    q = tl.load(at, mask=inside, other=0.0).to(tl.float32) * by
     # Softmax as it goes: the largest score so far, the sum of weights, the weighted sum of values.
     if HAS_NEW:
         key = tl.load(at + HEADS * HEAD_DIM, mask=inside, other=0.0)
@@ -113,19 +143,19 @@ def _attend(
         mixed = tl.zeros([PADDED_DIM], dtype=tl.float32)
     first = 0
     while first < length:
-        position = first + tl.arange(0, BLOCK)
         seen = position < length
-        where = start + position[:, None] * HEAD_DIM + d[None, :]
-        mask = seen[:, None] & inside[None, :]
-        k = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(q[None, :] * k, 1), -1e30)
+        scores = tl.where(seen, tl.sum(q[None, :] * k.to(tl.float32), 1), -1e30)
         new_largest = tl.maximum(largest, tl.max(scores, 0))
         shrink = tl.exp(largest - new_largest)
         part = tl.where(seen, tl.exp(scores - new_largest), 0.0)
         weights = weights * shrink + tl.sum(part, 0)
-        mixed = mixed * shrink + tl.sum(part[:, None] * v, 0)
+        mixed = mixed * shrink + tl.sum(part[:, None] * v.to(tl.float32), 0)
         largest = new_largest
         first += BLOCK
+        position = first + tl.arange(0, BLOCK)
+        where = start + position[:, None] * HEAD_DIM + d[None, :]
+        mask = (position < length)[:, None] & inside[None, :]
+        k = tl.load(keys + where, mask=mask, other=0.0)
+        v = tl.load(values + where, mask=mask, other=0.0)
     result = mixed / tl.maximum(weights, 1e-30)
     tl.store(out + row * HEADS * HEAD_DIM + head * HEAD_DIM + d, result, mask=inside)

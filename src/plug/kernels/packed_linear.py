@@ -8,14 +8,15 @@ the arithmetic: cuBLAS in half precision, or FP8 where the weight is quantised a
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.kernels.rows import FP8, FP8_MAX, gelu_, quantize_rows, unpack_4bit
+from plug.kernels.launch import compile_kernel, launch
+from plug.kernels.rows import FP8, FP8_MAX, Fp8Rows, gelu_, quantize_rows
+from plug.kernels.tiles import tile_4bit, unpack_4bit
 from plug.quantization.linear import QuantizedLinear
 
 # cuBLAS is as fast from here on, with half precision.
@@ -23,21 +24,21 @@ _FEW_ROWS_OF_HALF = 8
 # Rows of one launch, and those up to which several launches are better than an unpacked weight.
 _ROWS_AT_ONCE = 32
 _FEW_ROWS_OF_INTEGERS = 64
-# Bytes of the next product's weight to fetch ahead, a multiple of 64 * 16. A step of the 27B took
-# 2.5% less with 8 bits and 0.8% less with 16; with 4 bits it took longer, at any size.
-_FETCHED_AHEAD = {16: 2**23, 8: 2**23, 4: 0}
 # The shape of a block of `skinny_gemm.cu`, by bits and by whether there are more than 8 rows.
 _SHAPES = {
-    (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 1},
+    (16, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 16, "UNROLL": 2, "BLOCKS": 2},
     (8, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 2, "BLOCKS": 4},
     (4, False): {"PIECES": 1, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 4},
     (8, True): {"PIECES": 2, "ACROSS": 1, "ALONG": 8, "UNROLL": 1, "BLOCKS": 1},
     (4, True): {"PIECES": 2, "ACROSS": 2, "ALONG": 4, "UNROLL": 1, "BLOCKS": 1},
 }
+# Bytes of its weights that a block fetches into the second cache before its inputs are there, and
+# as many where attention comes before it, which leaves the memory idle for longer.
+_PREFETCH = {16: (2**15, 2**16), 8: (2**15, 2**15), 4: (2**13, 2**15)}
 
 
 class PackedLinear:
-    """x W^T + b, of one linear layer or of several with the same input, stacked.
+    """Computes x W^T + b for one linear layer, or for several with the same input, stacked.
 
     Stacking moves the layers' tensors into one, of which they keep views: no weight is held twice.
 
@@ -45,9 +46,15 @@ class PackedLinear:
         layers: all `nn.Linear` in half precision, or all `QuantizedLinear`.
         for_sources: it will multiply many rows. 8-bit weights become FP8 for good, where the card
             has that.
+        follows_attention: in a decoding step, attention comes right before it.
     """
 
-    def __init__(self, *layers: nn.Linear | QuantizedLinear, for_sources: bool = False) -> None:
+    def __init__(
+        self,
+        *layers: nn.Linear | QuantizedLinear,
+        for_sources: bool = False,
+        follows_attention: bool = False,
+    ) -> None:
         self._bits = 16
         if isinstance(layers[0], QuantizedLinear):
             self._bits = layers[0].scheme.bits
@@ -58,38 +65,44 @@ class PackedLinear:
         tensors = _stacked(layers)
         self._weight, self._bias = tensors["weight"], tensors["bias"]
         self._scale = tensors.get("scale", self._bias)
-        self._center = tensors.get("center", self._bias)
-        self._row_scale: Tensor | None = None
-        if self._in_fp8:
-            if self._bits == 4:
-                largest = self._center.float().abs() + 8 * self._scale.float().abs()
+        self._row_scale: Tensor | None = None  # of FP8 made of 4 bits
+        if self._bits == 4:
+            scale, center = tensors["scale"], tensors["center"]
+            if self._in_fp8:
+                largest = center.float().abs() + 8 * scale.float().abs()
                 self._row_scale = largest.amax(1).clamp_min(1e-12) / FP8_MAX
+            self._weight, self._scale = tile_4bit(self._weight, scale, center)
+            _keep_tiles(cast(tuple[QuantizedLinear, ...], layers), self._weight, self._scale)
+        if self._in_fp8:
             row_scale = self._scale if self._row_scale is None else self._row_scale
             self._fp8_scale, self._fp8_bias = row_scale[None, :], self._bias.bfloat16()
         self.out_features = len(self._bias)
         self._fits = _fits(self._weight, self._bits, self.out_features)
-        self._next, self._next_bytes = self._weight, 0
+        self._prefetch = _PREFETCH[self._bits][follows_attention]
 
-    def __call__(self, x: Tensor, *, wide: bool = False) -> Tensor:
-        """(rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
+    def __call__(self, x: Tensor | Fp8Rows, *, wide: bool = False) -> Tensor:
+        """Multiply rows (rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
+        if isinstance(x, Fp8Rows):
+            return self._multiply_fp8(x)
         if self._takes(x):
             return self._skinny(x, wide=wide)
         out = self._many_rows(x)
         return out.float() if wide else out
 
-    def comes_before(self, other: PackedLinear) -> None:
-        """Few rows will be multiplied with ``other`` next: have its first bytes fetched ahead."""
-        size = other._weight.numel() * other._weight.element_size()
-        most = _FETCHED_AHEAD[other._bits]
-        self._next, self._next_bytes = other._weight, min(size // 1024 * 1024, most)
+    def wants_fp8(self, x: Tensor) -> bool:
+        """Return whether rows of the shape of ``x`` will be multiplied in FP8."""
+        return self._in_fp8 and not self._takes(x)
 
-    def after(self, first: PackedLinear, x: Tensor) -> Tensor:
-        """A feed-forward layer: ``first``, the exact GELU, then this."""
-        if first._takes(x):
-            return self(first._skinny(x, gelu=True))
-        inside = first._many_rows(x)
+    def after(self, first: PackedLinear, x: Tensor | Fp8Rows) -> Tensor:
+        """Compute a feed-forward layer: ``first``, the exact GELU, then this."""
+        if isinstance(x, Tensor):
+            if first._takes(x):
+                return self(first._skinny(x, gelu=True))
+            inside = first._many_rows(x)
+        else:
+            inside = first._multiply_fp8(x)
         if self._in_fp8:
-            return self._multiply_fp8(*quantize_rows(inside, gelu=True), x.dtype)
+            return self._multiply_fp8(quantize_rows(inside, gelu=True))
         return self(gelu_(inside))
 
     def _takes(self, x: Tensor) -> bool:
@@ -102,15 +115,11 @@ class PackedLinear:
         for rows, result in zip(x.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
             tiles = 1 if len(rows) <= 8 else 2 if len(rows) <= 16 else 4
             kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
-            kernel(
-                grid=(self.out_features // outputs, 1, 1),
-                block=(threads, 1, 1),
-                args=[
-                    *(rows, self._weight, self._scale, self._center, self._bias, result),
-                    *(self._next, len(rows), self.out_features, x.shape[1]),
-                    *(int(gelu), int(wide), self._next_bytes),
-                ],
-            )
+            arguments = [
+                *(rows, self._weight, self._scale, self._bias, result),
+                *(len(rows), self.out_features, x.shape[1], int(gelu), int(wide), self._prefetch),
+            ]
+            launch(kernel, self.out_features // outputs, threads, arguments)
         return out
 
     @property
@@ -121,29 +130,29 @@ class PackedLinear:
         if self._bits == 16:
             return F.linear(x, self._weight, self._bias)
         if self._in_fp8:
-            return self._multiply_fp8(*quantize_rows(x), x.dtype)
+            return self._multiply_fp8(quantize_rows(x))
         if self._bits == 8:
             weight = self._weight.to(x.dtype) * self._scale[:, None].to(x.dtype)
         else:
-            weight = unpack_4bit(self._weight, self._scale, self._center, None)
+            weight = unpack_4bit(self._weight, self._scale, None)
         return F.linear(x, weight.to(x.dtype), self._bias)
 
-    def _multiply_fp8(self, rows: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def _multiply_fp8(self, x: Fp8Rows) -> Tensor:
         weight = self._weight
         if self._bits == 4:
-            weight = unpack_4bit(weight, self._scale, self._center, self._row_scale)
+            weight = unpack_4bit(weight, self._scale, self._row_scale)
         elif weight.dtype != FP8:
             weight = weight.to(FP8)
         result = torch._scaled_mm(
-            rows,
+            x.values,
             weight.t(),
-            scale_a=row_scale,
+            scale_a=x.scale,
             scale_b=self._fp8_scale,
             bias=self._fp8_bias,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return result.to(dtype)
+        return result.to(x.dtype)
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -166,10 +175,19 @@ def _stacked(layers: tuple[nn.Linear | QuantizedLinear, ...]) -> dict[str, Tenso
     return stacked
 
 
+def _keep_tiles(layers: tuple[QuantizedLinear, ...], tiles: Tensor, pairs: Tensor) -> None:
+    """Make the layers' tensors views of the tiles, (out / 16, 16, …) each."""
+    first = 0
+    for layer in layers:
+        own = slice(first, first + len(layer.get_buffer("bias")) // 16)
+        first = own.stop
+        layer.weight = tiles[own].transpose(1, 2)
+        layer.scale, layer.center = pairs[own].transpose(1, 2).unbind(-1)
+
+
 def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
-    """Whether `skinny_gemm.cu` takes the weight: integers or halves that go into whole pieces."""
-    n_in = weight.shape[1] * (2 if bits == 4 else 1)
-    whole = out_features % 64 == 0 and n_in % (512 // bits) == 0
+    """Return whether `skinny_gemm.cu` takes the weight: its blocks and steps must be whole."""
+    whole = out_features % 64 == 0 and (bits == 4 or weight.shape[1] % (512 // bits) == 0)
     return weight.is_cuda and whole and weight.dtype not in (FP8, torch.float32)
 
 
@@ -178,8 +196,5 @@ def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[An
     """The compiled kernel for the current device, its outputs and its threads a block."""
     shape = _SHAPES[bits, tiles > 1]
     settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
-    defines = "".join(f"#define {name} {value}\n" for name, value in settings.items())
-    source = (files("plug.kernels") / "skinny_gemm.cu").read_text(encoding="utf-8")
-    # PyTorch's own door to NVRTC, which comes with it: no compiler needs to be installed.
-    kernel = torch.cuda._compile_kernel(defines + source, "skinny_gemm")
+    kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)
     return kernel, 16 * shape["PIECES"] * shape["ACROSS"], 32 * shape["ACROSS"] * shape["ALONG"]

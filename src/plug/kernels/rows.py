@@ -1,35 +1,63 @@
-"""Triton kernels over rows: embeddings, norms, rows in FP8, weights out of 4 bits.
+"""Triton kernels over rows: embeddings, norms, rows in FP8.
 
 All arithmetic is in float32; results are rounded once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from plug.kernels.launch import overlap
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
+class Fp8Rows(NamedTuple):
+    """Rows in FP8 with a float32 scale each: x = values * scale."""
+
+    values: Tensor  # (rows, size), e4m3
+    scale: Tensor  # (rows, 1)
+    dtype: torch.dtype  # of x
+
+    @classmethod
+    def like(cls, x: Tensor) -> Fp8Rows:
+        """Return rows of the shape of ``x`` (rows, size), without values."""
+        scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+        return cls(torch.empty_like(x, dtype=FP8), scale, x.dtype)
+
+
 def add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """The residual sum and its LayerNorm.
+    """Compute a residual sum and its LayerNorm.
 
     Args:
         x: (rows, size), contiguous.
-        delta: what to add first, the same shape; None is nothing.
+        delta: what to add first, the same shape; None adds nothing.
         norm: with weight and bias of x's dtype.
 
     Returns:
         x + delta (x itself without delta), and the norm of it.
     """
+    out = torch.empty_like(x)
+    return _launch_add_norm(x, delta, norm, out, None), out
+
+
+def add_norm_fp8(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Fp8Rows]:
+    """Do as `add_norm`, and return the norm as `quantize_rows` would."""
+    out = Fp8Rows.like(x)
+    return _launch_add_norm(x, delta, norm, out.values, out.scale), out
+
+
+def _launch_add_norm(
+    x: Tensor, delta: Tensor | None, norm: nn.LayerNorm, out: Tensor, scale: Tensor | None
+) -> Tensor:
     rows, size = x.shape
     total = x if delta is None else torch.empty_like(x)
-    out = torch.empty_like(x)
     _add_norm[(rows,)](
         x,
         delta,
@@ -37,13 +65,16 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tenso
         norm.bias,
         total,
         out,
+        scale,
         norm.eps,
         size,
         HAS_DELTA=delta is not None,
+        IN_FP8=scale is not None,
         BLOCK=triton.next_power_of_2(size),
         num_warps=_warps(size),
+        **overlap(x.device),
     )
-    return total, out
+    return total
 
 
 def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
@@ -64,57 +95,38 @@ def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
         size,
         BLOCK=triton.next_power_of_2(size),
         num_warps=_warps(size),
+        **overlap(out.device),
     )
     return out
 
 
-def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows (rows, size) as FP8 (e4m3), and a float32 scale each (rows, 1): x = fp8 * scale.
+def quantize_rows(x: Tensor, *, gelu: bool = False) -> Fp8Rows:
+    """Round rows (rows, size) to FP8, in units of each row's largest value.
 
     Args:
         x: in any float dtype.
-        gelu: of the exact GELU of x.
+        gelu: round the exact GELU of x.
     """
     rows, size = x.shape
-    out = torch.empty(rows, size, dtype=FP8, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    out = Fp8Rows.like(x)
     block = triton.next_power_of_2(size)
-    _quantize_rows[(rows,)](x, out, scale, size, GELU=gelu, BLOCK=block, num_warps=_warps(size))
-    return out, scale
+    _quantize_rows[(rows,)](
+        x,
+        out.values,
+        out.scale,
+        size,
+        GELU=gelu,
+        BLOCK=block,
+        num_warps=_warps(size),
+        **overlap(x.device),
+    )
+    return out
 
 
 def gelu_(x: Tensor) -> Tensor:
     """The exact GELU in place: what was written just now is still in the cache."""
     _gelu_in_place[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096)
     return x
-
-
-def unpack_4bit(weight: Tensor, scale: Tensor, center: Tensor, row_scale: Tensor | None) -> Tensor:
-    """Weights of `plug.quantization.scheme`, 4 bits, as numbers (out, in).
-
-    Args:
-        weight: uint8 (out, in / 2).
-        scale: (out, in / 128).
-        center: the same.
-        row_scale: float32 (out,): the result is FP8 in units of it. None gives bfloat16.
-    """
-    rows, half = weight.shape
-    dtype = torch.bfloat16 if row_scale is None else FP8
-    out = torch.empty(rows, 2 * half, dtype=dtype, device=weight.device)
-    words = half // 4
-    block = min(1024, triton.next_power_of_2(words))
-    grid = (rows, triton.cdiv(words, block))
-    _unpack_4bit[grid](
-        weight.view(torch.int32),
-        scale,
-        center,
-        row_scale,
-        out,
-        words,
-        HAS_ROW_SCALE=row_scale is not None,
-        BLOCK=block,
-    )
-    return out
 
 
 def _warps(size: int) -> int:
@@ -131,10 +143,28 @@ def _normalized(value, inside, weight, bias, eps, size):
 
 @triton.jit
 def _add_norm(
-    x, delta, weight, bias, total, out, eps, size, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    delta,
+    weight,
+    bias,
+    total,
+    out,
+    scale,
+    eps,
+    size,
+    HAS_DELTA: tl.constexpr,
+    IN_FP8: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK)
     inside = i < size
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    b = tl.load(bias + i, mask=inside, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64) * size + i
     loaded = tl.load(x + at, mask=inside, other=0.0)
     value = loaded.to(tl.float32)
@@ -142,9 +172,19 @@ def _add_norm(
         value += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
         value = value.to(loaded.dtype).to(tl.float32)  # what the next layer will see
         tl.store(total + at, value, mask=inside)
-    w = tl.load(weight + i, mask=inside, other=0.0)
-    b = tl.load(bias + i, mask=inside, other=0.0)
-    tl.store(out + at, _normalized(value, inside, w, b, eps, size), mask=inside)
+    normalized = _normalized(value, inside, w, b, eps, size)
+    if IN_FP8:
+        normalized = normalized.to(loaded.dtype).to(tl.float32)
+        _store_fp8(normalized, out + at, scale + tl.program_id(0), inside)
+    else:
+        tl.store(out + at, normalized, mask=inside)
+
+
+@triton.jit
+def _store_fp8(value, to, scale, inside):
+    unit = tl.maximum(tl.max(tl.where(inside, tl.abs(value), 0.0), 0), 1e-12) / 448.0
+    tl.store(scale, unit)
+    tl.store(to, (value / unit).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -160,17 +200,22 @@ def _embed(
     eps,
     size,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < size
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    b = tl.load(bias + i, mask=inside, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     word = tl.load(token_ids + row).to(tl.int64)
     place = tl.load(positions + row).to(tl.int64)
     value = tl.load(words + word * size + i, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(places + place * size + i, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(types + i, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + i, mask=inside, other=0.0)
-    b = tl.load(bias + i, mask=inside, other=0.0)
     tl.store(out + row * size + i, _normalized(value, inside, w, b, eps, size), mask=inside)
 
 
@@ -188,52 +233,16 @@ def _gelu_in_place(x, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows(x, out, scale, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_rows(
+    x, out, scale, size, GELU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < size
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * size + i, mask=inside, other=0.0).to(tl.float32)
     if GELU:
         value = _gelu(value)
-    unit = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
-    tl.store(scale + row, unit)
-    tl.store(out + row * size + i, (value / unit).to(tl.float8e4nv), mask=inside)
-
-
-@triton.jit
-def _nibble(word, scale, center, AT: tl.constexpr):
-    return ((word >> AT) & 15).to(tl.float32) * scale + center
-
-
-@triton.jit
-def _unpack_4bit(
-    weight, scale, center, row_scale, out, words, HAS_ROW_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < words
-    q = tl.load(weight + row * words + i, mask=inside, other=0)
-    group = row * (words // 16) + i // 16  # 16 words, of 8 weights each
-    s = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(center + group, mask=inside, other=0.0).to(tl.float32) - 8.0 * s
-    if HAS_ROW_SCALE:
-        unit = tl.load(row_scale + row)
-        s /= unit
-        c /= unit
-    # Columns 0, 2, 4, 6, 1, 3, 5, 7 stand in bits 0, 4, 8, …; joining puts them in order.
-    even = tl.join(
-        tl.join(_nibble(q, s, c, 0), _nibble(q, s, c, 8)),
-        tl.join(_nibble(q, s, c, 4), _nibble(q, s, c, 12)),
-    )
-    odd = tl.join(
-        tl.join(_nibble(q, s, c, 16), _nibble(q, s, c, 24)),
-        tl.join(_nibble(q, s, c, 20), _nibble(q, s, c, 28)),
-    )
-    value = tl.reshape(tl.join(even, odd), [BLOCK * 8])
-    column = tl.program_id(1) * BLOCK * 8 + tl.arange(0, BLOCK * 8)
-    kept = column < words * 8
-    at = out + row * (words * 8) + column
-    if HAS_ROW_SCALE:
-        tl.store(at, value.to(tl.float8e4nv), mask=kept)
-    else:
-        tl.store(at, value.to(tl.bfloat16), mask=kept)
+    _store_fp8(value, out + row * size + i, scale + row, inside)

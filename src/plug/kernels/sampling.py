@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plug.kernels.launch import overlap
+
 # Logits that a program looks through, and how many of the likeliest can be kept.
 _PART = 1024
 MOST_CANDIDATES = 128
@@ -27,6 +29,8 @@ def draw_of_likeliest(
     *,
     min_p: Tensor,
     no_token: int,
+    bias: Tensor | None = None,
+    early: tuple[Tensor, Tensor, int] | None = None,
 ) -> Tensor:
     """Do what `candidates` and `draw` of `plug.generation.sampling` do, and count the draws.
 
@@ -41,6 +45,9 @@ def draw_of_likeliest(
         counts: bool (rows,), where to add it; None is everywhere.
         min_p: (rows,), drop what is less likely than this times the likeliest; 0 keeps all.
         no_token: the result for a row whose likeliest logit is -inf or not a number.
+        bias: (rows, vocab) float32, added to the logits; None adds nothing.
+        early: tokens written so far (rows,), how many there must be before the end may come
+            (rows,), and the id of the end. None: it may come at once.
 
     Returns:
         A token (rows,) each. Of equally likely ones, the smaller id comes first.
@@ -49,7 +56,22 @@ def draw_of_likeliest(
     kept = max(2, triton.next_power_of_2(most))
     parts = triton.cdiv(vocab, _PART)
     best = torch.empty(rows, parts * kept, dtype=torch.int64, device=logits.device)
-    _best_of_part[(rows, parts)](logits, best, vocab, PART=_PART, KEPT=kept, num_warps=4)
+    written, least, end = early or (None, None, 0)
+    _best_of_part[(rows, parts)](
+        logits,
+        bias,
+        written,
+        least,
+        end,
+        best,
+        vocab,
+        HAS_BIAS=bias is not None,
+        WAITS=early is not None,
+        PART=_PART,
+        KEPT=kept,
+        num_warps=4,
+        **overlap(logits.device),
+    )
     out = next_draw.new_empty(rows)
     _draw[(rows,)](
         best,
@@ -68,6 +90,7 @@ def draw_of_likeliest(
         BLOCK=triton.next_power_of_2(parts * kept),
         KEPT=kept,
         num_warps=8,
+        **overlap(logits.device),
     )
     return out
 
@@ -83,7 +106,7 @@ def keep(
     unknown: int,
     last: int,
 ) -> tuple[Tensor, Tensor]:
-    """What a choice changes for the next step, as `plug.generation.scheduler.Writer` has it.
+    """Do what `ModelRunner._keep` of `plug.generation.model_runner` says, for the next step.
 
     Args:
         chosen: (rows,) ids; one below 0 is no token, and is not kept.
@@ -113,6 +136,7 @@ def keep(
         last,
         HAS_COUNTS=counts is not None,
         num_warps=1,
+        **overlap(chosen.device),
     )
     return shown, kept
 
@@ -124,10 +148,31 @@ def _in_order(bits):
 
 
 @triton.jit
-def _best_of_part(logits, best, vocab, PART: tl.constexpr, KEPT: tl.constexpr):
+def _best_of_part(
+    logits,
+    bias,
+    written,
+    least,
+    end,
+    best,
+    vocab,
+    HAS_BIAS: tl.constexpr,
+    WAITS: tl.constexpr,
+    PART: tl.constexpr,
+    KEPT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * PART + tl.arange(0, PART)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     value = tl.load(logits + row * vocab + i, mask=i < vocab, other=float("-inf"))
+    if HAS_BIAS:
+        value += tl.load(bias + row * vocab + i, mask=i < vocab, other=0.0)
+    if WAITS:
+        is_early = tl.load(written + row) < tl.load(least + row)
+        value = tl.where(is_early & (i == end), float("-inf"), value)
     order = _in_order(value.to(tl.int32, bitcast=True)).to(tl.int64)
     top = tl.topk((order << 32) | (0x7FFFFFFF - i).to(tl.int64), KEPT)
     where = (row * tl.num_programs(1) + part) * KEPT + tl.arange(0, KEPT)
@@ -151,9 +196,13 @@ def _draw(
     HAS_COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, BLOCK)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     lowest = -0x7FFFFFFFFFFFFFFF
     found = tl.load(best + row * count + candidate, mask=candidate < count, other=lowest)
     top = tl.topk(found, KEPT)
@@ -197,8 +246,12 @@ def _keep(
     unknown,
     last,
     HAS_COUNTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.load(chosen + row)
     is_kept = (token != end) & (token >= 0)
     if HAS_COUNTS:

@@ -1,11 +1,14 @@
 // out[m][n] = sum_k x[m][k] w[n][k] (+ bias, GELU) for 1 to 8 * TILES rows of x in half precision,
-// with weights in 16, 8 or 4 bits as plug.quantization.scheme keeps them.
+// with weights in 16, 8 or 4 bits.
 //
 // Each weight is read once, in its own bits, so the time is that of reading the weights. The tensor
-// core multiplies a 16 x 16 piece of weights with 8 rows: a lane brings weights of two outputs and
+// core multiplies a 16 x 16 piece of weights with 8 rows. A lane holds weights of two outputs and
 // inputs of one row. Which input stands in which column of the piece is free, as long as both sides
-// agree: so a lane takes 16 bytes that lie together in memory, makes numbers of them in registers,
-// and no weight passes through shared memory. A row's sums do not depend on the other rows.
+// agree. So a lane takes 16 bytes that lie together in memory and makes numbers of them in registers:
+// no weight passes through shared memory. A row's sums do not depend on the other rows.
+//
+// Weights in 16 and 8 bits lie row by row. Weights in 4 bits lie in the tiles of tiles.py: a warp's
+// step reads one tile, 1 KB of weights and 64 bytes of scales.
 //
 // A block has 16 * PIECES * ACROSS outputs, PIECES * 16 a warp; its ALONG warps share the inputs.
 // Set from outside: BITS, HALF (1: float16, 0: bfloat16), TILES, PIECES, ACROSS, ALONG, UNROLL, and
@@ -17,7 +20,6 @@ typedef unsigned long long u64;
 #define PER (128 / BITS)  // weights in 16 bytes
 #define SPAN (4 * PER)    // inputs of a warp's step; with 4 bits, a group
 #define OUTPUTS (16 * PIECES * ACROSS)
-#define FETCHERS 64       // blocks that fetch for the next product
 
 #if HALF
 #define TYPE "f16"
@@ -42,8 +44,6 @@ __device__ __forceinline__ u16 rounded(float v) {
     asm("cvt.rn." TYPE ".f32 %0, %1;" : "=h"(r) : "f"(v));
     return r;
 }
-
-__device__ __forceinline__ float of_bfloat16(u16 v) { return __uint_as_float((u32)v << 16); }
 
 __device__ __forceinline__ void multiply(float d[4], const u32 a[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
@@ -105,19 +105,53 @@ __device__ __forceinline__ void unpack(const uint4& u, const uint4& v, int i, u3
 #endif
 }
 
-// Eight inputs of a row, from column at + 8 * i on; zeros where there is no such row.
-__device__ __forceinline__ uint4 inputs(const u16* x, int row, int rows, int n_in, int at, int i) {
-    if (row >= rows) return make_uint4(0, 0, 0, 0);
-    return ((const uint4*)(x + (u64)row * n_in + at))[i];
+// Eight inputs of a row; zeros where there is no such row.
+__device__ __forceinline__ uint4 inputs(const u16* x, bool there) {
+    return there ? *(const uint4*)x : make_uint4(0, 0, 0, 0);
 }
 
-// x (rows, n_in); weight (n_out, n_in), packed; 8 bits: scale float (n_out); 4 bits: scale and center
-// bfloat16 (n_out, n_in / 128); bias (n_out); out (rows, n_out), in float where wide.
-// What the next product will read can be named: its first bytes are fetched into the second cache
-// while the kernels in between leave the memory idle.
+// A step's weights of a lane: those of outputs g and g + 8 of each piece.
+__device__ __forceinline__ void load(
+    uint4 w[PIECES][2], const uint4* mine, int steps, u64 stride, int step)
+{
+    #pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+#if BITS == 4
+        const uint4* tile = mine + (p * steps + step) * 64;
+        w[p][0] = passing(tile), w[p][1] = passing(tile + 32);
+#else
+        const uint4* first = mine + p * 16 * stride + step * 4;
+        w[p][0] = passing(first), w[p][1] = passing(first + 8 * stride);
+#endif
+    }
+}
+
+// Programmatic dependent launch (launch.py): this kernel may start while the one before it ends. It
+// then fetches the first bytes of its weights, which no kernel writes, into the second cache.
+__device__ __forceinline__ void before_the_inputs(const uint4* weight, int n_in, int prefetch) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    int bytes = n_in / PER * 16 * OUTPUTS;  // of a block, which lie together
+    if (threadIdx.x == 0 && prefetch) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                     :: "l"((const char*)weight + (u64)blockIdx.x * bytes),
+                        "r"(bytes < prefetch ? bytes : prefetch) : "memory");
+    }
+#endif
+}
+
+__device__ __forceinline__ void wait_for_the_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// x (rows, n_in); bias (n_out); out (rows, n_out), in float where wide.
+// 8 bits: scale is float (n_out). 4 bits: weight and scale are what `tile_4bit` returns.
+// prefetch: bytes of its weights that a block fetches before its inputs are there.
 extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny_gemm(
-    const u16* x, const uint4* weight, const void* scale, const u16* center, const u16* bias,
-    void* out, const char* next, int rows, int n_out, int n_in, int gelu, int wide, int next_bytes)
+    const u16* x, const uint4* weight, const void* scale, const u16* bias, void* out,
+    int rows, int n_out, int n_in, int gelu, int wide, int prefetch)
 {
     __shared__ float part[ALONG][8 * TILES][OUTPUTS + 1];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -125,24 +159,37 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
     int steps = n_in / SPAN;
     int n = blockIdx.x * OUTPUTS + across * 16 * PIECES + g;  // this lane's first output
     u64 stride = n_in / PER;
+#if BITS == 4
+    u64 tile = (u64)(n / 16) * steps;
+    const uint4* mine = weight + tile * 64 + lane;
+    const u32* pairs = (const u32*)scale + tile * 16 + g;
+#else
     const uint4* mine = weight + n * stride + t;
+#endif
+    const u16* column = x + (u64)g * n_in + t * PER;
     float total[PIECES][TILES][4] = {};
+
+    before_the_inputs(weight, n_in, prefetch);
+    wait_for_the_inputs();
 
     #pragma unroll UNROLL
     for (int s = along; s < steps; s += ALONG) {
         uint4 w[PIECES][2];
+        load(w, mine, steps, stride, s);
+        const u16* at = column + s * SPAN;
+#if BITS == 4
+        u32 pair[PIECES][2];
         #pragma unroll
         for (int p = 0; p < PIECES; p++) {
-            w[p][0] = passing(mine + p * 16 * stride + s * 4);
-            w[p][1] = passing(mine + (p * 16 + 8) * stride + s * 4);
+            pair[p][0] = __ldg(pairs + (p * steps + s) * 16);
+            pair[p][1] = __ldg(pairs + (p * steps + s) * 16 + 8);
         }
-#if BITS == 4
         float sums[TILES][4] = {}, products[PIECES][TILES][4] = {};
 #endif
 #if TILES == 1  // there is room for all inputs of the step at once
         uint4 all[PER / 8];
         #pragma unroll
-        for (int i = 0; i < PER / 8; i++) all[i] = inputs(x, g, rows, n_in, s * SPAN + t * PER, i);
+        for (int i = 0; i < PER / 8; i++) all[i] = inputs(at + 8 * i, g < rows);
 #endif
         #pragma unroll
         for (int i = 0; i < PER / 8; i++) {
@@ -152,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
 #else
             #pragma unroll
             for (int m = 0; m < TILES; m++)
-                in[m] = inputs(x, m * 8 + g, rows, n_in, s * SPAN + t * PER, i);
+                in[m] = inputs(at + (u64)m * 8 * n_in + 8 * i, m * 8 + g < rows);
 #endif
             #pragma unroll
             for (int p = 0; p < PIECES; p++) {
@@ -184,9 +231,8 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
         for (int p = 0; p < PIECES; p++) {
             #pragma unroll
             for (int h = 0; h < 2; h++) {
-                u64 group = (u64)(n + p * 16 + h * 8) * steps + s;
-                float by = of_bfloat16(((const u16*)scale)[group]);
-                float plus = of_bfloat16(center[group]) - (MAGIC_VALUE + 8.f) * by;
+                float by = __uint_as_float(pair[p][h] << 16);
+                float plus = __uint_as_float(pair[p][h] & 0xFFFF0000u) - (MAGIC_VALUE + 8.f) * by;
                 #pragma unroll
                 for (int m = 0; m < TILES; m++) {
                     total[p][m][2 * h] += by * products[p][m][2 * h] + plus * sums[m][2 * h];
@@ -209,14 +255,6 @@ extern "C" __global__ void __launch_bounds__(ACROSS * ALONG * 32, BLOCKS) skinny
         }
     }
     __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    int late = (int)blockIdx.x + FETCHERS - (int)gridDim.x;  // the last blocks to start
-    if (late >= 0 && threadIdx.x == 0 && next_bytes) {
-        int bytes = next_bytes / FETCHERS;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(next + (u64)late * bytes), "r"(bytes) : "memory");
-    }
-#endif
     for (int at = threadIdx.x; at < 8 * TILES * OUTPUTS; at += ACROSS * ALONG * 32) {
         int m = at / OUTPUTS, o = at % OUTPUTS;
         if (m >= rows) break;

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from plug.model.configuration import PlugConfig
 from plug.model.layers import LayerNorm
 
+IGNORE_INDEX = -100  # a label that no loss counts, as in PyTorch
 NUM_SENTENCE_CLASSES = 3  # 0 another document, 1 the next segment, 2 the previous one
 
 

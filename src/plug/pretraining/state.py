@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from plug.checkpoints.directory import CONFIG_FILE
-from plug.checkpoints.weights import save_pickle
+from plug.checkpoints.torch_files import read_torch_file
+from plug.checkpoints.weights import check_finite, save_pickle
 from plug.errors import PlugError, UsageError
 from plug.files import is_used, replace_directory, write_json
 from plug.loading.save import write_model
@@ -34,6 +36,7 @@ FREE_ON_RESUME = frozenset(
 class Saved:
     """Where a resumed run goes on. Its weights are in the checkpoint's model directory."""
 
+    path: Path
     step: int
     tokens: int
     optimizers: list[dict[str, Any]]
@@ -66,8 +69,15 @@ class State:
             save_pickle(values, directory / STATE_FILE)
 
     def restore(self, saved: Saved) -> None:
-        """Go on from ``saved``; the weights have been read with the model."""
+        """Go on from ``saved``; the weights have been read with the model.
+
+        Raises:
+            PlugError: the checkpoint is not of these optimisers.
+        """
+        if len(saved.optimizers) != len(self.optimizers) or saved.step > self.config.steps:
+            raise _damaged(saved.path, "步数或优化器的个数不对")
         for optimizer, values in zip(self.optimizers, saved.optimizers, strict=True):
+            _check_optimizer(optimizer, values, saved)
             optimizer.load_state_dict(values)
         self.step, self.tokens = saved.step, saved.tokens
 
@@ -122,14 +132,16 @@ def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> 
             raise PlugError(f"{path} 已损坏，也没有检查点。请换一个 output 重新训练。") from None
         _check_same(path, before if isinstance(before, dict) else {}, stage, config)
         return None
-    try:
-        values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        before = {"stage": values["stage"], **values["config"]}
-        processes_before = values["world_size"]
-        saved = Saved(values["step"], values["tokens"], values["optimizers"])
-    except Exception as error:  # torch raises whatever the bytes lead to
-        reason = str(error).split("\n")[0]
-        raise PlugError(f"检查点 {path} 已损坏（{reason}）。请换一个 output 重新训练。") from None
+    values = read_torch_file(path, "optimizers").content
+    kinds = {"stage": int, "config": dict, "world_size": int, "step": int, "tokens": int}
+    kinds["optimizers"] = list
+    if not isinstance(values, dict) or any(type(values.get(n)) is not k for n, k in kinds.items()):
+        raise _damaged(path, "缺少内容，或内容的类型不对")
+    if values["step"] < 0 or values["tokens"] < 0 or values["world_size"] < 1:
+        raise _damaged(path, "步数、词元数或进程数不对")
+    before = {"stage": values["stage"], **values["config"]}
+    processes_before = values["world_size"]
+    saved = Saved(path, values["step"], values["tokens"], values["optimizers"])
     _check_same(path, before, stage, config)
     # Batches are the same whatever the number of processes; the draws of dropout are not.
     if config.dropout and processes_before != world_size:
@@ -145,10 +157,51 @@ def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> 
 def _check_same(path: Path, before: dict[str, Any], stage: int, config: RunConfig) -> None:
     wanted = {"stage": stage, **dataclasses.asdict(config)}
     differing = sorted(
-        name for name in wanted.keys() - FREE_ON_RESUME if before.get(name) != wanted[name]
+        # By their text: 1, 1.0 and True are equal numbers, and other settings.
+        name
+        for name in wanted.keys() - FREE_ON_RESUME
+        if repr(before.get(name)) != repr(wanted[name])
     )
     if differing:
         raise UsageError(
             f"{path} 是用别的设置训练的，不同之处：{'、'.join(differing)}。"
             "请改回来，或换一个 output 重新训练。"
         )
+
+
+def _damaged(path: Path, reason: str) -> PlugError:
+    return PlugError(f"检查点 {path} 已损坏（{reason}）。请换一个 output 重新训练。")
+
+
+def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
+    """Raise a `PlugError` unless a saved state is one of this optimiser after ``saved.step`` steps.
+
+    `load_state_dict` takes states of other shapes and settings without a word.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if not isinstance(values, dict) or values.keys() != {"state", "param_groups"}:
+        raise _damaged(saved.path, "优化器的状态不全")
+    if _settings(values["param_groups"]) != _settings(own):
+        raise _damaged(saved.path, "优化器的参数组与设置不符")
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    if not isinstance(values["state"], dict) or not values["state"].keys() <= set(
+        range(len(parameters))
+    ):
+        raise _damaged(saved.path, "优化器的状态与参数不符")
+    tensors: dict[str, Tensor] = {}
+    for index, state in values["state"].items():
+        for name, value in state.items() if isinstance(state, dict) else [("", None)]:
+            wanted = torch.Size() if name == "step" else parameters[index].shape
+            if not isinstance(value, Tensor) or value.shape != wanted:
+                raise _damaged(saved.path, "优化器的状态与参数的形状不符")
+            if name == "step" and value.item() != saved.step:
+                raise _damaged(saved.path, "优化器的步数与检查点的不符")
+            tensors[f"optimizer.{index}.{name}"] = value
+    check_finite(saved.path, tensors.items())
+
+
+def _settings(groups: Any) -> str:
+    """Return the settings of parameter groups as text, without the rate, which every step sets."""
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return ""
+    return repr([sorted((str(k), v) for k, v in group.items() if k != "lr") for group in groups])

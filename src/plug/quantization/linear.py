@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plug.errors import UsageError
 from plug.kernels.cpu.build import library
 from plug.kernels.cpu.products import CpuProduct
 from plug.quantization.products import Product, product, product_4bit, product_8bit
@@ -42,8 +43,24 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in)."""
-        tensors = {name: each for name, each in self.named_buffers() if name != "bias"}
+        tensors = dict(self.named_buffers())
+        rows = len(tensors.pop("bias"))
+        if self.scheme.bits == 4:  # views of tiles, where `plug.kernels` uses the weight
+            tensors = {name: each.reshape(rows, -1) for name, each in tensors.items()}
         return self.scheme.dequantize(tensors, dtype)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if destination[f"{prefix}weight"].is_floating_point():
+            raise UsageError(
+                "这个 8 位模型的权重已在显卡上换成 FP8，不能再保存。请从原来的目录重新载入。"
+            )
+        if self.scheme.bits == 4:
+            for name in ("weight", "scale", "center"):
+                tensor = destination[prefix + name]
+                destination[prefix + name] = tensor.reshape(len(self._bias), -1)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():

@@ -20,7 +20,7 @@ from plug.serving.guard import Guard, error_response, record_of
 from plug.serving.metrics import Metrics
 from plug.serving.models import ServedModel, check_names
 from plug.serving.protocol import Body
-from plug.serving.service import Service
+from plug.serving.service import Loader, Service
 from plug.serving.settings import ServeSettings
 
 PAGE_DIRECTORY = Path(__file__).parent / "page"
@@ -43,20 +43,29 @@ ROUTES: tuple[tuple[str, type[Body], Handler], ...] = (
     ("/v1/tag", protocol.TagBody, understanding.tag),
     ("/v1/answer", protocol.AnswerBody, understanding.answer),
     ("/v1/questions", protocol.QuestionsBody, understanding.questions),
+    ("/v1/models/load", protocol.LoadBody, understanding.load),
+    ("/v1/models/unload", protocol.UnloadBody, understanding.unload),
     ("/tokenize", protocol.TokenizeBody, understanding.tokenize),
     ("/detokenize", protocol.DetokenizeBody, understanding.detokenize),
 )
 
 
-def create_app(models: Sequence[ServedModel], settings: ServeSettings) -> FastAPI:
+def create_app(
+    models: Sequence[ServedModel], settings: ServeSettings, loader: Loader | None = None
+) -> FastAPI:
     """The ASGI application; `app.state.service` is its `Service`.
+
+    Args:
+        models: the first is used where a request names none.
+        settings: of the server.
+        loader: makes the models of `/v1/models/load`.
 
     Raises:
         UsageError: two models have one name.
     """
     check_names(models)
     metrics = Metrics()
-    service = Service(models, settings, metrics)
+    service = Service(models, settings, metrics, loader)
     files = {f"/{path.name}": path for path in PAGE_DIRECTORY.iterdir() if path.is_file()}
     files["/"] = PAGE_DIRECTORY / "index.html"
     app = FastAPI(
@@ -197,6 +206,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             [(model, "validation") for _, model, _ in ROUTES],
             ref_template="#/components/schemas/{model}",
         )
+        for name in ("CompletionBody", "ChatBody"):
+            bodies["$defs"][name]["properties"] |= protocol.sampling_schema()
         schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
         app.openapi_schema = schema
     return app.openapi_schema

@@ -139,6 +139,8 @@ def _sentence(error: Any, alternatives: int) -> str:
             return f"太短，至少 {limits['min_length']}"
         case "value_error":
             return str(limits["error"])
+        case "string_pattern_mismatch":
+            return "里有不能用的字符"
         case kind:
             return _SENTENCES.get(kind, "的值不对")
 

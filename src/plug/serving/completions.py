@@ -178,6 +178,17 @@ async def _answer(
         # The job is stopped when its time is over; what is left is to send what it wrote.
         seconds = service.settings.request_timeout + 30
         return EventStream(job, _frames(job, reply), seconds, gone, reply.headers)
+    await finish(job, request)
+    return JSONResponse(_whole(job, reply), headers=reply.headers)
+
+
+async def finish(job: Job, request: Request) -> None:
+    """Wait until a job is done; it is stopped where its client leaves.
+
+    Raises:
+        ApiError: it failed, or its time is over.
+        ClientGone: nobody waits for it any more.
+    """
     watching = asyncio.create_task(disconnected(request.receive))
     finished = asyncio.create_task(job.finished())
     try:
@@ -189,7 +200,6 @@ async def _answer(
         job.stop()
         for task in (watching, finished):
             task.cancel()
-    return JSONResponse(_whole(job, reply), headers=reply.headers)
 
 
 # --- whole answers --------------------------------------------------------------------------------

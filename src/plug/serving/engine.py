@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from plug.errors import PlugError
-from plug.generation.async_engine import AsyncEngine, Progress
+from plug.generation.async_engine import AsyncEngine, EngineStats, Progress
 from plug.generation.generator import GenerationResult, Generator
 from plug.generation.settings import GenerationSettings
 from plug.serving.jobs import Alternative, End, Handle, Listener, Piece
@@ -31,6 +31,10 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         return not self._engine.is_closed
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
 
     def submit(
         self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener

@@ -15,6 +15,7 @@ from plug.tokenization import PlugTokenizer
 
 if TYPE_CHECKING:
     import plug
+    from plug.generation.async_engine import EngineStats
 
 Capability = Literal[
     "generate", "tokenize", "embeddings", "classify", "fill_mask", "tag", "answer", "questions"
@@ -36,7 +37,10 @@ class ServedModel:
         encoder: for embeddings, zero-shot classification and masks.
         tuned: a fine-tuned model's predictions: parts of an example to a record.
         tuned_for: what those are.
+        question: the source of a question that is to be written, from its answer and context.
+        question_settings: how the fine-tuned model writes it.
         check_alive: False when the engine's thread has died.
+        stats: what the engine has done so far.
         on_close: ends the engine.
     """
 
@@ -50,7 +54,10 @@ class ServedModel:
     encoder: plug.TextEncoder | None = None
     tuned: Callable[[Sequence[Sequence[str]]], list[dict[str, Any]]] | None = None
     tuned_for: Capability | None = None
+    question: Callable[[Sequence[str]], list[int]] | None = None
+    question_settings: GenerationSettings | None = None
     check_alive: Callable[[], bool] = lambda: True
+    stats: Callable[[], EngineStats] | None = None
     on_close: Callable[[], None] = lambda: None
     created: int = field(default_factory=lambda: int(time.time()))
 

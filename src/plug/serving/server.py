@@ -26,7 +26,7 @@ from plug.errors import UsageError
 from plug.serving.app import create_app
 from plug.serving.models import ServedModel
 from plug.serving.record import JsonLines, log_event, logger
-from plug.serving.service import Service
+from plug.serving.service import Loader, Service
 from plug.serving.settings import ServeSettings
 from plug.serving.streaming import ABORT
 
@@ -36,14 +36,16 @@ _CONNECTIONS = 65_536  # open files wanted
 _LAST_SECONDS = 5  # for answers to be sent when all is done
 
 
-def serve(models: Sequence[ServedModel], settings: ServeSettings) -> None:
-    """Serve until a signal ends it.
+def serve(
+    models: Sequence[ServedModel], settings: ServeSettings, loader: Loader | None = None
+) -> None:
+    """Serve until a signal ends it; arguments as in `create_app`.
 
     Raises:
         UsageError: the address or the path cannot be listened on.
     """
     _allow_many_connections()
-    app = create_app(models, settings)
+    app = create_app(models, settings, loader)
     with listen(settings) as listening:
         set_up_logs()
         server = Server(app)
@@ -54,7 +56,10 @@ def serve(models: Sequence[ServedModel], settings: ServeSettings) -> None:
             models=[model.name for model in models],
             has_key=bool(settings.api_key),
         )
-        server.run(sockets=[listening])
+        try:
+            server.run(sockets=[listening])
+        finally:
+            server.service.close()
 
 
 class Server(uvicorn.Server):
@@ -62,17 +67,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(_config(app))
-        self._service: Service = app.state.service
+        self.service: Service = app.state.service
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        self._service.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """On a signal; uvicorn sets it as the handler."""
@@ -84,11 +85,11 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         """Begin the end; on the loop."""
         if self._draining is None:
-            log_event(logging.INFO, event="draining", running=len(self._service.jobs))
+            log_event(logging.INFO, event="draining", running=len(self.service.jobs))
             self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._service.drain()
+        await self.service.drain()
         self.should_exit = True
 
 

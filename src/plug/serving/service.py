@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from plug.errors import PlugError
@@ -19,6 +20,7 @@ from plug.serving.record import Record
 from plug.serving.settings import ServeSettings
 
 T = TypeVar("T")
+Loader = Callable[[str, Path], ServedModel]
 
 _INLINE_CHARS = 2048  # longer texts are tokenised in a thread, so that streams do not wait for it
 
@@ -30,16 +32,24 @@ class Service:
         models: by their names; the first is used where a request names none.
         settings: of the server.
         metrics: where it counts.
+        loader: makes a model of a name and a directory, for `load`.
     """
 
     def __init__(
-        self, models: Sequence[ServedModel], settings: ServeSettings, metrics: Metrics
+        self,
+        models: Sequence[ServedModel],
+        settings: ServeSettings,
+        metrics: Metrics,
+        loader: Loader | None = None,
     ) -> None:
         self.models = {model.name: model for model in models}
         self.settings = settings
         self.metrics = metrics
         self.admission = Admission(settings)
         self.jobs: dict[Job, Record] = {}
+        self._loader = loader
+        self._loaded: set[str] = set()
+        self._loading = asyncio.Lock()
         self._bridge: Bridge | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="plug-understanding")
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="plug-tokenizing")
@@ -80,6 +90,56 @@ class Service:
             )
         record.model = model.name
         return model
+
+    async def load(self, name: str) -> ServedModel:
+        """Load a subdirectory of `models_dir`.
+
+        Raises:
+            ApiError: that is not allowed, there is a model of that name, or none to be loaded.
+        """
+        folder = self.settings.models_dir
+        if folder is None or self._loader is None:
+            raise ApiError(
+                403,
+                "这个服务没有打开运行时载入。请用 --models-dir 目录 启动。",
+                code="loading_disabled",
+            )
+        if name in self.models:
+            raise bad_request(f"已有模型 {name}。请先用 /v1/models/unload 去掉它。", "name")
+        directory = Path(folder) / name
+        if not directory.is_dir():
+            raise ApiError(
+                404, f"--models-dir 里没有目录 {name}。", code="model_not_found", param="name"
+            )
+        async with self._loading:
+            if name in self.models:
+                raise bad_request(f"已有模型 {name}。", "name")
+            loader, loop = self._loader, asyncio.get_running_loop()
+            model = await loop.run_in_executor(
+                self._threads, _translated, lambda: loader(name, directory)
+            )
+            self.models[name] = model
+            self._loaded.add(name)
+        return model
+
+    async def unload(self, name: str) -> None:
+        """Take nothing more for a model that `load` loaded; it is closed when its texts are done.
+
+        Raises:
+            ApiError: there is no such model, or it was there from the start.
+        """
+        if name not in self._loaded:
+            raise ApiError(
+                404,
+                f"没有用 /v1/models/load 载入过模型 {name[:100]}。",
+                code="model_not_found",
+                param="name",
+            )
+        self._loaded.discard(name)
+        model = self.models.pop(name)
+        while any(record.model == name for record in self.jobs.values()):
+            await asyncio.sleep(0.05)
+        await asyncio.get_running_loop().run_in_executor(self._threads, model.close)
 
     @property
     def is_alive(self) -> bool:
@@ -228,6 +288,27 @@ class Service:
             "Source tokens in the queue",
             lambda: float(admission.waiting_tokens),
         )
+        metrics.gauge(
+            "plug_cache_bytes",
+            "Bytes of decoder caches and kept sources",
+            lambda: self._sum("cache_bytes"),
+        )
+        metrics.total("plug_steps", "Decoding steps", lambda: self._sum("steps"))
+        metrics.total(
+            "plug_encoder_seconds",
+            "Seconds of engines spent on encoding",
+            lambda: self._sum("encoder_seconds"),
+        )
+        metrics.total(
+            "plug_decoder_seconds",
+            "Seconds of engines spent on decoding",
+            lambda: self._sum("decoder_seconds"),
+        )
+
+    def _sum(self, name: str) -> float:
+        """Of all engines' stats."""
+        models = list(self.models.values())
+        return sum(float(getattr(each.stats(), name)) for each in models if each.stats is not None)
 
 
 class _Observer:

@@ -60,10 +60,21 @@ class ServeSettings:
         "没有密钥也对别的机器开放。",
         "serve other machines without a key",
     )  # fmt: skip
+    models_dir: str | None = option(
+        None, Text(4096),
+        "允许用 /v1/models/load 在运行时载入这个目录下的模型。",
+        "directory whose subdirectories `/v1/models/load` may load while the server runs",
+        unset=("不允许", "None: off"),
+    )  # fmt: skip
     max_num_seqs: int = option(
         16, Int(1, 1024),
         "同时写的段数，与 vLLM 的同名选项相同。",
         "texts written at once, as in vLLM",
+    )  # fmt: skip
+    gpu_memory_utilization: float = option(
+        0.9, Float(0.01, 1),
+        "显存里本进程可以用的比例，与 vLLM 的同名选项相同；CPU 上无效。",
+        "share of a card's memory that this process may use, as in vLLM; nothing on a CPU",
     )  # fmt: skip
     max_waiting: int = option(
         256, Int(1, 100_000),
@@ -119,6 +130,8 @@ class ServeSettings:
                     f"密钥应是 {MIN_KEY_LENGTH} 个以上的可见 ASCII 字符，不含空格。"
                     "可以用 openssl rand -hex 24 生成。"
                 )
+        if self.models_dir is not None and not Path(self.models_dir).is_dir():
+            raise UsageError(f"--models-dir {self.models_dir} 不是目录。请检查路径。")
         if self.is_public and not self.api_key and not self.allow_unauthenticated:
             raise UsageError(
                 f"--host {self.host} 会让别的机器连进来，却没有密钥。请加 --api-key-file；"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.responses import JSONResponse
 
+from plug.serving.completions import finish
 from plug.serving.errors import bad_request
 from plug.serving.guard import record_of
 from plug.serving.models import Capability, ServedModel
@@ -20,9 +21,11 @@ from plug.serving.protocol import (
     DetokenizeBody,
     EmbeddingsBody,
     FillMaskBody,
+    LoadBody,
     QuestionsBody,
     TagBody,
     TokenizeBody,
+    UnloadBody,
     fold_messages,
     header_text,
 )
@@ -135,7 +138,19 @@ async def answer(service: Service, request: Request, body: AnswerBody) -> Respon
 
 async def questions(service: Service, request: Request, body: QuestionsBody) -> Response:
     """A question that an answer answers, given where the answer stands."""
-    return await _predict(service, request, body, "questions", [[body.answer, body.context]])
+    record = record_of(request.scope)
+    model = service.find(body.model, "questions", record)
+    for text in (body.answer, body.context):
+        service.check_length(text, "context")
+    source, settings = model.question, model.question_settings
+    assert source is not None
+    assert settings is not None
+    ids = await service.tokenize(lambda: source([body.answer, body.context]))
+    record.prompt_tokens = len(ids)
+    job = service.start(model, [(ids, 0)], settings, record, streams=False)
+    await finish(job, request)
+    data = [{"index": 0, "question": job.choices[0].text}]
+    return _json({"object": "list", "model": model.name, "data": data}, body)
 
 
 async def _predict(
@@ -215,6 +230,18 @@ async def detokenize(service: Service, request: Request, body: DetokenizeBody) -
     if body.tokens:
         model.check_ids(body.tokens)
     return _json({"prompt": model.decode(body.tokens)}, body)
+
+
+async def load(service: Service, _request: Request, body: LoadBody) -> Response:
+    """Load a model of `--models-dir`."""
+    model = await service.load(body.name)
+    return _json(model.describe(), body)
+
+
+async def unload(service: Service, _request: Request, body: UnloadBody) -> Response:
+    """Unload a model that was loaded while the server runs."""
+    await service.unload(body.name)
+    return _json({"id": body.name, "object": "model", "deleted": True}, body)
 
 
 def _encoded(vector: list[float], encoding: str) -> list[float] | str:
