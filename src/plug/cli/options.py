@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,10 @@ TunedBeams = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="一次算几个。")]
 Device = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="LoRA 适配器的目录（plug finetune --memory lora 或 peft 所写）。"),
+]
 Simplify = Annotated[
     bool, typer.Option("--simplify", help="先把繁体转成简体（要装 plug-zh[opencc]）。")
 ]
