@@ -111,6 +111,7 @@ def formats(folder: Path) -> dict[str, Format]:
         faithful({name: x.nan_to_num() for name, x in same.items()}, _no_nan(expected))
 
     trained = _trained(folder)
+    undamaged = torch.load(trained, weights_only=True)
 
     def resumed(_content: bytes) -> None:
         state = _state()
@@ -118,7 +119,10 @@ def formats(folder: Path) -> dict[str, Format]:
         if saved is None:
             raise WrongAnswerError("the run begins anew without a word")
         state.restore(saved)
-        expected = torch.load(trained, weights_only=True)
+        try:
+            expected = torch.load(trained, weights_only=True)
+        except Exception:  # for something that is not used here, such as a tensor's device
+            expected = undamaged
         if (state.step, state.tokens) != (expected["step"], expected["tokens"]):
             raise WrongAnswerError("the step or the tokens are not what the file says")
         for index, moments in state.optimizers[0].state_dict()["state"].items():

@@ -33,6 +33,18 @@ def test_windows_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     assert documents(tmp_path / "a.txt", content) == ["甲\n乙", "丙"]
 
 
+def test_marks_and_zero_width_lines_in_the_middle(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `cat` of files that each begin with a byte-order mark leaves them."""
+    content = "\ufeff甲\n\n\ufeff乙\n\u200b\n丙\ufeff丁\n\ufeff\n\u3000\n戊".encode()
+    assert documents(tmp_path / "a.txt", content) == ["甲", "乙", "丙丁", "戊"]
+    assert caplog.messages == [
+        f"去掉了文件中间的字节顺序标记 U+FEFF：2 处（如 {tmp_path}/a.txt 第 3 行）。",
+        f"去掉了一行里的字节顺序标记 U+FEFF：1 处（如 {tmp_path}/a.txt 第 5 行）。",
+    ]
+
+
 def test_json_lines(tmp_path: Path) -> None:
     lines = [
         json.dumps({"text": "甲\n乙", "id": 3}),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import plug
 from plug.checkpoints.original import export_original, import_original
 from plug.errors import PlugError, UsageError
 from plug.generation.generator import generate
@@ -309,13 +308,3 @@ def test_a_quantized_directory_is_refused_where_floats_are_needed(
         export_original(tmp_path / "small", tmp_path / "original", 1)
     with pytest.raises(UsageError, match="已经存在"):
         quantize_directory(wide_directory, tmp_path / "small", bits=8)
-
-
-def test_the_classes_of_transformers_refuse_it_clearly(
-    wide_directory: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("transformers")
-    quantize_directory(wide_directory, tmp_path / "small", bits=8)
-
-    with pytest.raises(UsageError, match=r"量化过.*plug\.load"):
-        plug.PlugForConditionalGeneration.from_pretrained(tmp_path / "small")

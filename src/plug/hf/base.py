@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,14 +16,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from plug.checkpoints.weights import check_finite
+from plug.checkpoints.headers import read_places
+from plug.checkpoints.weights import Place, check_finite, map_tensors
 from plug.errors import PlugError, UsageError
+from plug.hf.adapters import teach_peft
 from plug.hf.config import PlugTransformersConfig, local_path
 from plug.hf.recording import Wanted, recording
 from plug.model.configuration import PlugConfig
 from plug.model.heads import IGNORE_INDEX
 from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer
 from plug.model.plug import Encoder, PlugParts, initialize_weights
+from plug.quantization.linear import QuantizedLinear, quantize_modules
+from plug.quantization.scheme import Scheme, scheme_of_entry
 
 # Parts that a directory may lack: transformers reports that they are newly initialised.
 _MAY_BE_NEW = ("classifier.", "decoder.", "mlm_head.", "sentence_head.")
@@ -104,6 +109,8 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
                 f"{path} 与 {cls.__name__} 不符：{'；'.join(told)}。"
                 "如果是用 peft 训练的，请保存 merge_and_unload() 返回的模型。"
             )
+        if model.scheme is not None:
+            _restore_dtypes(model, Path(path))
         check_finite(path, ((name, x) for name, x in model.named_parameters() if not x.is_meta))
         return loaded if wants_info else model
 
@@ -133,7 +140,15 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
                 module.__class__ = PlugEncoderLayer
             elif type(module) is DecoderLayer:
                 module.__class__ = PlugDecoderLayer
+        if self.scheme is not None:
+            quantize_modules(self, self.scheme)
+            teach_peft()
         super().post_init()
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights of the layers are kept; None where they are plain."""
+        return scheme_of_entry(getattr(self.config, "quantization", None), "config")
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -276,6 +291,33 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
             )
 
     _told_of_half_precision = False
+
+
+def _restore_dtypes(model: PlugPreTrainedModel, directory: Path) -> None:
+    """Read those parts of quantised weights again that ``dtype=`` made other numbers of.
+
+    Raises:
+        PlugError: the file has them in another dtype than the format's.
+    """
+    assert model.scheme is not None
+    wrong: dict[str, Place] = {}
+    places = read_places(directory)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            specs = model.scheme.tensors(layer.out_features, layer.in_features)
+            for part, (dtype, _) in specs.items():
+                place = places[f"{name}.{part}"]
+                if place.spec.dtype != dtype:
+                    raise PlugError(
+                        f"{directory} 的 {name}.{part} 是 {place.spec.dtype}，应为 {dtype}。"
+                        "请检查 config.json 的 quantization 与权重是否配套。"
+                    )
+                if layer.get_buffer(part).dtype != dtype:
+                    wrong[f"{name}.{part}"] = place
+    for full_name, tensor in map_tensors(wrong):
+        name, _, part = full_name.rpartition(".")
+        layer = model.get_submodule(name)
+        setattr(layer, part, tensor.to(layer.get_buffer(part).device, copy=True))
 
 
 def with_last(states: list[Tensor], last: Tensor, wanted: Wanted) -> tuple[Any, ...] | None:

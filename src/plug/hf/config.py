@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from plug.checkpoints.directory import find_model_directory
-from plug.errors import UsageError
 from plug.model.configuration import PlugConfig
 from plug.shipped import SHIPPED_MODEL
 
@@ -52,11 +51,6 @@ class PlugTransformersConfig(PreTrainedConfig):
             for key, value in kwargs.items()
             if key not in _CONFIG_ARGUMENTS and not key.startswith("_")
         }
-        if "quantization" in kwargs:
-            raise UsageError(
-                "这个模型目录是量化过的，transformers 的类读不了它。"
-                "请用 plug.load 或 plug generate，或用未量化的模型。"
-            )
         super().__post_init__(**kwargs | PlugConfig.from_dict(checked).to_dict())
 
     @classmethod

@@ -63,17 +63,19 @@ def read_documents(path: Path, notes: Notes | None = None) -> Iterator[str]:
 
     Args:
         path: of a corpus file.
-        notes: is told of every U+FEFF that is left out.
+        notes: is told of every U+FEFF that is left out; they are logged at the file's end.
 
     Raises:
         UsageError: the file is missing or holds no document.
         PlugError: bytes that are not UTF-8 text, a broken JSON line (with its line number), or a
             file that ends too early or cannot be read.
     """
+    notes = notes or Notes()
     empty = True
-    for document in _documents(path, notes or Notes()):
+    for document in _documents(path, notes):
         empty = False
         yield document
+    notes.log()
     if empty:
         raise UsageError(f"{path} 里没有任何文档。")
 

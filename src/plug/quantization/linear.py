@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,10 @@ _PARTS = ("encoder.layers.", "decoder.layers.")
 
 
 class QuantizedLinear(nn.Module):
-    """Stands in for `nn.Linear`; for inference alone. Made empty: `load_state_dict` fills it.
+    """Stands in for `nn.Linear`. Made empty: `load_state_dict` fills it.
+
+    Weight and bias are buffers and stay as they are; the gradient of the inputs passes through, so
+    that adapters can be trained (`plug.hf.adapters`).
 
     Args:
         in_features: of the layer.
@@ -29,6 +34,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
         for name, (dtype, shape) in scheme.tensors(out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
@@ -57,6 +63,8 @@ class QuantizedLinear(nn.Module):
                 destination[prefix + name] = tensor.reshape(len(self._bias), -1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return _frozen_product(x, self)
         if x.device.type == "cpu" and x.dtype == torch.float32:
             if self._product is None:
                 self._product = self.cpu_product() or product(
@@ -96,8 +104,35 @@ class QuantizedLinear(nn.Module):
         return self.get_buffer("bias")
 
 
+class _FrozenProduct(torch.autograd.Function):
+    """``x @ weight.T + bias``, with the gradient of ``x`` alone.
+
+    The weight is dequantised once forward and once backward. Kept in between, as `F.linear` keeps
+    it, the weights of all layers would be in memory at once, in floats.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dequantized(x.dtype), layer._bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return gradient @ ctx.layer.dequantized(gradient.dtype), None
+
+
+def _frozen_product(x: Tensor, layer: QuantizedLinear) -> Tensor:
+    """`_FrozenProduct`, in the dtype of autocast where that is on, as `F.linear` would be."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return _FrozenProduct.apply(x, layer)
+
+
 def quantized_names(model: nn.Module) -> list[str]:
-    """The linear layers of ``model`` that are quantised."""
+    """The linear layers of ``model`` that `plug quantize` quantises, all of encoder and decoder."""
     return [
         name
         for name, module in model.named_modules()

@@ -156,23 +156,31 @@ def read_scheme(config_file: Path) -> Scheme | None:
     """Return the scheme that a `config.json` names; None where weights are plain.
 
     Raises:
+        UsageError: as `scheme_of_entry`.
+    """
+    return scheme_of_entry(read_config_file(config_file).get("quantization"), config_file)
+
+
+def scheme_of_entry(entry: Any, source: object) -> Scheme | None:
+    """Return the scheme that an entry "quantization" names; ``source`` is where it stands.
+
+    Raises:
         UsageError: it names a format that is not exactly one of ours.
     """
-    entry: Any = read_config_file(config_file).get("quantization")
     if entry is None:
         return None
     if not isinstance(entry, dict) or entry.get("bits") not in (8, 4):
-        raise UsageError(f"{config_file} 里的 quantization={shown(entry)} 不认识。请升级 plug-zh。")
+        raise UsageError(f"{source} 里的 quantization={shown(entry)} 不认识。请升级 plug-zh。")
     scheme = Scheme.of(int(entry["bits"]))
     known = scheme.to_dict()
     if repr(entry.get("version", VERSION)) != repr(VERSION):
         raise UsageError(
-            f"{config_file} 里量化格式的 version={shown(entry['version'])}，只认识 {VERSION}。"
+            f"{source} 里量化格式的 version={shown(entry['version'])}，只认识 {VERSION}。"
             "请升级 plug-zh，或用 plug quantize 重新量化。"
         )
     if entry.get("packing") != known.get("packing"):
         raise UsageError(
-            f"{config_file.parent} 的 {scheme.bits} 位权重按另一种次序排列"
+            f"{source} 的 {scheme.bits} 位权重按另一种次序排列"
             f"（packing={shown(entry.get('packing'))}，应为 {known.get('packing')!r}），"
             "读出来会是错的。请用 plug quantize 重新量化。"
         )
@@ -180,7 +188,7 @@ def read_scheme(config_file: Path) -> Scheme | None:
     values = {name: repr(value) for name, value in ({"version": VERSION} | entry).items()}
     if values != {name: repr(value) for name, value in known.items()}:
         raise UsageError(
-            f"不支持的量化：{config_file} 里的 quantization={shown(entry)}，应为 {known}。"
+            f"不支持的量化：{source} 里的 quantization={shown(entry)}，应为 {known}。"
             "请用 plug quantize 重新量化。"
         )
     return scheme

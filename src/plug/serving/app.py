@@ -206,6 +206,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             [(model, "validation") for _, model, _ in ROUTES],
             ref_template="#/components/schemas/{model}",
         )
+        for name in ("CompletionBody", "ChatBody"):
+            bodies["$defs"][name]["properties"] |= protocol.sampling_schema()
         schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
         app.openapi_schema = schema
     return app.openapi_schema

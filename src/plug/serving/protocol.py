@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plug.errors import UsageError
 from plug.generation.settings import GenerationSettings
+from plug.options import options_of
 from plug.serving.errors import bad_request
 
 # Fields of `GenerationSettings` that HTTP has under OpenAI's name, and that name.
@@ -304,9 +305,24 @@ def fold_messages(messages: Sequence[Message]) -> tuple[str, list[str]]:
     return "\n".join([*system, *lines, f"{ROLES['assistant']}："]), [f"\n{ROLES['user']}："]
 
 
+_SCHEMAS: dict[str, dict[str, Any]] = {  # kind of option -> its JSON Schema
+    "Int": {"type": "integer"},
+    "Float": {"type": "number"},
+    "Bool": {"type": "boolean"},
+    "Choice": {"type": "string"},
+    "Strings": {"type": ["string", "array"]},
+    "TokenIds": {"type": "array", "items": {"type": "integer"}},
+    "Biases": {"type": "object", "additionalProperties": {"type": "number"}},
+}
+
+
 def sampling_schema() -> dict[str, Any]:
-    """JSON Schema of the fields in `SAMPLING`."""
-    return {name: {"description": f"GenerationSettings.{name}"} for name in SAMPLING}
+    """JSON Schema of the fields in `SAMPLING`, as far as it can say what they take."""
+    return {
+        name: {"description": each.english, **_SCHEMAS[type(each.kind).__name__]}
+        for name, (_, each) in options_of(GenerationSettings).items()
+        if name in SAMPLING
+    }
 
 
 def dumps(value: Any) -> bytes:

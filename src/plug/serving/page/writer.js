@@ -42,7 +42,7 @@ export async function write({ model, notes, text, settings, count = 1, signal, o
     const { prompt } = await reading(model, notes, text + written[first]);
     const body = {
       model: model.id, prompt, stream: true, logprobs: 5, n: indices.length, temperature: settings.temperature,
-      top_k: settings.top_k, top_p: settings.top_p || 1, stream_options: { include_usage: true },
+      top_k: settings.top_k, top_p: settings.top_p || 1, repetition_penalty: settings.temperature ? 1.1 : 1, stream_options: { include_usage: true },
       max_tokens: Math.min(settings.length - used[first], model.windowTokens),
     };
     if (settings.seed !== "" && settings.seed !== null && settings.seed !== undefined) body.seed = Number(settings.seed);
