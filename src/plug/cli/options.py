@@ -17,7 +17,10 @@ from plug.options import REQUIRED, Option, merge, options_of
 from plug.shipped import SHIPPED_MODEL
 
 Model = Annotated[str, typer.Option(help=f"{SHIPPED_MODEL} 或模型目录。")]
-TunedModel = Annotated[str, typer.Option(help="plug finetune 的输出目录。")]
+TunedModel = Annotated[
+    str | None,
+    typer.Option(help="plug finetune 的输出目录；与 --adapter 一起时是适配的模型，默认训练时的。"),
+]
 TunedBeams = Annotated[
     int | None, typer.Option(min=1, help="生成任务的束宽；1 为贪心；默认与微调时相同。")
 ]

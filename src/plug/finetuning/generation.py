@@ -125,10 +125,9 @@ def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:
     """The same modules as a `Plug`, which is what `Generator` writes with."""
     if isinstance(model, Plug):
         return model
-    if hasattr(model, "get_base_model"):
-        model = without_peft(model)
+    bare: Any = without_peft(model) if hasattr(model, "get_base_model") else model
     with torch.device("meta"):
-        plug = Plug(model.config.to_plug_config())
+        plug = Plug(bare.config.to_plug_config())
     for name, _ in list(plug.named_children()):
-        setattr(plug, name, getattr(model, name))
+        setattr(plug, name, getattr(bare, name))
     return plug

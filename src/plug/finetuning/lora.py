@@ -47,7 +47,8 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     if scheme is None and mode == "qlora":
         raise UsageError(
             f"--memory qlora 要量化过的模型，而 {settings.model} 没有量化。请先运行 plug quantize"
-            f" --model {settings.model} --bits 4 --to 新目录，再用 --model 新目录；或用 --memory lora。"
+            f" --model {settings.model} --bits 4 --to 新目录，再用 --model 新目录；"
+            "或用 --memory lora。"
         )
 
 
