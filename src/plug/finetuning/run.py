@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -311,8 +311,7 @@ def _training_arguments(
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_recomputation(settings.gradient_checkpointing),
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
@@ -339,6 +338,15 @@ def _training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
+
+
+def _recomputation(asked: bool) -> dict[str, Any]:
+    """Say it by the name that this version of transformers has for it."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    if name not in known:
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if asked else {}
 
 
 def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:
