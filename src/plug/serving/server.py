@@ -49,13 +49,6 @@ def serve(
     with listen(settings) as listening:
         set_up_logs()
         server = Server(app)
-        log_event(
-            logging.INFO,
-            event="started",
-            address=address(settings, listening),
-            models=[model.name for model in models],
-            has_key=bool(settings.api_key),
-        )
         try:
             server.run(sockets=[listening])
         finally:
@@ -74,6 +67,14 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        settings = self.service.settings
+        log_event(
+            logging.INFO,
+            event="started",
+            address=address(settings, sockets[0]) if sockets else "",
+            models=list(self.service.models),
+            has_key=bool(settings.api_key),
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """On a signal; uvicorn sets it as the handler."""
