@@ -3,7 +3,7 @@
     pip install ".[serve,benchmark]"
     python benchmarks/serve_load.py                       # every part that a CPU can run
     python benchmarks/serve_load.py --parts cpu,sigterm --seconds 20
-    python benchmarks/serve_load.py --parts gpu --model DIR --device cuda
+    python benchmarks/serve_load.py --parts gpu --preset 27b --bits 8 --device cuda
 
 The server and each of its peers is a process of its own, whose CPU seconds the system counts; the
 client is this process. Parts:
@@ -40,6 +40,9 @@ from typing import Any
 from machine import processor
 
 import plug
+from plug.checkpoints.directory import find_model_directory
+from plug.generation.async_engine import Progress
+from plug.generation.generator import Generator
 
 SHIPPED = "plug-mini-zh"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -190,84 +193,123 @@ async def closed_loop(
 
 # --- the engine in its process, and transformers --------------------------------------------------
 
-ENGINE = """
-import json, random, sys, threading, time
-import plug
-from plug.generation.generator import Generator
-model, device, clients, source, tokens = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-generator = Generator(model, device=device)
-engine = plug.AsyncEngine(generator, rows=clients)
-settings = plug.GenerationSettings(out_length=tokens, ignore_eos=True)
-def run(seconds, seed):
-    draw, done, end = random.Random(seed), threading.Semaphore(0), time.perf_counter() + seconds
-    counted = [0]
-    requests = {}
-    def submit(slot):
-        prompt = [draw.randrange(300, 12000) for _ in range(source - 2)]
-        def listen(news):
-            counted[0] += len(news.token_ids)
-            if news.result is not None:
-                if time.perf_counter() < end: submit(slot)
-                else: done.release()
-        requests[slot] = engine.submit(prompt, settings, listener=listen)
-    began, cpu = time.perf_counter(), time.process_time()
-    for slot in range(clients): submit(slot)
-    for _ in range(clients): done.acquire()
-    return counted[0], time.perf_counter() - began, time.process_time() - cpu
-for line in sys.stdin:
-    seconds, seed = map(float, line.split())
-    print(json.dumps(run(seconds, seed)), flush=True)
-"""
 
-TRANSFORMERS = """
-import sys
-import torch, uvicorn
-from fastapi import FastAPI
-import plug
-from plug.checkpoints.directory import find_model_directory
-directory = find_model_directory(sys.argv[1])
-model = plug.PlugForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-app = FastAPI()
-@app.post("/v1/completions")
-def complete(body: dict):
-    ids = torch.tensor([[101, *body["prompt"], 102]])
-    count = body["max_tokens"]
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=20,
-                             temperature=0.9, max_new_tokens=count, min_new_tokens=count)
-    return {"tokens": out[0, 1:].tolist()}
-uvicorn.run(app, port=int(sys.argv[2]), log_level="critical")
-"""
+def generator_of(arguments: argparse.Namespace) -> Generator:
+    """The model of a directory; or, with ``--preset``, random weights made on the device."""
+    if arguments.preset is None:
+        return Generator(arguments.model, device=arguments.device)
+    from decode_27b import random_model
+
+    from plug.distributed.processes import start_processes
+
+    with start_processes(arguments.device) as processes:
+        model = random_model(plug.PRESETS[arguments.preset], arguments.bits, processes)
+    return Generator(model, plug.PlugTokenizer.load(find_model_directory()))
+
+
+def run_engine(arguments: argparse.Namespace) -> None:
+    """Role "engine": for each line "SECONDS SEED CLIENTS SOURCE TOKENS", tokens and seconds."""
+    engine = plug.AsyncEngine(generator_of(arguments), rows=arguments.rows)
+
+    def measure(seconds: float, seed: int, clients: int, source: int, tokens: int) -> list[float]:
+        draw, end = random.Random(seed), time.perf_counter() + seconds
+        settings = plug.GenerationSettings(out_length=tokens, ignore_eos=True)
+        done, requests, counted = threading.Semaphore(0), {}, [0]
+
+        def submit(slot: int) -> None:
+            def listen(news: Progress) -> None:
+                counted[0] += len(news.token_ids)
+                if news.result is not None and time.perf_counter() < end:
+                    submit(slot)
+                elif news.result is not None or news.error is not None:
+                    done.release()
+
+            prompt = prompt_ids(draw, source - 2)
+            requests[slot] = engine.submit(prompt, settings, listener=listen)
+
+        began, cpu = time.perf_counter(), time.process_time()
+        for slot in range(clients):
+            submit(slot)
+        for _ in range(clients):
+            done.acquire()
+        return [counted[0], time.perf_counter() - began, time.process_time() - cpu]
+
+    for line in sys.stdin:
+        seconds, *counts = line.split()
+        seed, clients, source, tokens = map(int, counts)
+        print(json.dumps(measure(float(seconds), seed, clients, source, tokens)), flush=True)
+
+
+def run_server(arguments: argparse.Namespace) -> None:
+    """Role "server": `plug serve` for a model that is made here."""
+    from plug.serving.loading import serve_plug
+    from plug.serving.server import serve
+    from plug.serving.settings import ServeSettings
+
+    generator = generator_of(arguments)
+    served = serve_plug("random", generator, arguments.rows)
+    serve([served], ServeSettings(port=arguments.port, max_num_seqs=arguments.rows))
+
+
+def run_transformers(arguments: argparse.Namespace) -> None:
+    """Role "transformers": what one writes in an afternoon, one request after another."""
+    import torch
+    import uvicorn
+    from fastapi import FastAPI
+
+    directory = find_model_directory(arguments.model)
+    model = plug.PlugForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    start, end = model.config.decoder_start_token_id, model.config.eos_token_id
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    def complete(body: dict[str, Any]) -> dict[str, list[int]]:
+        ids = torch.tensor([[start, *body["prompt"], end]])
+        options = {"do_sample": True, "top_k": 20, "temperature": 0.9}
+        options |= {"max_new_tokens": body["max_tokens"], "min_new_tokens": body["max_tokens"]}
+        with torch.inference_mode():
+            written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return {"tokens": written[0, 1:].tolist()}
+
+    uvicorn.run(app, port=arguments.port, log_level="critical")
 
 
 class InProcess:
     """The engine, driven by callbacks in a process of its own."""
 
-    def __init__(self, arguments: argparse.Namespace, clients: int, source: int, tokens: int):
-        words = [sys.executable, "-c", ENGINE, arguments.model, arguments.device]
+    def __init__(self, arguments: argparse.Namespace, rows: int) -> None:
+        words = [sys.executable, *role(arguments, "engine", rows)]
         self._running = subprocess.Popen(
-            [*words, str(clients), str(source), str(tokens)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-    def run(self, seconds: float, seed: int) -> tuple[int, float, float]:
+    def run(
+        self, seconds: float, seed: int, clients: int, source: int, tokens: int
+    ) -> tuple[int, float, float]:
         """Tokens, seconds and CPU seconds of a round."""
         assert self._running.stdin is not None
         assert self._running.stdout is not None
-        self._running.stdin.write(f"{seconds} {seed}\n")
+        self._running.stdin.write(f"{seconds} {seed} {clients} {source} {tokens}\n")
         self._running.stdin.flush()
-        tokens, wall, cpu = json.loads(self._running.stdout.readline())
-        return tokens, wall, cpu
+        written, wall, cpu = json.loads(self._running.stdout.readline())
+        return written, wall, cpu
 
     def close(self) -> None:
         self._running.kill()
         self._running.wait()
 
 
+def role(arguments: argparse.Namespace, name: str, rows: int, *more: str) -> list[str]:
+    """The command of this script in another role."""
+    words = [__file__, "--role", name, "--model", arguments.model, "--device", arguments.device]
+    words += ["--rows", str(rows), "--bits", str(arguments.bits), *more]
+    return words if arguments.preset is None else [*words, "--preset", arguments.preset]
+
+
 def transformers_rate(arguments: argparse.Namespace, source: int, tokens: int) -> float:
     """Tokens a CPU second of the plain endpoint, one request after another."""
     draw = random.Random(0)
-    with started("-c", TRANSFORMERS, arguments.model, "PORT") as server:
+    with started(*role(arguments, "transformers", 1, "--port", "PORT")) as server:
 
         async def ask() -> int:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -290,59 +332,77 @@ def transformers_rate(arguments: argparse.Namespace, source: int, tokens: int) -
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def throughput(
-    arguments: argparse.Namespace, clients: int, source: int, tokens: int, rounds: int
-) -> dict[str, Any]:
-    """The server against its engine in turns; rates a CPU second, and a second."""
-    engine = InProcess(arguments, clients, source, tokens)
-    server_rates, engine_rates, server_walls, engine_walls = [], [], [], []
-    total = Tally()
+def served(
+    server: Process, seconds: float, seed: int, clients: int, source: int, tokens: int
+) -> tuple[Tally, float, float]:
+    """What a round came to, its seconds, and the server's CPU seconds."""
+    began, before = time.perf_counter(), server.cpu_seconds()
+    tally = asyncio.run(closed_loop(server.port, clients, seconds, source, tokens, seed))
+    return tally, time.perf_counter() - began, server.cpu_seconds() - before
+
+
+def cpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The server against its engine, in turns."""
+    clients, source, tokens, rounds = arguments.clients, 64, 64, 6
+    engine = InProcess(arguments, clients)
+    ours, engines, walls, total = [], [], [], Tally()
     with started(*serve_command(arguments, "--max-num-seqs", str(clients))) as server:
-        asyncio.run(closed_loop(server.port, clients, 3, source, tokens, seed=0))
-        engine.run(3, 0)
-        seconds = arguments.seconds / rounds
-        for each in range(1, rounds + 1):
-            written, wall, cpu = engine.run(seconds, each)
-            engine_rates.append(written / cpu)
-            engine_walls.append(written / wall)
-            began, cpu_before = time.perf_counter(), server.cpu_seconds()
-            tally = asyncio.run(closed_loop(server.port, clients, seconds, source, tokens, each))
-            wall, cpu = time.perf_counter() - began, server.cpu_seconds() - cpu_before
-            server_rates.append(tally.tokens / cpu)
-            server_walls.append(tally.tokens / wall)
-            total.ok += tally.ok
-            total.other += tally.other + tally.rejected + tally.cut
-            total.first += tally.first
+        for each in range(rounds + 1):  # the first warms up
+            seconds = arguments.seconds / rounds if each else 3
+            written, wall, used = engine.run(seconds, each, clients, source, tokens)
+            tally, server_wall, server_used = served(server, seconds, each, clients, source, tokens)
+            if each:
+                engines.append((written / used, written / wall))
+                ours.append(tally.tokens / server_used)
+                walls.append(tally.tokens / server_wall)
+                total.ok += tally.ok
+                total.other += tally.other + tally.rejected + tally.cut
+                total.first += tally.first
     engine.close()
-    ratios = [one / other for one, other in zip(server_rates, engine_rates, strict=True)]
-    wall_ratios = [one / other for one, other in zip(server_walls, engine_walls, strict=True)]
+    other = transformers_rate(arguments, source, tokens)
+    ratios = [one / other_rate for one, (other_rate, _) in zip(ours, engines, strict=True)]
     return {
-        "tokens_per_s": round(statistics.median(server_walls), 1),
-        "tokens_per_cpu_s": round(statistics.median(server_rates), 1),
-        "engine_tokens_per_s": round(statistics.median(engine_walls), 1),
-        "engine_tokens_per_cpu_s": round(statistics.median(engine_rates), 1),
+        "tokens_per_s": round(statistics.median(walls), 1),
         "ratio_to_engine": round(statistics.median(ratios), 3),
-        "ratios_to_engine": [round(each, 3) for each in ratios],
-        "wall_ratio_to_engine": round(statistics.median(wall_ratios), 3),
+        "ratio_to_transformers": round(statistics.median(ours) / other, 2),
         "ttft_p99_s": total.p99(),
-        "requests": total.ok,
         "errors": total.other,
+        "requests": total.ok,
+        "ratios_to_engine": [round(each, 3) for each in ratios],
+        "tokens_per_cpu_s": round(statistics.median(ours), 1),
+        "engine_tokens_per_s": round(statistics.median(wall for _, wall in engines), 1),
+        "engine_tokens_per_cpu_s": round(statistics.median(rate for rate, _ in engines), 1),
+        "transformers_tokens_per_cpu_s": round(other, 1),
         "clients": clients,
         "source_tokens": source,
         "tokens": tokens,
     }
 
 
-def cpu(arguments: argparse.Namespace) -> dict[str, Any]:
-    found = throughput(arguments, arguments.clients, 64, 64, rounds=6)
-    other = transformers_rate(arguments, 64, 64)
-    found["transformers_tokens_per_cpu_s"] = round(other, 1)
-    found["ratio_to_transformers"] = round(found["tokens_per_cpu_s"] / other, 2)
-    return found
-
-
 def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {f"b{each}": throughput(arguments, each, 512, 128, rounds=3) for each in (1, 32, 128)}
+    """The engine first, then the server: two such models do not fit onto one card."""
+    source, tokens, counts = 512, 128, (1, 32, 128)
+    engine = InProcess(arguments, max(counts))
+    rates = {}
+    for clients in counts:
+        engine.run(1, 0, clients, source, tokens)  # makes the graphs
+        written, wall, _ = engine.run(arguments.gpu_seconds, 1, clients, source, tokens)
+        rates[clients] = written / wall
+    engine.close()
+    found = {}
+    with started(*role(arguments, "server", max(counts), "--port", "PORT")) as server:
+        for clients in counts:
+            served(server, 1, 0, clients, source, tokens)
+            tally, wall, used = served(server, arguments.gpu_seconds, 1, clients, source, tokens)
+            found[f"b{clients}"] = {
+                "tokens_per_s": round(tally.tokens / wall, 1),
+                "engine_tokens_per_s": round(rates[clients], 1),
+                "ratio_to_engine": round(tally.tokens / wall / rates[clients], 3),
+                "ttft_p99_s": tally.p99(),
+                "server_cpu_share": round(used / wall, 2),
+                "errors": tally.other + tally.rejected + tally.cut,
+            }
+    return {"preset": arguments.preset, "bits": arguments.bits, **found}
 
 
 def overload(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -420,10 +480,12 @@ def _taken(port: int) -> int:
 
 
 def characters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Streams of characters that the vocabulary spells in bytes."""
+    """Streams that spell characters in bytes, against the same tokens decoded as a whole.
+
+    The model may also write bytes that are no character; U+FFFD is then right (`from_the_model`).
+    """
     wanted, draw = arguments.characters, random.Random(3)
-    found = {"streamed": 0, "outside_vocabulary": 0, "replacement": 0, "broken": 0}
-    known = plug.PlugTokenizer.load(plug_directory(arguments.model)).backend.get_vocab()
+    found = {"streamed": 0, "byte_tokens": 0, "replacement": 0, "from_the_model": 0, "broken": 0}
     with started(*serve_command(arguments)) as server:
 
         async def client() -> None:
@@ -434,13 +496,19 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
                     "repetition_penalty": 1.0,
                     "seed": draw.randrange(2**31),
                 }
-                tally = Tally()
+                more["logprobs"] = 0  # so that each token comes beside the text
+                tally, text, raw = Tally(), "", b""
                 async for event in stream(server.port, body_of(prompt, 512, **more), tally):
-                    text = "".join(choice["text"] for choice in event["choices"])
-                    found["streamed"] += len(text)
-                    found["replacement"] += text.count("\ufffd")
-                    found["outside_vocabulary"] += sum(each not in known for each in text)
-                found["broken"] += tally.other + tally.cut
+                    for choice in event["choices"]:
+                        text += choice["text"]
+                        for token in (choice["logprobs"] or {"tokens": []})["tokens"]:
+                            found["byte_tokens"] += token.startswith("bytes:")
+                            raw += bytes_of(token)
+                expected = raw.decode("utf-8", "replace")
+                found["streamed"] += len(text)
+                found["from_the_model"] += expected.count("\ufffd")
+                found["replacement"] += max(0, text.count("\ufffd") - expected.count("\ufffd"))
+                found["broken"] += tally.other + tally.cut + (text != expected)
 
         async def clients() -> None:
             await asyncio.gather(*(client() for _ in range(arguments.clients)))
@@ -449,10 +517,11 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def plug_directory(model: str) -> Path:
-    from plug.checkpoints.directory import find_model_directory
-
-    return find_model_directory(model)
+def bytes_of(token: str) -> bytes:
+    """The bytes of a token as `logprobs` spells it."""
+    if not token.startswith("bytes:"):
+        return token.encode()
+    return bytes(int(digits, 16) for digits in token.removeprefix("bytes:").split("\\x")[1:])
 
 
 def sigterm(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -470,6 +539,9 @@ def sigterm(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"streams": tally.ok, "cut": tally.cut + tally.other, "exit_status": status}
 
 
+ROLES = {"engine": run_engine, "server": run_server, "transformers": run_transformers}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default=CPU_PARTS, help="of: cpu overload … gpu")
@@ -480,7 +552,16 @@ def main() -> None:
     parser.add_argument("--overload-seconds", type=float, default=600)
     parser.add_argument("--leaving", type=int, default=1000, help="clients of part disconnects")
     parser.add_argument("--characters", type=int, default=1_000_000)
+    parser.add_argument("--preset", help="part gpu: random weights of this shape")
+    parser.add_argument("--bits", type=int, default=16, choices=[16, 8, 4], help="with --preset")
+    parser.add_argument("--gpu-seconds", type=float, default=20)
+    parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.role is not None:
+        ROLES[arguments.role](arguments)
+        return
     parts = {f.__name__: f for f in (cpu, overload, disconnects, characters, sigterm, gpu)}
     results: dict[str, Any] = {}
     for name in arguments.parts.split(","):

@@ -23,8 +23,8 @@ LINES = (
     ("generation",),
     ("hf",),
     ("loading",),
-    ("quantization", "kernels"),
     ("distributed",),
+    ("quantization", "kernels"),
     ("checkpoints",),
     ("model",),
     (
@@ -43,10 +43,6 @@ LINES = (
     ),
 )
 LEVELS = {room: level for level, rooms in enumerate(LINES) for room in rooms}
-# Imports that still go up, (file, room): shrink it to nothing.
-KNOWN: set[tuple[str, str]] = {
-    ("distributed.tensor_parallel", "quantization"),
-}
 
 
 def _modules() -> dict[str, Path]:
@@ -89,18 +85,8 @@ def test_every_room_has_its_place() -> None:
 def test_imports_go_down(name: str) -> None:
     level = LEVELS[name.split(".")[0]]
     rooms = {imported.split(".")[0] for imported in IMPORTS[name]}
-    upwards = {(name, room) for room in rooms if LEVELS[room] < level}
 
-    assert upwards <= KNOWN
-
-
-def test_the_list_of_known_imports_is_as_short_as_it_can_be() -> None:
-    needed = {
-        (name, room)
-        for name, room in KNOWN
-        if any(imported.split(".")[0] == room for imported in IMPORTS.get(name, ()))
-    }
-    assert needed == KNOWN
+    assert {room for room in rooms if LEVELS[room] < level} == set()
 
 
 def test_no_imports_run_in_a_circle() -> None:

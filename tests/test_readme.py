@@ -58,9 +58,8 @@ def test_linked_and_named_files_exist(name: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_tree_names_every_module(name: str) -> None:
-    (tree,) = (block for block in blocks(name, "") if block.startswith("src/plug/"))
+def test_the_picture_of_the_house_names_every_module() -> None:
+    (tree,) = (block for block in blocks("docs/architecture.md", "") if block.startswith("src/"))
     folders, listed = [""], set()
     for line in tree.splitlines():
         indent, entry = re.match(r"( *)(\S+)", line).groups()
@@ -68,15 +67,22 @@ def test_the_tree_names_every_module(name: str) -> None:
         path = folders[depth] + entry
         if entry.endswith("/"):
             folders[depth + 1 :] = [path]
-        elif path.startswith("src/"):
+        else:
             listed.add(path)
     package = ROOT / "src" / "plug"
-    sources = [path for path in package.rglob("*") if path.suffix in (".py", ".cu")]
+    sources = [path for path in package.rglob("*") if path.suffix in (".py", ".cu", ".cpp", ".h")]
     files = {str(path.relative_to(ROOT)) for path in sources}
     commands = {path for path in files if "/cli/" in path and not path.endswith("usage.py")}
     unnamed = {path for path in files if path.endswith(("__init__.py", "__main__.py"))}
     unnamed.discard("src/plug/__init__.py")
     assert listed == files - unnamed - commands
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_tree_of_the_readme_names_every_room(name: str) -> None:
+    (tree,) = (block for block in blocks(name, "") if block.startswith("src/plug/"))
+    rooms = {path.name for path in (ROOT / "src" / "plug").iterdir() if path.is_dir()}
+    assert set(re.findall(r"^  (\w+)/", tree, re.M)) == rooms - {"__pycache__"}
 
 
 def test_python_names_of_the_readme_exist() -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +59,32 @@ def test_the_server_needs_no_transformers() -> None:
     ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
 
     assert ran.stdout == "[]\n", ran.stderr
+
+
+def test_a_served_model_answers_and_ends_on_sigterm(model_directory: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "plug",
+        "serve",
+        "--model",
+        str(model_directory),
+        "--port",
+        "0",
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        started = json.loads(server.stderr.readline())
+        assert started["models"] == ["tiny-model"]
+        with urllib.request.urlopen(f"{started['address']}/v1/models", timeout=20) as answer:
+            [model] = json.load(answer)["data"]
+        assert model["id"] == "tiny-model"
+        assert "generate" in model["capabilities"]
+        server.send_signal(signal.SIGTERM)
+        _, rest = server.communicate(timeout=20)
+        assert server.returncode == 0
+        assert [json.loads(line)["event"] for line in rest.splitlines()] == ["request", "draining"]
+    finally:
+        server.kill()
+        server.communicate()

@@ -150,13 +150,18 @@ def test_what_cannot_be_shared_out_is_wrong_use(
         load(tmp_path / "m", processes=Processes(0, count, CPU))
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 256), (256, 128)])
 def test_groups_of_4_bits_are_not_torn_apart(
-    make_model: Callable[[PlugConfig], Plug], tiny_tokenizer: PlugTokenizer, tmp_path: Path
+    hidden: int,
+    inner: int,
+    make_model: Callable[[PlugConfig], Plug],
+    tiny_tokenizer: PlugTokenizer,
+    tmp_path: Path,
 ) -> None:
-    config = dataclasses.replace(PRESETS["test"], hidden_size=128, intermediate_size=256)
+    config = dataclasses.replace(PRESETS["test"], hidden_size=hidden, intermediate_size=inner)
     save(make_model(config), tmp_path / "wide", tokenizer=tiny_tokenizer)
     quantize_directory(tmp_path / "wide", tmp_path / "quantized", bits=4)
-    with pytest.raises(UsageError, match=r"每 128 个输入一组，hidden_size=128 分成 2 份"):
+    with pytest.raises(UsageError, match=r"每 128 个输入一组，\w+=128 分成 2 份"):
         load(tmp_path / "quantized", processes=Processes(0, 2, CPU))
 
 

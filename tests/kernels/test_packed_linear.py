@@ -114,6 +114,20 @@ def test_stacked_layers_keep_their_own_weights(bits: int, generator: torch.Gener
     assert first == second
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@torch.inference_mode()
+def test_layers_may_be_packed_again(bits: int, generator: torch.Generator) -> None:
+    made = layers(bits, torch.bfloat16, generator)
+    x = torch.randn(9, IN, generator=generator).bfloat16()
+    first = PackedLinear(*made)  # type: ignore[arg-type]
+    expected = first(x)
+
+    second = PackedLinear(*made)  # type: ignore[arg-type]
+
+    assert torch.equal(second(x), expected)
+    assert torch.equal(first(x), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @torch.inference_mode()

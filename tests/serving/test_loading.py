@@ -209,6 +209,7 @@ def test_many_texts_of_one_request(real: Any) -> None:
         ("/v1/completions", {"prompt": "花", "model": "labelling"}, 400),
         ("/v1/classify", {"input": "花", "model": "base"}, 400),
         ("/v1/classify", {"input": "花", "labels": ["a", "a"], "model": "base"}, 400),
+        ("/v1/classify", {"input": "花", "labels": ["a", "b" * 65], "model": "base"}, 400),
         ("/v1/classify", {"input": "", "model": "classification"}, 400),
         ("/v1/fill-mask", {"input": "没有"}, 400),
         ("/v1/embeddings", {"input": ["花", " "]}, 400),

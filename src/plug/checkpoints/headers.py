@@ -53,7 +53,7 @@ def read_places(directory: Path) -> dict[str, Place]:
     """
     found: dict[str, Place] = {}
     for file, listed in weight_files(directory).items():
-        places = _read_header(file)
+        places = read_header(file)
         if listed is not None and listed != places.keys():
             raise PlugError(
                 f"{file} 里的张量与索引 {INDEX_FILE} 写的不同："
@@ -109,8 +109,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read_header(file: Path) -> dict[str, Place]:
-    """Return the tensors of one file, whose header must account for every byte."""
+def read_header(file: Path) -> dict[str, Place]:
+    """Return the tensors of one file, whose header must account for every byte.
+
+    Raises:
+        PlugError: it does not, or a dtype is none of ours.
+    """
     size, length, header = _header(file)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, entry) for name, entry in header.items()}

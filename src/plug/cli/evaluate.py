@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plug.cli.convert import Precision
-from plug.cli.options import AsJson, BatchSize, Device, Model, TunedBeams, TunedModel
+from plug.cli.options import Adapter, AsJson, BatchSize, Device, Model, TunedBeams, TunedModel
 from plug.finetuning.tasks import TASKS
 from plug.shipped import SHIPPED_MODEL
 
@@ -44,6 +44,7 @@ def lm(
     ] = None,
     batch_size: BatchSize = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="每个领域只取前几篇。")] = None,
+    adapter: Adapter = None,
     device: Device = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="计算精度；默认 CPU 上 float32，GPU 上与权重文件相同。")
@@ -66,7 +67,7 @@ def lm(
     directory = find_model_directory(model)
     tokenizer = load_tokenizer(directory)
     wanted = None if dtype is None else DTYPES[dtype.value]
-    network = load(directory, device=find_device(device), dtype=wanted)
+    network = load(directory, device=find_device(device), dtype=wanted, adapter=adapter)
     default_source, default_target = default_lengths(network.config)
     lengths = {
         "source_length": source_length or default_source,
@@ -91,8 +92,9 @@ def lm(
 
 def task(
     context: typer.Context,
-    model: TunedModel,
     data: Annotated[str, typer.Option(help="任务格式的数据文件，带答案。")],
+    model: TunedModel = None,
+    adapter: Adapter = None,
     report: Annotated[
         Path | None, typer.Option(help="把报告（Markdown、HTML、图）写到这个目录。")
     ] = None,
@@ -115,9 +117,11 @@ def task(
         raise UsageError(f"{report} 是一个文件，不能作为报告的目录。")
     # Held first: a second process with this report is refused before it computes anything.
     with nullcontext() if report is None else hold(report):
-        predictor = Predictor(model, device, num_beams)
+        predictor = Predictor(model, device, num_beams, adapter=adapter)
         if predictor.task.kind != TASKS[name].kind:
-            raise UsageError(f"{model} 是为 {predictor.task_name} 微调的，不能评测 {name}。")
+            raise UsageError(
+                f"{adapter or model} 是为 {predictor.task_name} 微调的，不能评测 {name}。"
+            )
         examples = read_examples(TASKS[name], Path(data), answered=True)
         predictor.kind.check(examples, training=False)
         with counter(len(examples)) as advance:
@@ -125,8 +129,10 @@ def task(
         evaluation = predictor.kind.evaluate(examples, predictions)
         if report is not None:
             beams = [] if num_beams is None else ["--num-beams", str(num_beams)]
-            words = ["plug", "evaluate", name, "--model", model, "--data", data, *beams]
-            facts = {"model": model, "data": data, "examples": len(examples)}
+            chosen = [] if model is None else ["--model", model]
+            chosen += [] if adapter is None else ["--adapter", str(adapter)]
+            words = ["plug", "evaluate", name, *chosen, "--data", data, *beams]
+            facts = {"model": str(adapter or model), "data": data, "examples": len(examples)}
             write_report(report, f"{TASKS[name].title}：评测", shlex.join(words), facts, evaluation)
     if as_json:
         print(json.dumps({"examples": len(examples), **evaluation.metrics}, indent=2))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plug.cli.convert import Precision
-from plug.cli.options import options_from
+from plug.cli.options import Adapter, options_from
 from plug.errors import UsageError
 from plug.generation.settings import WINDOW, GenerationSettings
 
@@ -43,6 +43,7 @@ def generate(
             help="auto：显存放不下的编码器的层留在内存或别的卡上，用时再读。", show_default=False
         ),
     ] = None,
+    adapter: Adapter = None,
     dtype: Annotated[
         Precision | None,
         typer.Option(help="权重的精度（默认 CPU 上 float32，显卡上照原样）。", show_default=False),
@@ -73,6 +74,7 @@ def generate(
             room=Room(batch_size=rows, capacity=capacity),
             processes=processes,
             device_map=device_map,
+            adapter=adapter,
         )
         for first in range(0, len(texts), batch_size):
             results = generator(

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,12 +17,19 @@ from plug.options import REQUIRED, Option, merge, options_of
 from plug.shipped import SHIPPED_MODEL
 
 Model = Annotated[str, typer.Option(help=f"{SHIPPED_MODEL} 或模型目录。")]
-TunedModel = Annotated[str, typer.Option(help="plug finetune 的输出目录。")]
+TunedModel = Annotated[
+    str | None,
+    typer.Option(help="plug finetune 的输出目录；与 --adapter 一起时是适配的模型，默认训练时的。"),
+]
 TunedBeams = Annotated[
     int | None, typer.Option(min=1, help="生成任务的束宽；1 为贪心；默认与微调时相同。")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="一次算几个。")]
 Device = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="LoRA 适配器的目录（plug finetune --memory lora 或 peft 所写）。"),
+]
 Simplify = Annotated[
     bool, typer.Option("--simplify", help="先把繁体转成简体（要装 plug-zh[opencc]）。")
 ]

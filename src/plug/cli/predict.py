@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import BatchSize, Device, TunedBeams, TunedModel
+from plug.cli.options import Adapter, BatchSize, Device, TunedBeams, TunedModel
 from plug.errors import UsageError
 
 
 def predict(
-    model: TunedModel,
+    model: TunedModel = None,
     text: Annotated[
         list[str] | None,
         typer.Argument(help="文字；句对给两段，阅读理解给问题和原文，问题生成给答案和原文。"),
@@ -27,6 +27,7 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="结果写到这个文件，一行一个 JSON。")] = None,
     batch_size: BatchSize = 32,
     num_beams: TunedBeams = None,
+    adapter: Adapter = None,
     device: Device = None,
 ) -> None:
     """用微调过的模型：分类、标注、回答、生成。"""
@@ -41,7 +42,7 @@ def predict(
 
     # Opened first: a second process with this output is refused before it computes anything.
     with nullcontext() if output is None else new_file(output, replaces=False) as stream:
-        predictor = Predictor(model, device, num_beams)
+        predictor = Predictor(model, device, num_beams, adapter=adapter)
         if text:
             examples = [predictor.kind.example(text)]
         else:

@@ -75,11 +75,12 @@ def check_divisible(model: Plug, count: int) -> None:
             )
     scheme = scheme_of(model)
     size = None if scheme is None else scheme.group_size
-    if size is not None and (config.hidden_size // count) % size:
-        raise UsageError(
-            f"4 位的权重每 {size} 个输入一组，hidden_size={config.hidden_size} 分成 {count} 份后"
-            "不是整组。请用更少的进程，或 8 位的模型。"
-        )
+    for name in ("hidden_size", "intermediate_size"):
+        if size is not None and (getattr(config, name) // count) % size:
+            raise UsageError(
+                f"4 位的权重每 {size} 个输入一组，{name}={getattr(config, name)} 分成 {count} 份后"
+                "不是整组。请用更少的进程，或 8 位的模型。"
+            )
 
 
 def _largest_divisor(config: PlugConfig, below: int) -> int:

@@ -13,6 +13,7 @@ from plug.evaluation.metrics import characters, rouge_l
 from plug.evaluation.question_generation import score_generation
 from plug.evaluation.report import Evaluation, Table, histogram_plot
 from plug.finetuning.kind import SAMPLES, Features, Kind, OnProgress, exactly
+from plug.finetuning.lora import without_peft
 from plug.finetuning.readers import SEPARATOR, GenerationExample
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
@@ -124,8 +125,9 @@ def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:
     """The same modules as a `Plug`, which is what `Generator` writes with."""
     if isinstance(model, Plug):
         return model
+    bare: Any = without_peft(model) if hasattr(model, "get_base_model") else model
     with torch.device("meta"):
-        plug = Plug(model.config.to_plug_config())
+        plug = Plug(bare.config.to_plug_config())
     for name, _ in list(plug.named_children()):
-        setattr(plug, name, getattr(model, name))
+        setattr(plug, name, getattr(bare, name))
     return plug

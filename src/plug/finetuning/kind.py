@@ -132,8 +132,14 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
     def record(self, example: ExampleT, prediction: PredictionT) -> dict[str, Any]:
         """An example and its prediction as users see them, for JSON."""
 
-    def load_model(self, directory: Path, *, from_scratch: bool = False) -> Any:
-        """The model of a directory in float32, with a head for this kind's labels.
+    def load_model(
+        self,
+        directory: Path,
+        *,
+        from_scratch: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """The model of a directory, with a head for this kind's labels.
 
         Raises:
             PlugError: the weights are damaged or do not fit, or miss more than the head.
@@ -153,7 +159,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
             return cls(classes.PlugTransformersConfig.from_pretrained(directory, **head))
         try:
             model, info = cls.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True, **head
+                directory, dtype=dtype, output_loading_info=True, **head
             )
         except RuntimeError as error:
             raise PlugError(f"{directory} 的权重与 config.json 不符：{error}") from None

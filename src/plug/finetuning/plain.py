@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,25 +16,37 @@ from plug.checkpoints.headers import read_places
 from plug.checkpoints.weights import check_names_and_shapes, finite, map_tensors
 from plug.errors import PlugError
 from plug.finetuning.kind import Kind
+from plug.loading.adapters import attach, read_adapter
 from plug.loading.load import load
 from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
-from plug.quantization.scheme import read_scheme
+from plug.quantization.linear import quantize_modules
+from plug.quantization.scheme import is_quantized, read_scheme
 
 # Parts of a pre-trained model that a classifier's directory may hold, and nothing reads.
 _UNREAD = ("decoder.", "mlm_head.", "sentence_head.")
 
 
-def load_plain(kind: Kind[Any, Any], directory: Path, device: torch.device) -> Any:
+def load_plain(
+    kind: Kind[Any, Any], directory: Path, device: torch.device, adapter: Path | None = None
+) -> Any:
     """What `Kind.predict` takes as the model, in float32.
 
+    Args:
+        kind: what the model was fine-tuned for.
+        directory: of the model; with an adapter, of the one that it adapts.
+        device: where it runs.
+        adapter: directory of an adapter, with the head of the ``kind``.
+
     Raises:
+        UsageError: the adapter is of another model.
         PlugError: weights are missing, damaged, NaN or infinite, or do not fit `config.json`.
     """
     if kind.model_class == "PlugForConditionalGeneration":
-        return load(directory, device=device, dtype=torch.float32)
+        return load(directory, device=device, dtype=torch.float32, adapter=adapter)
     num_labels = len(kind.labels) or 2  # question answering has the two ends of an answer
-    return _Predicting(_load_classifier(directory, num_labels), kind.model_class).to(device)
+    classifier = _load_classifier(directory, num_labels, adapter)
+    return _Predicting(classifier, kind.model_class).to(device)
 
 
 class _Predicting(nn.Module):
@@ -65,21 +79,41 @@ class _Predicting(nn.Module):
                 return SimpleNamespace(logits=logits)
 
 
-def _load_classifier(directory: Path, num_labels: int) -> EncoderClassifier:
-    if read_scheme(directory / CONFIG_FILE) is not None:
-        raise PlugError(f"{directory} 是量化过的分类模型，还不支持。请用微调得到的原目录。")
+def _load_classifier(directory: Path, num_labels: int, adapter: Path | None) -> EncoderClassifier:
+    added = None if adapter is None else read_adapter(adapter, directory)
     with torch.device("meta"):
         model = EncoderClassifier(PlugConfig.from_file(directory / CONFIG_FILE), num_labels)
+        if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
+            quantize_modules(model, scheme)
     places = {
         name: place
         for name, place in read_places(directory).items()
         if not name.startswith(_UNREAD)
     }
+    head = {} if added is None else added.head  # in place of the model's own, if it has one
+    places = {name: place for name, place in places.items() if name not in head}
+    wanted = model.state_dict()
+    shapes = {name: place.spec.shape for name, place in places.items()}
     check_names_and_shapes(
         directory,
-        {name: place.spec.shape for name, place in places.items()},
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        shapes | {name: tuple(tensor.shape) for name, tensor in head.items()},
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
     )
-    weights = ((name, tensor.float()) for name, tensor in map_tensors(places))
-    model.load_state_dict(dict(finite(directory, weights)), assign=True)
+    weights = ((name, _kept(name, each, wanted)) for name, each in map_tensors(places))
+    state = dict(finite(directory, weights)) | {name: each.float() for name, each in head.items()}
+    model.load_state_dict(state, assign=True)
+    if added is not None:
+        attach(model, replace(added, head={}))
     return model.eval()
+
+
+def _kept(name: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
+    """``tensor`` in float32; a part of a quantised weight as it is, checked to be that part."""
+    if not is_quantized(name, wanted[name].dtype):
+        return tensor.float()
+    if tensor.dtype != wanted[name].dtype:
+        raise PlugError(
+            f"权重 {name} 是 {tensor.dtype}，应为 {wanted[name].dtype}。"
+            "请检查 config.json 的 quantization 与权重是否配套。"
+        )
+    return tensor

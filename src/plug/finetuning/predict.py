@@ -17,7 +17,9 @@ from plug.finetuning.plain import load_plain
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task, read_examples
 from plug.jsonfiles import read_json, shown
+from plug.loading.adapters import is_adapter
 from plug.model.configuration import PlugConfig
+from plug.shipped import SHIPPED_MODEL
 from plug.textfiles import Notes, is_text, plain_suffix, read_lines, trim
 
 RUN_FILE = "finetuning.json"
@@ -28,22 +30,37 @@ class Predictor:
     """A model that `plug finetune` made, loaded.
 
     Args:
-        directory: of the model.
+        directory: of the model, or of an adapter whose model is where it was in training; None
+            with ``adapter`` is that model too.
         device: "cpu", "cuda", …; None is CUDA where there is one.
         num_beams: for generation, in place of the run's own.
+        adapter: directory that `plug finetune --memory lora` (or `qlora`) wrote.
 
     Raises:
         UsageError: no such directory, or a model that was not fine-tuned.
     """
 
     def __init__(
-        self, directory: str | Path, device: str | None = None, num_beams: int | None = None
+        self,
+        directory: str | Path | None,
+        device: str | None = None,
+        num_beams: int | None = None,
+        *,
+        adapter: str | Path | None = None,
     ) -> None:
+        if directory is None and adapter is None:
+            raise UsageError("请给出模型的目录（--model）或适配器的目录（--adapter）。")
+        if adapter is None and directory is not None and is_adapter(directory):
+            directory, adapter = None, directory
+        added = None if adapter is None else Path(adapter).expanduser()
+        if directory is None:
+            assert added is not None
+            directory = read_run(added)["settings"].get("model", SHIPPED_MODEL)
         self.directory = find_model_directory(directory)
-        self.task_name = read_run(self.directory)["settings"]["task"]
+        self.task_name = read_run(added or self.directory)["settings"]["task"]
         self.task = find_task(self.task_name)
-        self.kind = kind_of(self.directory, num_beams)
-        self.model = load_plain(self.kind, self.directory, find_device(device))
+        self.kind = kind_of(self.directory, num_beams, added)
+        self.model = load_plain(self.kind, self.directory, find_device(device), added)
 
     def __call__(
         self,
@@ -87,17 +104,23 @@ class Predictor:
         return examples
 
 
-def kind_of(directory: Path, num_beams: int | None = None) -> Kind[Any, Any]:
+def kind_of(
+    directory: Path, num_beams: int | None = None, adapter: Path | None = None
+) -> Kind[Any, Any]:
     """What a fine-tuned model reads and writes, without the model; arguments as in `Predictor`.
 
     Raises:
         PlugError: `finetuning.json` does not fit `config.json`.
     """
-    run = read_run(directory)
+    run = read_run(adapter or directory)
     settings = _settings_of(run)
     config = read_json(directory / CONFIG_FILE)
     named = config.get("id2label") if isinstance(config, dict) else None
-    if run["labels"] and named != {str(i): label for i, label in enumerate(run["labels"])}:
+    if (
+        adapter is None
+        and run["labels"]
+        and named != {str(i): label for i, label in enumerate(run["labels"])}
+    ):
         raise PlugError(
             f"{directory} 里 {RUN_FILE} 的 labels 与 {CONFIG_FILE} 的 id2label 不同。"
             "请重新微调，或从备份恢复。"

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
+from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
@@ -48,11 +49,13 @@ from plug.files import (
 )
 from plug.finetuning.checkpoints import Checkpoints, last_checkpoint
 from plug.finetuning.kind import Collator, find_kind
+from plug.finetuning.lora import adapt, check_base, save_adapter
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
+from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
 
@@ -127,6 +130,7 @@ def _run(
     notes, eval_notes = Notes(), Notes()
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
+    check_base(settings, directory)
     tokenizer = load_tokenizer(directory)
     cls = find_kind(task.kind)
     kind = cls(
@@ -146,9 +150,18 @@ def _run(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
     set_seed(settings.seed)
-    model = kind.load_model(directory, from_scratch=settings.from_scratch)
+    is_adapter = settings.memory != "full"
+    half = is_adapter and chosen.type == "cuda" and settings.precision == "bf16"
+    model = kind.load_model(
+        directory,
+        from_scratch=settings.from_scratch,
+        dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
+    )
+    if is_adapter:
+        model = adapt(model, settings)
     if is_main:
-        write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict()})
+        base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
+        write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
 
     def predict(model: Any) -> list[Any]:
         return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
@@ -203,14 +216,17 @@ def _run(
         "transformers": transformers.__version__,
     }
     if is_main:
-        with add_files(output, last=CONFIG_FILE) as new, writing_errors():
-            model.save_pretrained(new)
-            tokenizer.save(
-                new,
-                model_max_length=config.max_source_length,
-                by_character=kind.by_character,
-            )
-            write_finetuned_configuration(new, task.kind, settings.num_beams)
+        with add_files(output, last=_last_file(settings)) as new, writing_errors():
+            if is_adapter:
+                save_adapter(model, new, settings.model)
+            else:
+                model.save_pretrained(new)
+                tokenizer.save(
+                    new,
+                    model_max_length=config.max_source_length,
+                    by_character=kind.by_character,
+                )
+                write_finetuned_configuration(new, task.kind, settings.num_beams)
             write_report(new, f"{task.title}：微调", settings.command(), facts, evaluation)
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
             write_text(new / "log.jsonl", "".join(lines))
@@ -234,9 +250,14 @@ class _Best:
             self.value, self.step, self.predictions = metrics[self.metric], step, predictions
 
 
+def _last_file(settings: FinetuneSettings) -> str:
+    """Name the file that moves to the output last: where it is, the run was finished."""
+    return CONFIG_FILE if settings.memory == "full" else ADAPTER_CONFIG
+
+
 def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneResult | None:
     """The result of a run that was stopped when only its checkpoints were left to be removed."""
-    if not resume or not (output / CONFIG_FILE).is_file():
+    if not resume or not (output / _last_file(settings)).is_file():
         return None
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return FinetuneResult(output, metrics, settings.to_dict())
@@ -245,7 +266,7 @@ def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> Finetun
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
     """Refuse an output unless it is new, or holds this run, stopped, and ``resume`` is asked for.
 
-    `config.json` moves to the output last, and the checkpoints are removed after it.
+    `_last_file` moves to the output last, and the checkpoints are removed after it.
     """
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
@@ -255,7 +276,7 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         return
     if not (output / RUN_FILE).is_file():
         raise UsageError(f"输出目录 {output} 里有别的东西，不会覆盖。请换一个目录。")
-    is_finished = (output / CONFIG_FILE).is_file()
+    is_finished = any((output / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG))
     if is_finished and not (resume and (output / CHECKPOINTS).is_dir()):
         raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
     if not resume:
@@ -289,6 +310,8 @@ def _training_arguments(
         output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        **_recomputation(settings.gradient_checkpointing),
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
@@ -315,6 +338,15 @@ def _training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
+
+
+def _recomputation(asked: bool) -> dict[str, Any]:
+    """Say it by the name that this version of transformers has for it."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    if name not in known:
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if asked else {}
 
 
 def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:

@@ -34,8 +34,10 @@ from plug.shipped import SHIPPED_MODEL
 # What the command line has an option for; all else is `--set NAME=VALUE`, or in a settings file.
 FLAGS = (
     "train", "eval", "output", "model", "epochs", "batch_size", "eval_batch_size", "learning_rate",
-    "source_length", "target_length", "num_beams", "seed", "precision", "from_scratch",
+    "source_length", "target_length", "num_beams", "seed", "precision", "from_scratch", "memory",
+    "lora_rank",
 )  # fmt: skip
+MODES = ("full", "lora", "qlora")  # of `memory`
 _OF_TASK = ("epochs", "batch_size", "source_length", "target_length")
 _TASK_S = ("任务的默认值", "the task's")
 
@@ -152,6 +154,42 @@ class FinetuneSettings:
         "start from random weights of the model's shape, for comparison",
     )  # fmt: skip
 
+    memory: str = option(
+        "full", Choice(MODES),
+        "训练什么：full 为每个权重；lora 为各层旁的小矩阵（要装 peft），只存它们；"
+        "qlora 同 lora，但模型是量化过的，占内存最少。",
+        "what is trained: every weight, or small matrices beside the linear layers of encoder and "
+        "decoder (LoRA by peft, arXiv:2106.09685), which are saved alone; with `qlora` the model "
+        "is a directory of `plug quantize`, which takes the least memory. A head is trained whole",
+    )  # fmt: skip
+    lora_rank: int = option(16, Int(1, 4096), "LoRA 的秩。", "of the small matrices")
+    lora_alpha: float = option(
+        32.0, Float(1e-6, 1e6), "LoRA 的缩放：乘以它除以秩。",
+        "what the small matrices give is multiplied by it and divided by the rank",
+    )  # fmt: skip
+    lora_dropout: float = option(
+        0.05, Float(0, 0.99), "LoRA 输入的 dropout。", "of the small matrices' inputs, in training"
+    )
+    rslora: bool = option(
+        False, Bool(), "LoRA 的缩放除以秩的平方根。",
+        "divide by the square root of the rank instead (rsLoRA, arXiv:2312.03732)",
+    )  # fmt: skip
+    dora: bool = option(
+        False, Bool(), "LoRA 加上每个输出的模长（DoRA）。",
+        "also learn the norm of each output's weights (DoRA, arXiv:2402.09353); slower",
+    )  # fmt: skip
+    gradient_accumulation_steps: int = option(
+        1, Int(1, 65_536),
+        "每几批更新一次权重：每步的例子是 batch_size 乘以它。",
+        "batches whose gradients are added up before the weights change: a step has so many times "
+        "`batch_size` examples",
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(
+        False, Bool(),
+        "反向时重算各层，少占内存，约慢三分之一。",
+        "compute each layer again in the backward pass: less memory, about a third slower",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_options(self)
         task = find_task(self.task)
@@ -162,6 +200,11 @@ class FinetuneSettings:
             raise UsageError(f"r_drop 只用于分类任务，{self.task} 不是。请去掉它。")
         if self.label_smoothing and task.kind == "reading":
             raise UsageError(f"label_smoothing 不能用于阅读理解，{self.task} 是。请去掉它。")
+        if self.memory == "full" and (self.rslora or self.dora):
+            raise UsageError("rslora 和 dora 要与 --memory lora 或 qlora 一起用。")
+        if self.memory != "full" and (self.fgm or self.from_scratch):
+            name = "fgm" if self.fgm else "from_scratch"
+            raise UsageError(f"{name} 要训练每个权重，不能与 --memory {self.memory} 一起用。")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> FinetuneSettings:

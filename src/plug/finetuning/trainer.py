@@ -162,6 +162,7 @@ def learning_rate_scales(model: Any, decay: float) -> dict[str, float]:
 
 
 def _depth(name: str, num_hidden_layers: int) -> int | None:
+    name = name.removeprefix("base_model.model.")  # of peft
     if name.startswith("embeddings."):
         return 0
     if match := re.match(r"(encoder|decoder)\.layers\.(\d+)\.", name):

@@ -1,10 +1,10 @@
 """`FusedModel`: encoding and decoding by the kernels of `plug.kernels`, in half precision on CUDA.
 
-The mathematics is that of `plug.model.layers`; what differs is how often memory is touched. A
-decoding step at batch 1 does nothing but read the weights, so each kernel between two products
-counts: queries, keys and values come from one product, a residual sum and the norm after it are one
-kernel, attention reads each row's own length. Sources of any lengths are read as one run of
-tokens, without padding.
+The mathematics is that of `plug.model.layers`, with fewer passes over memory. At batch 1 a decoding
+step takes as long as reading the weights, so each kernel between two products counts. One product
+computes queries, keys and values. One kernel computes a residual sum and the norm after it.
+Attention reads each row's own length. Sources of any lengths are encoded as one run of tokens,
+without padding.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def _row_parallel(
 
 
 def _head(model: Plug) -> PackedLinear:
-    """The product with the word table; in a quantised model with its copy in 8 bits."""
+    """Return the product with the word table; in a quantised model, with its copy in 8 bits."""
     table = vocabulary_shard(model, model.embeddings.word_embeddings.weight.detach())
     out_features, in_features = table.shape
     no_bias = table.new_zeros(out_features)

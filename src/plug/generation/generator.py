@@ -114,6 +114,7 @@ class Generator:
         processes: what `start_processes` gives: each process takes a share of the model. All of
             them make the same calls in the same order, one at a time, and get the same results.
         device_map: as `plug.load` takes it.
+        adapter: as `plug.load` takes it; not with a `Plug`.
         reuse_bytes: bytes of encoded prompts to keep, so that the same prompt begins at once next
             time; 0 keeps none. None is 128 MiB on a CPU, else 0.
 
@@ -134,11 +135,16 @@ class Generator:
         room: Room = ONE_TEXT,
         processes: Processes | None = None,
         device_map: DeviceMap | None = None,
+        adapter: str | Path | None = None,
         reuse_bytes: int | None = None,
     ) -> None:
         if reuse_bytes is not None:
             check_int("reuse_bytes", reuse_bytes, 0)
         if isinstance(model, Plug):
+            if adapter is not None:
+                raise UsageError(
+                    "model 是 Plug 对象时不能给 adapter。请用 plug.load(…, adapter=…)。"
+                )
             if tokenizer is None:
                 raise UsageError("model 是 Plug 对象时，还要给 tokenizer（PlugTokenizer）。")
         else:
@@ -153,6 +159,7 @@ class Generator:
                     room=room,
                     processes=processes,
                     device_map=device_map,
+                    adapter=adapter,
                 )
         self.config = model.config
         self.tokenizer = tokenizer

@@ -28,6 +28,7 @@ from plug.generation.sampling import Plan, Sampler, log_probabilities
 from plug.generation.scheduler import NO_CHOICE, StepPlan
 from plug.generation.sequence import TokenLogprobs
 from plug.generation.settings import MAX_LOOKUP_TOKENS
+from plug.loading.adapters import has_adapters
 from plug.model.layers import KeyValue
 from plug.model.plug import Plug
 
@@ -78,6 +79,8 @@ class PreparedModel:
 
 
 def _prepare(model: Plug, granularity: int) -> PlainModel | FusedModel:
+    if has_adapters(model):
+        return PlainModel(model, granularity)
     words = model.embeddings.word_embeddings.weight
     if has_kernels(words.device) and words.dtype in (torch.float16, torch.bfloat16):
         from plug.generation.fused_model import FusedModel  # imports Triton

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import gather_logits, vocabulary_shard
 from plug.generation.kv_cache import DecoderCache
+from plug.loading.adapters import AdaptedLinear
 from plug.model import accounting
 from plug.model.layers import FeedForward, KeyValue, LayerNorm
 from plug.model.plug import Plug
@@ -160,6 +161,11 @@ def _with_products(
     7% of a step at batch 1 on a CPU.
     """
 
+    def faster(layer: nn.Module) -> Product:
+        if isinstance(layer, QuantizedLinear):
+            return for_quantized(layer)
+        return for_plain(cast(nn.Linear, layer))
+
     def replaced(original: nn.Module) -> nn.Module:
         copy = original.__new__(type(original))
         copy.__dict__.update(original.__dict__)
@@ -168,10 +174,10 @@ def _with_products(
             for name, child in original._modules.items()
         }
         for name, child in original.named_children():
-            if isinstance(child, QuantizedLinear):
-                copy.__dict__[name] = for_quantized(child)
-            elif isinstance(child, nn.Linear):
-                copy.__dict__[name] = for_plain(child)
+            if isinstance(child, AdaptedLinear):
+                copy.__dict__[name] = child.with_product(faster(child.base))
+            elif isinstance(child, (QuantizedLinear, nn.Linear)):
+                copy.__dict__[name] = faster(child)
             elif isinstance(child, nn.Dropout):
                 copy.__dict__[name] = _identity
             elif isinstance(child, (LayerNorm, FeedForward)):

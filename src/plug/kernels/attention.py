@@ -1,7 +1,7 @@
-"""Triton kernel of attention in a decoding step: one query a row and head.
+"""Triton kernel of attention in a decoding step: one query for each row and head.
 
-Lengths are read on the device, row by row: rows of unequal length cost what each needs, and one
-CUDA graph serves every length.
+Each row's length is read on the device. So a row costs what its own length needs, and one CUDA
+graph serves every length.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from plug.kernels.launch import overlap
 
-# Positions at a time, and warps; measured for what a window and a source usually hold. The long
-# source of a single row, which leaves most of the card idle, is read in larger pieces.
+# Positions at a time, and warps: the fastest for a usual window and source. The long source of a
+# single row leaves most of the card idle, so it is read in larger pieces.
 _USUAL, _LONG_SOURCE = (128, 4), (256, 8)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Cross-attention of one position a row.
+    """Compute cross-attention for one position of each row.
+
+    The keys and values may be read while the kernel before this one still runs.
 
     Args:
         query: (rows, heads * head_dim).
@@ -40,15 +42,15 @@ def append_and_attend(
     *,
     early: bool = False,
 ) -> Tensor:
-    """Causal self-attention of one new position a row, which joins the caches.
+    """Add one new position of each row to the caches, and compute its causal self-attention.
 
     Args:
         query_key_value: (rows, 3 * heads * head_dim).
         keys: (at least rows, heads, room, head_dim), contiguous; written at ``positions``.
         values: the same.
         positions: (rows,), where the new position stands, below ``room``.
-        early: no kernel of this step has written to the caches before: they may be read while the
-            product before this still runs.
+        early: the caches may be read while the kernel before this one still runs. So no earlier
+            kernel of this step may have written to them, or to ``positions``.
 
     Returns:
         (rows, heads * head_dim).

@@ -15,7 +15,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +62,20 @@ def compile_kernel(file: str, name: str, settings: dict[str, int]) -> Any:
     return torch.cuda._compile_kernel(defines + source, name)
 
 
+@cache
+def _attribute() -> Any:
+    """Return the pointer to the attribute that lets a kernel start early."""
+    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0)
+    attribute.value[0] = 1
+    return ctypes.pointer(attribute)
+
+
+@cache
+def _launch_function() -> Any:
+    # Kept: PyTorch opens the library anew at each call, which takes 50 µs and more.
+    return torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernelEx
+
+
 def launch(kernel: Any, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
     """Launch what `compile_kernel` returned on the current stream, overlapping where it can.
 
@@ -69,26 +83,22 @@ def launch(kernel: Any, blocks: int, threads: int, arguments: Sequence[Tensor | 
         kernel: to launch.
         blocks: of the grid.
         threads: of a block.
-        arguments: tensors become pointers, integers 32-bit integers.
+        arguments: tensors become pointers, integers 32-bit integers; the first is a tensor.
     """
-    stream = torch.cuda.current_stream()
+    device = cast(Tensor, arguments[0]).device
     values = [
         ctypes.c_void_p(each.data_ptr()) if isinstance(each, Tensor) else ctypes.c_int(each)
         for each in arguments
     ]
-    pointers = (ctypes.c_void_p * len(values))(
-        *(ctypes.cast(ctypes.byref(each), ctypes.c_void_p) for each in values)
-    )
-    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0)
-    attribute.value[0] = 1
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     config = _Config(
         (blocks, 1, 1),
         (threads, 1, 1),
         0,
-        stream.cuda_stream,
-        ctypes.pointer(attribute),
-        int(overlaps(stream.device)),
+        torch._C._cuda_getCurrentRawStream(device.index),
+        _attribute(),
+        overlaps(device),
     )
-    library = torch.cuda._utils._get_gpu_runtime_library()
-    status = library.cuLaunchKernelEx(ctypes.byref(config), kernel.func, pointers, None)
-    torch.cuda._utils._check_cuda(status)
+    status = _launch_function()(ctypes.byref(config), kernel.func, pointers, None)
+    if status:
+        torch.cuda._utils._check_cuda(status)

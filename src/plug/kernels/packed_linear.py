@@ -156,15 +156,17 @@ class PackedLinear:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the card multiplies FP8 rows with a scale each."""
+    """Return whether the card multiplies FP8 rows with a scale each."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _stacked(layers: tuple[nn.Linear | QuantizedLinear, ...]) -> dict[str, Tensor]:
-    """Tensors of all layers by name, one under the other; the layers' own become views of them."""
+    """Stack the tensors of all layers, by name; the layers' own become views of them."""
     stacked = {}
     for name in [*dict(layers[0].named_parameters()), *dict(layers[0].named_buffers())]:
         parts: list[Tensor] = [getattr(layer, name).detach() for layer in layers]
+        # Views of tiles, where another `PackedLinear` has been made of the layers.
+        parts = [part.flatten(0, 1).flatten(1) if part.ndim > 2 else part for part in parts]
         if len(parts) == 1:
             stacked[name] = parts[0]
             continue
@@ -193,7 +195,7 @@ def _fits(weight: Tensor, bits: int, out_features: int) -> bool:
 
 @cache
 def _kernel(bits: int, dtype: torch.dtype, tiles: int, _device: int) -> tuple[Any, int, int]:
-    """The compiled kernel for the current device, its outputs and its threads a block."""
+    """Return the kernel for the current device, and the outputs and threads of a block."""
     shape = _SHAPES[bits, tiles > 1]
     settings = shape | {"BITS": bits, "HALF": int(dtype == torch.float16), "TILES": tiles}
     kernel = compile_kernel("skinny_gemm.cu", "skinny_gemm", settings)

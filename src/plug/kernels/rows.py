@@ -78,7 +78,7 @@ def _launch_add_norm(
 
 
 def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
-    """`Embeddings` of single tokens, of token type 0: ids and positions (rows,) to (rows, size)."""
+    """Compute `Embeddings` of tokens of type 0: ids and positions (rows,) to (rows, size)."""
     words = embeddings.word_embeddings.weight
     rows, size = len(token_ids), words.shape[1]
     out = words.new_empty(rows, size)
@@ -124,7 +124,7 @@ def quantize_rows(x: Tensor, *, gelu: bool = False) -> Fp8Rows:
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """The exact GELU in place: what was written just now is still in the cache."""
+    """Compute the exact GELU in place; what was just written is still in the card's cache."""
     _gelu_in_place[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096)
     return x
 

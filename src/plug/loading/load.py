@@ -18,6 +18,7 @@ from plug.checkpoints.weights import DTYPES, Place, TensorSpec, check_finite, fi
 from plug.distributed import tensor_parallel
 from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
+from plug.loading.adapters import attach, read_adapter
 from plug.loading.memory import STREAMED_AT_ONCE, Room, check_dtype, check_memory
 from plug.loading.offload import DeviceMap, choose, is_elsewhere, keep_elsewhere, layer_bytes
 from plug.loading.transfer import Part, Transfer
@@ -37,6 +38,7 @@ def load(
     room: Room | None = None,
     processes: Processes | None = None,
     device_map: DeviceMap | None = None,
+    adapter: str | Path | None = None,
 ) -> Plug:
     """A model in eval mode, its weights read straight onto ``device``.
 
@@ -54,10 +56,13 @@ def load(
         device_map: where layers of the encoder are kept that ``device`` has no memory for, until
             they are needed: "auto", or from names ("encoder.layers.23") to "cpu" (the file itself,
             by way of the system's page cache) or another card. Not to be trained or saved either.
+        adapter: directory of a LoRA adapter, of `plug finetune` or peft, that is added to the
+            weights (`plug.loading.adapters`).
 
     Raises:
         UsageError: as in `find_model_directory`, ``dtype`` is none of `weights.DTYPES`, or the
-            model cannot be shared out among so many.
+            model cannot be shared out among so many; or the adapter is of another model, or does
+            not go with ``processes``, ``device_map`` or a model without a head.
         PlugError: weights are missing, damaged, NaN or infinite, do not fit `config.json` or the
             device's memory, or have a dtype that the device lacks.
     """
@@ -67,6 +72,16 @@ def load(
         raise UsageError(f"dtype={dtype} 不支持。可用：{'、'.join(DTYPES)}。")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
+    if adapter is not None and (device_map is not None or (processes and processes.world_size > 1)):
+        raise UsageError(
+            "--adapter 不能和 --device-map 或多个进程一起用。请先合并：plug merge --adapter …"
+        )
+    added = None if adapter is None else read_adapter(adapter, directory)
+    if added is not None and added.head:
+        raise UsageError(
+            f"适配器 {adapter} 带有任务的输出层（{'、'.join(sorted(added.head)[:3])}），不能写作。"
+            "请用 plug predict --adapter。"
+        )
     model = _empty(directory)
     places = locate_weights(directory, weight_shapes(model))
     specs = _specs(directory, model, places, dtype)
@@ -93,6 +108,8 @@ def load(
         model.load_state_dict(weights, assign=True, strict=not kept)
         if kept:
             keep_elsewhere(model, kept, places, specs, device)
+    if added is not None:
+        attach(model, added)
     size, seconds = sum(x.nbytes for x in weights.values()), time.perf_counter() - began
     logger.info(
         "权重 %.2f GB，%.2f 秒读到 %s（%.2f GB/s）。",

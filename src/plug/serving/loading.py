@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.errors import UsageError
 from plug.finetuning.classification import Classification
 from plug.finetuning.generation import Generation
@@ -31,7 +31,6 @@ _CAPABILITIES: dict[str, Capability] = {  # class of the model -> what its predi
     "PlugForSequenceClassification": "classify",
     "PlugForTokenClassification": "tag",
     "PlugForQuestionAnswering": "answer",
-    "PlugForConditionalGeneration": "questions",
 }
 
 
@@ -63,10 +62,24 @@ def load_model(
         return _load_finetuned(name, found, rows, device)
     tokenizer = PlugTokenizer.load(found)
     model = load(found, device=device, dtype=dtype, room=Room(batch_size=rows))
-    served = _empty(name, tokenizer, model.config)
-    served.encoder = TextEncoder(model, tokenizer)
     if model.config.num_decoder_layers:
-        _add_engine(served, Generator(model, tokenizer), rows)
+        served = serve_plug(name, Generator(model, tokenizer), rows)
+    else:
+        served = _empty(name, tokenizer, model.config)
+    served.encoder = TextEncoder(model, tokenizer)
+    return served
+
+
+def serve_plug(name: str, generator: Generator, rows: int) -> ServedModel:
+    """A model that writes by ``generator``; arguments as in `load_model`."""
+    served = _empty(name, generator.tokenizer, generator.config)
+    engine = Engine(generator, rows)
+    served.engine = engine
+    served.window_tokens = window_length(generator.config, GenerationSettings())
+    served.encode_prompt = lambda text: generator.encode(text, allow_special_tokens=False)
+    served.stats = lambda: engine.stats
+    served.check_alive = lambda: engine.is_alive
+    served.on_close = engine.close
     return served
 
 
@@ -102,28 +115,20 @@ def _empty(name: str, tokenizer: PlugTokenizer, config: PlugConfig) -> ServedMod
     )
 
 
-def _add_engine(served: ServedModel, generator: Generator, rows: int) -> None:
-    engine = Engine(generator, rows)
-    served.engine = engine
-    served.window_tokens = window_length(generator.config, GenerationSettings())
-    served.encode_prompt = lambda text: generator.encode(text, allow_special_tokens=False)
-    served.stats = lambda: engine.stats
-    served.check_alive = lambda: engine.is_alive
-    served.on_close = engine.close
-
-
 def _load_finetuned(name: str, directory: Path, rows: int, device: torch.device) -> ServedModel:
     kind = kind_of(directory)
     model = load_plain(kind, directory, device)
-    served = _empty(name, kind.tokenizer, PlugConfig.from_file(directory / "config.json"))
-    served.tuned_for = _CAPABILITIES[kind.model_class]
     if isinstance(kind, Generation):
-        _add_engine(served, Generator(model, kind.tokenizer), rows)
+        served = serve_plug(name, Generator(model, kind.tokenizer), rows)
         served.question = lambda parts: kind.sources([kind.example(parts)])[0]
         served.question_settings = GenerationSettings(
             out_length=kind.target_length, do_sample=False, num_beams=kind.num_beams
         )
-    elif isinstance(kind, Classification):
+        served.tuned_for = "questions"
+        return served
+    served = _empty(name, kind.tokenizer, PlugConfig.from_file(directory / CONFIG_FILE))
+    served.tuned_for = _CAPABILITIES[kind.model_class]
+    if isinstance(kind, Classification):
         served.tuned = lambda parts: _classify(kind, model, parts)
     else:
         served.tuned = lambda parts: _predict(kind, model, parts)

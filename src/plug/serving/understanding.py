@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from plug.serving.completions import finish
 from plug.serving.errors import bad_request
-from plug.serving.guard import record_of
+from plug.serving.guard import ClientGone, record_of
 from plug.serving.models import Capability, ServedModel
 from plug.serving.protocol import (
     AnswerBody,
@@ -47,17 +47,21 @@ async def embeddings(service: Service, request: Request, body: EmbeddingsBody) -
     for text in texts:
         service.check_length(text, "input")
     vectors = await _in_parts(
-        service, model, texts, lambda part: plug.embed(part, model=model.encoder).tolist()
+        service, model, request, texts, lambda part: plug.embed(part, model=model.encoder).tolist()
     )
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(each, body.encoding_format)}
-        for index, each in enumerate(vectors)
-    ]
-    tokens = sum(len(ids) for ids in model.tokenizer.encode_batch(texts))
-    record_of(request.scope).prompt_tokens = tokens
-    counts = {"prompt_tokens": tokens, "total_tokens": tokens}
-    answer = {"object": "list", "data": data, "model": model.name, "usage": counts}
-    return _json(answer, body)
+
+    def answer() -> Response:
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(each, encoding)}
+            for index, each in enumerate(vectors)
+        ]
+        tokens = sum(len(ids) for ids in model.tokenizer.encode_batch(texts))
+        record_of(request.scope).prompt_tokens = tokens
+        counts = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return _json({"object": "list", "data": data, "model": model.name, "usage": counts}, body)
+
+    encoding = body.encoding_format
+    return await service.tokenize(answer)  # a megabyte of text, and 2,048 vectors, take a second
 
 
 async def classify(service: Service, request: Request, body: ClassifyBody) -> Response:
@@ -72,7 +76,7 @@ async def classify(service: Service, request: Request, body: ClassifyBody) -> Re
         service.check_length(text, "input")
     if model.tuned_for == "classify":
         pair = [] if body.text_pair is None else [body.text_pair]
-        return _json(await _tuned(service, model, [[text, *pair] for text in texts]), body)
+        return _json(await _tuned(service, model, request, [[text, *pair] for text in texts]), body)
     if body.labels is None:
         raise bad_request("请在 labels 里给出两个以上的标签。", "labels")
     if body.text_pair is not None:
@@ -96,7 +100,7 @@ async def classify(service: Service, request: Request, body: ClassifyBody) -> Re
             for text in part
         ]
 
-    scored = await _in_parts(service, model, texts, score, together=1)
+    scored = await _in_parts(service, model, request, texts, score, together=1)
     data = [
         {"index": index, "label": each[0]["label"], "labels": each}
         for index, each in enumerate(scored)
@@ -164,16 +168,16 @@ async def _predict(
     for parts in examples:
         for part in parts:
             service.check_length(part, "input")
-    return _json(await _tuned(service, model, examples), body)
+    return _json(await _tuned(service, model, request, examples), body)
 
 
 async def _tuned(
-    service: Service, model: ServedModel, examples: Sequence[Sequence[str]]
+    service: Service, model: ServedModel, request: Request, examples: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
     """What a fine-tuned model predicts, as `plug predict` shows it."""
     predict = model.tuned
     assert predict is not None
-    found = await _in_parts(service, model, examples, predict)
+    found = await _in_parts(service, model, request, examples, predict)
     data = [{"index": index, **each} for index, each in enumerate(found)]
     return {"object": "list", "model": model.name, "data": data}
 
@@ -181,16 +185,25 @@ async def _tuned(
 async def _in_parts(
     service: Service,
     model: ServedModel,
+    request: Request,
     inputs: Sequence[Any],
     work: Callable[[Sequence[Any]], list[T]],
     together: int = _TOGETHER,
 ) -> list[T]:
-    """``work`` on a few inputs at a time, so that a long list holds nobody up."""
+    """``work`` on a few inputs at a time, so that a long list holds nobody up.
+
+    Raises:
+        ClientGone: nobody waits for the rest.
+    """
     found: list[T] = []
     for first in range(0, len(inputs), together):
+        if await request.is_disconnected():
+            raise ClientGone
         part = list(inputs[first : first + together])
         # A character is a token at most; counting them all would take longer than it is worth.
-        tokens = sum(model.tokens_read(len(text)) for each in part for text in _texts(each))
+        # Fine-tuned models read a long text in several windows, the others its end.
+        lengths = [len(text) for each in part for text in _texts(each)]
+        tokens = sum(lengths if model.tuned is not None else map(model.tokens_read, lengths))
         found += await service.compute(tokens, lambda part=part: work(part))  # type: ignore[misc]
     return found
 
@@ -229,7 +242,8 @@ async def detokenize(service: Service, request: Request, body: DetokenizeBody) -
     model = service.find(body.model, "tokenize", record_of(request.scope))
     if body.tokens:
         model.check_ids(body.tokens)
-    return _json({"prompt": model.decode(body.tokens)}, body)
+    prompt = await service.tokenize(lambda: model.decode(body.tokens))
+    return _json({"prompt": prompt}, body)
 
 
 async def load(service: Service, _request: Request, body: LoadBody) -> Response:
