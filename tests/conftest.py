@@ -17,6 +17,13 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # The Triton kernels run on the CPU, by Triton's own interpreter. It asks when it is imported,
+    # which peft and transformers do in tests of other folders.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# isort: split
+
 from plug.cli import main
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig

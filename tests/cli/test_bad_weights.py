@@ -57,3 +57,42 @@ def test_the_classes_for_transformers_refuse_them(spoilt: Path) -> None:
 
     with pytest.raises(plug.PlugError, match=TENSOR):  # `plug finetune` loads by these
         plug.PlugForSequenceClassification.from_pretrained(spoilt)
+
+
+@pytest.fixture
+def overflowing(model_directory: Path) -> Path:
+    """Every weight is a number, but what the model computes is none."""
+    file = model_directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    for name in tensors:
+        if "fc" in name:
+            tensors[name] = tensors[name].sign() * 3e37
+    safetensors.torch.save_file(tensors, file)
+    return model_directory
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "今天"],
+        ["generate", "今天", "--num-beams", "2", "--out-length", "3"],
+        ["classify", "今天", "--labels", "好,坏"],
+        ["classify", "今天", "--labels", "好,坏", "--method", "mlm"],
+        ["fill-mask", "今[MASK]"],
+        ["embed", "今天"],
+        ["evaluate", "lm", "--text", "TEXT", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_outputs_that_are_no_numbers_are_no_answer(
+    arguments: list[str], overflowing: Path, tmp_path: Path, run_plug: Callable
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("今天天气很好，我们去公园看花。\n" * 20, encoding="utf-8")
+    given = [text if each == "TEXT" else each for each in arguments]
+
+    ran = run_plug(*given, "--model", overflowing, "--device", "cpu")
+
+    assert ran.status in (1, 2), ran
+    assert ran.out == ""
+    assert "NaN" in ran.err or "不是数" in ran.err

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from plug.finetuning.kind import Collator, frame
+from plug.errors import PlugError
+from plug.finetuning.kind import Collator, frame, run_batches
 from plug.tokenization import PlugTokenizer
 
 
@@ -43,3 +47,17 @@ def test_a_batch_is_padded_to_its_longest(tiny_tokenizer: PlugTokenizer) -> None
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
     assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["logits", "start_logits"])
+def test_outputs_that_are_no_numbers_are_no_answer(name: str) -> None:
+    """Where a training diverged, argmax would call each example by the first label."""
+
+    class Overflowing(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, **_: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(**{name: torch.full((1, 2), float("nan"))})
+
+    with pytest.raises(PlugError, match="NaN"):
+        list(run_batches(Overflowing(), [{"input_ids": [2, 3]}], Collator(0), 1, None))

@@ -1,15 +1,11 @@
-"""Without a GPU, the Triton kernels run on the CPU, by Triton's own interpreter."""
+"""Kernels are tested on the GPU where there is one, else on the CPU (`tests/conftest.py`)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
 @pytest.fixture

@@ -184,6 +184,42 @@ def test_a_text_that_fails_in_a_stream_is_an_error_event(client: Any) -> None:
     client.wait_until(lambda: client.engine.seen[1].is_cancelled)  # the other text too
 
 
+def test_text_that_was_held_back_comes_without_a_token(client: Any) -> None:
+    client.engine.seconds = 0.02
+    connection = open_stream(client, LONG)
+    client.wait_until(lambda: client.engine.steps > 2)
+    text = client.engine.seen[0]
+    text.cancel()
+    text.listener(jobs.Piece("尾", ()))
+    text.listener(jobs.End("stop"))
+    stream = read_all(connection)
+
+    assert '"text":"\\u5c3e"' in stream
+    assert '"finish_reason":"stop"' in stream
+    assert "[DONE]" in stream
+
+
+def test_a_bug_with_one_text_is_no_matter_of_the_others(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.engine.seconds = 0.02
+    connection = open_stream(client, {"prompt": "花", "max_tokens": 30})
+    client.wait_until(lambda: client.engine.running)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    client.engine.seen[0].listener = lambda _: None  # the first goes on unheard
+    first = next(iter(client.service.jobs))
+    monkeypatch.setattr(first, "_observer", type("Failing", (), {
+        "on_tokens": fail, "on_choice_end": lambda *_: None, "on_end": lambda *_: None
+    })())  # fmt: skip
+    client.engine.seen[0].listener = client.service._bridge.listener(first, first.choices[0])
+    assert client.post("/v1/completions", {"prompt": "花", "max_tokens": 3})[0] == 200
+    assert '"code":"internal_error"' in read_all(connection)
+    client.service.jobs.clear()
+
+
 def test_a_dead_engine_is_unhealthy(client: Any) -> None:
     assert client.get("/health")[0] == 200
     client.engine.close()

@@ -58,4 +58,9 @@ def serve(
         device=place,
         dtype=None if dtype is None else DTYPES[dtype],
     )
-    run([load(each, path) for each, path in directories.items()], settings, load)
+    models = [load(each, path) for each, path in directories.items()]
+    run(models, settings, load, _say_where)
+
+
+def _say_where(address: str) -> None:
+    print(f"服务已启动：{address}（网页在 /，接口在 /v1）。按 Ctrl-C 结束。", flush=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plug.errors import UsageError
 from plug.model.configuration import PlugConfig
+from plug.model.heads import numbers
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 
@@ -149,7 +150,7 @@ def _nats(model: Plug, tokenizer: PlugTokenizer, batch: list[Example]) -> float:
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return float(losses)
+    return float(numbers(losses))
 
 
 def _pad(rows: list[list[int]], value: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from plug.checkpoints.headers import read_places
 from plug.errors import PlugError, UsageError
 from plug.evaluation.report import Evaluation
 from plug.finetuning.tasks import KindName
-from plug.model.heads import IGNORE_INDEX
+from plug.model.heads import IGNORE_INDEX, numbers
 from plug.tokenization import PlugTokenizer
 
 Features = dict[str, Any]  # arguments of a model's forward: id lists, or one number an example
@@ -235,14 +235,22 @@ def run_batches(
     batch_size: int,
     on_progress: OnProgress | None,
 ) -> Iterator[tuple[list[int], Any]]:
-    """The model's outputs, batch by batch, the longest first; with the features' numbers."""
+    """The model's outputs, batch by batch, the longest first; with the features' numbers.
+
+    Raises:
+        PlugError: outputs are NaN or infinite.
+    """
     order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
     done = 0
     with inference(model):
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
             batch = collate([features[index] for index in indices])
-            yield indices, model(**{key: value.to(model.device) for key, value in batch.items()})
+            output = model(**{key: value.to(model.device) for key, value in batch.items()})
+            for name in ("logits", "start_logits", "end_logits"):
+                if (logits := getattr(output, name, None)) is not None:
+                    numbers(logits)
+            yield indices, output
             done += len(indices)
             if on_progress:
                 on_progress(done)

@@ -7,15 +7,17 @@ beams count as hypotheses, ended or not. The best score of all hypotheses so far
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from plug.errors import UsageError
 from plug.generation.model_runner import ModelRunner, Size
 from plug.generation.sampling import penalize
-from plug.generation.settings import BEAM_MIN_LENGTH, GenerationSettings
+from plug.generation.settings import BEAM_MIN_LENGTH, NO_TOKEN_MESSAGE, GenerationSettings
 from plug.generation.window import FinishReason
 from plug.model.configuration import PlugConfig
 
@@ -57,6 +59,9 @@ def beam_search(
         length_penalty: exponent alpha of ((5 + n) / 6) ^ alpha, n tokens long.
         allow: given logits (rows, vocab) and what each row has written (rows, n), returns the
             logits with -inf for what may not come next.
+
+    Raises:
+        UsageError: ``allow`` forbids every token, or the logits are not numbers.
 
     Source: ModelScope's generator (docs/generation.md, "Beam search"); the penalty is Wu et al.
     2016, arXiv:1609.08144, equation 14.
@@ -106,7 +111,10 @@ def beam_search(
         else:
             runner.reorder(origin.tolist(), step + 1, sources=False)
         last = written[:, -1].tolist()
-    return [max(found, key=lambda each: each.score) for found in hypotheses]
+    best = [max(found, key=lambda each: each.score) for found in hypotheses]
+    if any(math.isnan(each.score) for each in best):
+        raise UsageError(NO_TOKEN_MESSAGE)
+    return best
 
 
 def write_by_beams(

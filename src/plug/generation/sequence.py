@@ -9,7 +9,7 @@ from typing import NamedTuple
 from plug.errors import UsageError
 from plug.generation.detokenizer import Detokenizer
 from plug.generation.prompt_lookup import PromptLookup
-from plug.generation.settings import NO_TOKEN, GenerationSettings
+from plug.generation.settings import NO_TOKEN, NO_TOKEN_MESSAGE, GenerationSettings
 from plug.generation.window import FinishReason, Rules
 
 
@@ -132,7 +132,7 @@ class Sequence:
     def _take(self, token_id: int) -> bool:
         """Take one id; True where it was written."""
         if token_id == NO_TOKEN:
-            raise UsageError("这些设置禁止了所有的词元，或模型的输出不是数，写不下去。请放宽设置。")
+            raise UsageError(NO_TOKEN_MESSAGE)
         kept = self.rules.accept(token_id, self)
         if kept is None:
             return False

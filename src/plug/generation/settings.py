@@ -37,6 +37,7 @@ SAMPLING_PENALTY = 1.1  # of repeated tokens; docs/experiments.md has what it do
 # In place of an id where no token can be chosen: the settings forbid every token, or the logits are
 # not numbers. It becomes the error of its sequence and is never fed to the model.
 NO_TOKEN = -2
+NO_TOKEN_MESSAGE = "这些设置禁止了所有的词元，或模型的输出不是数，写不下去。请放宽设置。"
 BEAM_MIN_LENGTH = 5  # the reference's default of its beam search
 
 

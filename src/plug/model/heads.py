@@ -1,4 +1,4 @@
-"""What stands on the encoder: the masked-LM head and the 3-way sentence head."""
+"""What stands on the encoder (the masked-LM and the sentence head), and a look at outputs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.errors import PlugError
 from plug.model.configuration import PlugConfig
 from plug.model.layers import LayerNorm
 
@@ -33,3 +34,19 @@ class SentenceHead(nn.Linear):
 
     def __init__(self, config: PlugConfig) -> None:
         super().__init__(config.hidden_size, NUM_SENTENCE_CLASSES)
+
+
+def numbers(outputs: Tensor) -> Tensor:
+    """Return a model's outputs, unless they overflowed: -inf forbids, NaN and inf say nothing.
+
+    Finite weights are no guarantee, above all in float16.
+
+    Raises:
+        PlugError: one of them is NaN or infinite.
+    """
+    if not (outputs < torch.inf).all():
+        raise PlugError(
+            "模型算出了 NaN 或无穷大：权重太大（如训练发散），或超出了所用精度的范围。"
+            "请换 float32 或 bfloat16，或降低学习率重新训练。"
+        )
+    return outputs

@@ -166,8 +166,7 @@ class Guard:
             413,
             f"请求的正文超过 {self._settings.max_body_bytes} 字节。请分几次发送。",
             code="body_too_large",
-            headers={"Connection": "close"},
-        )
+        )  # not closed at once: a client that still sends would see a reset, and no answer
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -7,6 +7,7 @@ all texts of a step. A job then has its new pieces, or its end.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from typing import NamedTuple, Protocol
 from plug.errors import PlugError
 from plug.generation.settings import GenerationSettings
 from plug.serving.errors import ApiError, as_api_error
+
+logger = logging.getLogger(__name__)
 
 # Tokens that a client has not fetched: one that reads no further is cut off there. Beyond that the
 # transport holds 64 KiB more.
@@ -146,7 +149,8 @@ class Job:
             if not self._streams:
                 choice.pieces.append(news)
             self._unread += len(news.token_ids)
-            self._observer.on_tokens(self, choice, len(news.token_ids))
+            if news.token_ids:  # else it is what was held back
+                self._observer.on_tokens(self, choice, len(news.token_ids))
             if self._streams and self._unread > MAX_UNREAD:
                 self.stop(ApiError(408, "客户端长时间没有读取，已中断。", code="slow_client"))
                 return
@@ -248,4 +252,8 @@ class Bridge:
             posted, self._posted = self._posted, deque()
             self._is_called = False
         for job, choice, news in posted:
-            job.take(choice, news)
+            try:
+                job.take(choice, news)
+            except Exception as error:  # a bug with one request is no matter of the others
+                logger.error("a job failed: %s", type(error).__name__)
+                job.stop(ApiError(500, "服务器内部出错。", code="internal_error"))

@@ -47,7 +47,7 @@ MAX_INPUTS = 2048  # texts of one request for embeddings, as at OpenAI
 MAX_TEXTS = 256  # of one request for PLUG's own routes
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Label = Annotated[str, Field(min_length=1, max_length=64)]
+Label = Annotated[str, Field(min_length=1, max_length=32)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
@@ -242,7 +242,7 @@ class ClassifyBody(Body):
 
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
     text_pair: str | None = Field(None, description="the second text, of tasks that compare two")
-    labels: Annotated[list[Label], Field(min_length=2, max_length=200)] | None = None
+    labels: Annotated[list[Label], Field(min_length=2, max_length=100)] | None = None
     examples: Annotated[list[Example], Field(max_length=64)] = []
     prompt: str | None = Field(None, description="has {text}; the label comes at its end")
     method: Literal["decoder", "mlm"] = "decoder"

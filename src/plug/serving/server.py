@@ -12,7 +12,7 @@ import logging
 import resource
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,9 +37,18 @@ _LAST_SECONDS = 5  # for answers to be sent when all is done
 
 
 def serve(
-    models: Sequence[ServedModel], settings: ServeSettings, loader: Loader | None = None
+    models: Sequence[ServedModel],
+    settings: ServeSettings,
+    loader: Loader | None = None,
+    on_started: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until a signal ends it; arguments as in `create_app`.
+    """Serve until a signal ends it.
+
+    Args:
+        models: as in `create_app`, as are the next two.
+        settings: see ``models``.
+        loader: see ``models``.
+        on_started: called with the address when the server listens.
 
     Raises:
         UsageError: the address or the path cannot be listened on.
@@ -48,7 +57,7 @@ def serve(
     app = create_app(models, settings, loader)
     with listen(settings) as listening:
         set_up_logs()
-        server = Server(app)
+        server = Server(app, on_started)
         try:
             server.run(sockets=[listening])
         finally:
@@ -58,8 +67,9 @@ def serve(
 class Server(uvicorn.Server):
     """uvicorn's, but a signal first lets what runs end."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, on_started: Callable[[str], None] | None = None) -> None:
         super().__init__(_config(app))
+        self._on_started = on_started
         self.service: Service = app.state.service
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -68,10 +78,13 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         settings = self.service.settings
+        where = address(settings, sockets[0]) if sockets else ""
+        if self._on_started is not None:
+            self._on_started(where)
         log_event(
             logging.INFO,
             event="started",
-            address=address(settings, sockets[0]) if sockets else "",
+            address=where,
             models=list(self.service.models),
             has_key=bool(settings.api_key),
         )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from plug.errors import UsageError
+from plug.model.heads import numbers
 from plug.model.plug import Plug
 from plug.traditional import as_read
 from plug.zero_shot.encoder import TextEncoder, check_text, pad
@@ -60,6 +61,7 @@ def classify(
 
     Raises:
         UsageError: fewer than two labels, labels twice, no "{text}", or a model without decoder.
+        PlugError: the model's outputs are no numbers.
     """
     check_text(text)
     if not 2 <= len(labels) <= MAX_LABELS or not all(label.strip() for label in labels):
@@ -121,5 +123,5 @@ def _mlm_scores(encoder: TextEncoder, prompt: str, labels: Sequence[str]) -> tor
 def _mean_loss(logits: torch.Tensor, targets: Sequence[Sequence[int]]) -> torch.Tensor:
     """(rows,) cross-entropy of logits (rows, length, vocab), a mean over each row's targets."""
     wanted = pad(targets, -100).to(logits.device)
-    losses = F.cross_entropy(logits.mT, wanted, ignore_index=-100, reduction="none")
+    losses = F.cross_entropy(numbers(logits).mT, wanted, ignore_index=-100, reduction="none")
     return losses.sum(1) / (wanted != -100).sum(1)

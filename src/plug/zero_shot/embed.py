@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plug.errors import UsageError
+from plug.model.heads import numbers
 from plug.model.plug import Plug
 from plug.traditional import as_read
 from plug.zero_shot.encoder import TextEncoder, check_text
@@ -35,6 +36,7 @@ def embed(
 
     Raises:
         UsageError: no text, or an empty one.
+        PlugError: the model's outputs are no numbers.
     """
     if not texts:
         raise UsageError("没有文字。请给出至少一段。")
@@ -46,4 +48,4 @@ def embed(
         encoded, mask = encoder.encode(sources[first : first + batch_size])
         weights = mask[..., None].float()
         vectors.append((encoded.float() * weights).sum(1) / weights.sum(1))
-    return F.normalize(torch.cat(vectors), dim=-1).cpu()
+    return numbers(F.normalize(torch.cat(vectors), dim=-1)).cpu()

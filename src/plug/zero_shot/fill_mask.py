@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from plug.errors import UsageError
+from plug.model.heads import numbers
 from plug.model.plug import Plug
 from plug.traditional import as_read
 from plug.zero_shot.encoder import TextEncoder
@@ -44,6 +45,7 @@ def fill_mask(
 
     Raises:
         UsageError: there is no mask, or the text is too long to be read whole.
+        PlugError: the model's outputs are no numbers.
     """
     if MASK not in text:
         raise UsageError(f"文字里没有 {MASK}。请在要填的地方写上它，如“今天{MASK}气很好”。")
@@ -60,7 +62,7 @@ def fill_mask(
     source = encoder.frame(ids)
     encoded, _ = encoder.encode([source])
     where = [index for index, token in enumerate(source) if token == tokenizer.mask_token_id]
-    logits = encoder.model.mlm_logits(encoded[0, where]).float()
+    logits = numbers(encoder.model.mlm_logits(encoded[0, where]).float())
     logits = logits[:, : encoder.model.config.num_emitted_tokens]
     probabilities = logits.softmax(-1)
     hidden = [
