@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +76,9 @@ def adapt(model: Any, settings: FinetuneSettings) -> Any:
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    adapted = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.24 gives up
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # the optimizer's small steps vanish in half precision
             parameter.data = parameter.data.float()
