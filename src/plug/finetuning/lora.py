@@ -39,7 +39,9 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     scheme = read_scheme(directory / CONFIG_FILE)
     mode = settings.memory
     if mode != "full" and importlib.util.find_spec("peft") is None:
-        raise UsageError(f"--memory {mode} 要用 peft，但它没有安装。请运行：pip install peft")
+        raise UsageError(
+            f'--memory {mode} 要用 peft，但它没有安装。请运行：pip install "plug-zh[lora]"'
+        )
     if scheme is not None and mode != "qlora":
         why = "不能训练每个权重" if mode == "full" else "--memory lora 要未量化的模型"
         raise UsageError(

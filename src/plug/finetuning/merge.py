@@ -152,7 +152,7 @@ class _Merging:
         self._places = {
             name: place
             for name, place in read_places(base).items()
-            if name not in added.head and not (added.head and name.startswith(UNREAD))
+            if name not in added.head and not (added.has_classifier and name.startswith(UNREAD))
         }
         check_names_and_shapes(
             base,
@@ -211,7 +211,7 @@ class _Merging:
 
 def _model(config: PlugConfig, added: Adapter) -> nn.Module:
     """The modules of the merged model: with a head, no decoder."""
-    if "classifier.bias" in added.head:
+    if added.has_classifier:
         return EncoderClassifier(config, len(added.head["classifier.bias"]))
     return Plug(config)
 
@@ -245,7 +245,7 @@ def _outputs(
 ) -> Tensor:
     """Logits for `TEXTS`, (positions, tokens or labels), in float32 on the CPU."""
     model: Any
-    if added.head:
+    if added.has_classifier:
         model = load_classifier(directory, len(added.head["classifier.bias"]), adapter)
     else:
         model = load(directory, dtype=torch.float32, adapter=adapter)
@@ -253,7 +253,7 @@ def _outputs(
     found = []
     for text in TEXTS:
         ids = torch.tensor([[tokenizer.cls_token_id, *tokenizer.encode(text)]])
-        if added.head:
+        if added.has_classifier:
             found.append(model(ids)[0])
         elif model.decoder is None:
             found.append(model.mlm_logits(model.encode(ids))[0])
