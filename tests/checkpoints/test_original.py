@@ -477,7 +477,7 @@ def test_a_missing_vocabulary_is_said(original: Path, tmp_path: Path) -> None:
 def test_a_vocabulary_of_another_model_is_refused(original: Path, tmp_path: Path) -> None:
     (original / "vocab.txt").write_text(_vocabulary(119), encoding="utf-8")
 
-    with pytest.raises(PlugError, match=r"vocab.txt 与模型不配"):
+    with pytest.raises(PlugError, match=r"vocab.txt 的分词器与模型不配"):
         import_original(original, tmp_path / "model")
 
 
