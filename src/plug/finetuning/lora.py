@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,9 @@ def adapt(model: Any, settings: FinetuneSettings) -> Any:
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    adapted = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.21 asks for a name that transformers is to rename
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # the optimizer's small steps vanish in half precision
             parameter.data = parameter.data.float()
