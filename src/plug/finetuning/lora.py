@@ -78,8 +78,8 @@ def adapt(model: Any, settings: FinetuneSettings) -> Any:
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    with warnings.catch_warnings():  # peft 0.21 asks for a name that transformers is to rename
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.24 gives up
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # the optimizer's small steps vanish in half precision
