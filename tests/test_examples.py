@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "docs/finetuning.md"]
 ELSEWHERE = {  # what is not typed here, and where it is tried
     "pip install": ".ci/run",
+    "plug serve": "tests/serving/test_page.py",
     "torchrun": "tests/pretraining/test_processes.py",
     "python -m plug.integrations.modelscope": "tests/integrations/test_modelscope.py",
 }
@@ -138,6 +139,9 @@ def write_configs() -> None:
         "precision": '"fp32"', "compile": "false", "workers": "0",
     }  # fmt: skip
     shapes = {"stage1": "[[32, 1.0]]", "stage2": "[[16, 16, 1.0]]"}
+    run = {"task": "tnews", "train": "train.json", "eval": "dev.json"}
+    lines = [f'{name} = "{value}"\n' for name, value in run.items()]
+    Path("run.toml").write_text("".join(lines), encoding="utf-8")
     Path("configs").mkdir()
     for path in (ROOT / "configs").glob("mini-stage?.toml"):
         values = small | {"shapes": shapes[path.stem.partition("-")[2]]}

@@ -188,12 +188,20 @@ def test_what_is_no_adapter_of_ours_is_refused(base: Path, make: Any, tmp_path: 
     edit(config, lora_alpha="8")
     with pytest.raises(PlugError, match="lora_alpha='8' 不是数"):
         load(base, adapter=directory)
+    edit(config, lora_alpha=10**400)
+    with pytest.raises(PlugError, match="lora_alpha"):
+        load(base, adapter=directory)
     edit(config, **before)
 
     tensors = load_file(weights)
     name = next(name for name in tensors if "lora_A" in name)
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, weights)
     with pytest.raises(PlugError, match="NaN"):
+        load(base, adapter=directory)
+    empty = {each: tensors[each][:0] for each in [name]}
+    other = name.replace("lora_A", "lora_B")
+    save_file(tensors | empty | {other: tensors[other][:, :0].contiguous()}, weights)
+    with pytest.raises(PlugError, match="两个矩阵不全"):
         load(base, adapter=directory)
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
     with pytest.raises(PlugError, match="两个矩阵不全"):

@@ -44,6 +44,7 @@ def test_ids_documents_and_sentences_are_those_of_encoding_by_hand(
         assert set(domain.documents[:-1].tolist()) <= set(domain.sentences.tolist())
         assert count.documents == len(documents)
         assert count.heldout_documents == 0
+        assert not (tmp_path / "out" / "heldout" / f"{count.name}.txt").exists()
         assert count.characters == sum(map(len, documents))
         assert count.tokens == sum(map(len, ids))
         assert count.unknown_tokens == 0

@@ -27,6 +27,7 @@ from plug.cli import (
     generate,
     help,
     info,
+    merge,
     predict,
     pretrain,
     quantize,
@@ -62,6 +63,7 @@ def _options(
 app.command()(generate.generate)
 app.command()(convert.convert)
 app.command()(quantize.quantize)
+app.command()(merge.merge)
 app.add_typer(pretrain.app, name="pretrain")
 app.command()(finetune.finetune)
 app.command()(predict.predict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,9 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     scheme = read_scheme(directory / CONFIG_FILE)
     mode = settings.memory
     if mode != "full" and importlib.util.find_spec("peft") is None:
-        raise UsageError(f"--memory {mode} 要用 peft，但它没有安装。请运行：pip install peft")
+        raise UsageError(
+            f'--memory {mode} 要用 peft，但它没有安装。请运行：pip install "plug-zh[lora]"'
+        )
     if scheme is not None and mode != "qlora":
         why = "不能训练每个权重" if mode == "full" else "--memory lora 要未量化的模型"
         raise UsageError(
@@ -75,7 +78,9 @@ def adapt(model: Any, settings: FinetuneSettings) -> Any:
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    adapted = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.24 gives up
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # the optimizer's small steps vanish in half precision
             parameter.data = parameter.data.float()

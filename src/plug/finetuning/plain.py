@@ -24,7 +24,7 @@ from plug.quantization.linear import quantize_modules
 from plug.quantization.scheme import is_quantized, read_scheme
 
 # Parts of a pre-trained model that a classifier's directory may hold, and nothing reads.
-_UNREAD = ("decoder.", "mlm_head.", "sentence_head.")
+UNREAD = ("decoder.", "mlm_head.", "sentence_head.")
 
 
 def load_plain(
@@ -45,7 +45,7 @@ def load_plain(
     if kind.model_class == "PlugForConditionalGeneration":
         return load(directory, device=device, dtype=torch.float32, adapter=adapter)
     num_labels = len(kind.labels) or 2  # question answering has the two ends of an answer
-    classifier = _load_classifier(directory, num_labels, adapter)
+    classifier = load_classifier(directory, num_labels, adapter)
     return _Predicting(classifier, kind.model_class).to(device)
 
 
@@ -79,16 +79,17 @@ class _Predicting(nn.Module):
                 return SimpleNamespace(logits=logits)
 
 
-def _load_classifier(directory: Path, num_labels: int, adapter: Path | None) -> EncoderClassifier:
+def load_classifier(
+    directory: Path, num_labels: int, adapter: Path | None = None
+) -> EncoderClassifier:
+    """The encoder and its head in float32, with an adapter if there is one (as `load_plain`)."""
     added = None if adapter is None else read_adapter(adapter, directory)
     with torch.device("meta"):
         model = EncoderClassifier(PlugConfig.from_file(directory / CONFIG_FILE), num_labels)
         if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
             quantize_modules(model, scheme)
     places = {
-        name: place
-        for name, place in read_places(directory).items()
-        if not name.startswith(_UNREAD)
+        name: place for name, place in read_places(directory).items() if not name.startswith(UNREAD)
     }
     head = {} if added is None else added.head  # in place of the model's own, if it has one
     places = {name: place for name, place in places.items() if name not in head}

@@ -55,7 +55,7 @@ class Predictor:
         added = None if adapter is None else Path(adapter).expanduser()
         if directory is None:
             assert added is not None
-            directory = read_run(added)["settings"].get("model", SHIPPED_MODEL)
+            directory = base_of(added)
         self.directory = find_model_directory(directory)
         self.task_name = read_run(added or self.directory)["settings"]["task"]
         self.task = find_task(self.task_name)
@@ -137,6 +137,17 @@ def kind_of(
         pairs=run.get("pairs"),
         tag_scheme=run.get("tag_scheme"),
     )
+
+
+def base_of(adapter: Path) -> str:
+    """Return the model that an adapter of `plug finetune` was trained on, as it was named then.
+
+    Raises:
+        UsageError: peft alone wrote the adapter.
+    """
+    if is_adapter(adapter) and not (adapter / RUN_FILE).is_file():
+        raise UsageError(f"{adapter} 没有写明它适配的模型。请用 --model 指定。")
+    return read_run(adapter)["settings"].get("model", SHIPPED_MODEL)
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class Adapter:
     layers: dict[str, LowRank] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def has_classifier(self) -> bool:
+        """Whether it makes a classifier of its model, which then needs no decoder."""
+        return "classifier.bias" in self.head
+
 
 class AdaptedLinear(nn.Module):
     """A linear layer with the product of two small matrices beside it, for inference.
@@ -166,7 +171,7 @@ def read_adapter(directory: str | Path, base: Path) -> Adapter:
             parts.setdefault(own.removesuffix(suffix), {})[suffix] = tensor.float()
     for layer, tensors in parts.items():
         a, b = tensors.get(_PARTS[0]), tensors.get(_PARTS[1])
-        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not 0 < len(a) == b.shape[1]:
             raise PlugError(f"{directory} 里 {layer} 的两个矩阵不全或不相配。请重新取得适配器。")
         scale = alpha / (math.sqrt(len(a)) if is_rank_stabilised else len(a))
         found.layers[layer] = LowRank(a, b * scale, tensors.get(_PARTS[2]))
@@ -263,7 +268,7 @@ def _read_config(path: Path) -> tuple[float, bool]:
             "请用 peft 载入它，再保存 merge_and_unload() 返回的模型。"
         )
     alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise PlugError(f"{path} 的 lora_alpha={shown(alpha)} 不是数。请重新取得适配器。")
     return float(alpha), bool(config.get("use_rslora"))
 

@@ -74,7 +74,8 @@ def load(
         dtype = torch.float32
     if adapter is not None and (device_map is not None or (processes and processes.world_size > 1)):
         raise UsageError(
-            "--adapter 不能和 --device-map 或多个进程一起用。请先合并：plug merge --adapter …"
+            "--adapter 不能和 --device-map 或多个进程一起用。"
+            "请先合并：plug merge --model … --adapter … --to …"
         )
     added = None if adapter is None else read_adapter(adapter, directory)
     if added is not None and added.head:

@@ -114,9 +114,8 @@ def _write_domain(
     with ExitStack() as stack:
         raw_path = directory / f"{name}.tokens.raw"
         raw = stack.enter_context(raw_path.open("wb"))
-        kept = stack.enter_context(
-            (directory / "heldout" / f"{name}.txt").open("w", encoding="utf-8")
-        )
+        kept_path = directory / "heldout" / f"{name}.txt"
+        kept = stack.enter_context(kept_path.open("w", encoding="utf-8"))
         stream = (document for path in files for document in read_documents(path))
         while batch := list(islice(stream, DOCUMENTS_AT_ONCE)):
             pieces: list[str] = []
@@ -143,6 +142,8 @@ def _write_domain(
                 sentences.append(total)
                 if index + 1 == len(owners) or owners[index + 1] != owner:
                     documents.append(total)
+    if not heldout_documents:
+        kept_path.unlink()  # `plug evaluate lm` refuses a file without documents
     np.save(directory / f"{name}.tokens.npy", np.fromfile(raw_path, dtype=np.uint16))
     raw_path.unlink()
     np.save(directory / f"{name}.documents.npy", np.asarray(documents, dtype=np.int64))

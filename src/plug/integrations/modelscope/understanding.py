@@ -7,7 +7,7 @@ from typing import Any
 from modelscope.pipelines.builder import PIPELINES
 
 from plug.errors import UsageError
-from plug.finetuning.labelling import entity_spans
+from plug.evaluation.metrics import entity_spans
 from plug.finetuning.predict import Predictor
 from plug.integrations.modelscope.base import PlugPipeline, device_of
 from plug.zero_shot.encoder import TextEncoder

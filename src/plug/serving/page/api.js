@@ -2,6 +2,9 @@
 
 import { kept } from "./store.js";
 
+// Of the errors that come while a text streams, when the status was sent long before.
+const STATUS = { shutting_down: 503, request_timeout: 504 };
+
 export class ApiError extends Error {
   constructor(status, message, retryAfter) {
     super(message);
@@ -54,7 +57,7 @@ export async function* stream(route, body, signal) {
         const data = line.slice(5).trim();
         if (data === "[DONE]") { isDone = true; continue; }
         const event = JSON.parse(data);
-        if (event.error) throw new ApiError(event.error.code ?? 500, event.error.message);
+        if (event.error) throw new ApiError(STATUS[event.error.code] ?? 500, event.error.message);
         yield event;
       }
     }
