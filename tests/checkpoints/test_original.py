@@ -580,3 +580,13 @@ def test_golden_shards_of_any_number_make_one_model(golden: Path, tmp_path: Path
 
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("mp2", "mp8")]
     assert np.array_equal(np.frombuffer(files[0], np.uint8), np.frombuffer(files[1], np.uint8))
+
+
+def test_one_shard_under_two_names_is_refused(original: Path, tmp_path: Path) -> None:
+    first, second = sorted((original / "model").glob("mp_rank_*"))
+    shutil.copy(first, second)
+
+    with pytest.raises(PlugError, match=rf"{second.name} 与 {first.name} 的内容相同"):
+        import_original(original, tmp_path / "model")
+
+    assert not (tmp_path / "model").exists()

@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from plug.checkpoints.weights import TensorSpec, WeightWriter
+from plug.checkpoints.weights import TensorSpec, WeightWriter, check_names_and_shapes
+from plug.errors import PlugError
 
 SPECS = {
     "half": TensorSpec(torch.float16, (3,)),  # 6 bytes: what follows would not be aligned
@@ -60,3 +61,9 @@ def test_an_error_while_a_tensor_is_written_is_the_one_that_is_raised(tmp_path: 
 
     with pytest.raises(ValueError, match=r"\(3,\) into \(4,\)"):
         write()
+
+
+def test_a_fine_tuned_classifier_is_called_so(tmp_path: Path) -> None:
+    found = {"encoder.a": (2,), "classifier.weight": (3, 2)}
+    with pytest.raises(PlugError, match="plug predict"):
+        check_names_and_shapes(tmp_path, found, {"encoder.a": (2,), "decoder.a": (2,)})

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 def test_from_training_to_a_merged_quantised_model(

@@ -7,7 +7,6 @@ files in place; writing holds one shard. Nothing is unpickled but tensors and pl
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from plug.checkpoints.original_shards import (
     check_shards,
     check_tied_table,
     check_values,
+    digest,
     find_shards,
     open_shard,
     write_shard,
@@ -146,8 +146,8 @@ def write_imported(
             for name, entry in table.items():
                 tensor = state[name]
                 check_values(f"{path} 的 {name}", tensor, dtype)
-                digest = _digest(tensor) if entry.axis is None else b""
-                if digests.setdefault(name, digest) != digest:
+                found = digest(tensor) if entry.axis is None else b""
+                if digests.setdefault(name, found) != found:
                     differing.add(name)
                 if entry.axis is not None or rank == 0:
                     region = entry.region(rank, num_shards)
@@ -247,10 +247,6 @@ def _read_config(source: Path) -> tuple[PlugConfig, list[str]]:
         return layout.read_original_config(values)
     except UsageError as error:
         raise UsageError(f"{path}：{error}") from None
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().data).digest()
 
 
 def _read_part(file: Path, name: str, region: Region, dtype: torch.dtype | None) -> Tensor:

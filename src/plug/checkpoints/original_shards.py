@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,8 +86,12 @@ def open_shard(path: Path) -> Shard:
 def check_shards(
     shards: list[Path], config: PlugConfig, table: Mapping[str, layout.Entry]
 ) -> dict[str, torch.dtype]:
-    """Check names, shapes and dtypes of every shard; the dtype of each tensor."""
+    """Check names, shapes and dtypes of every shard; the dtype of each tensor.
+
+    Two shards with one content are one shard twice, under the name of another that is not there.
+    """
     dtypes: dict[str, torch.dtype] = {}
+    shard_of: dict[bytes, Path] = {}  # by digest of its rows of the word table
     for path in shards:
         state = open_shard(path).tensors
         expected = {name: entry.shard_shape(len(shards)) for name, entry in table.items()}
@@ -107,7 +112,19 @@ def check_shards(
                     f"{path} 的 {name} 是 {dtype}，{shards[0].name} 的是 {dtypes[name]}。"
                     "各分片应来自同一次保存。"
                 )
+        rows = state[layout.WORD_TABLE]
+        if (rows != rows[:1, :1]).any() and (
+            twin := shard_of.setdefault(digest(rows), path)
+        ) != path:
+            raise PlugError(
+                f"{path} 与 {twin.name} 的内容相同，是同一片存了两次。请重新取得原来的那一片。"
+            )
     return dtypes
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Equal for equal bits."""
+    return hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().data).digest()
 
 
 def check_tied_table(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -247,9 +247,10 @@ def check_names_and_shapes(
     if wrong:
         problems.append(f"{len(wrong)} 个张量形状不对：{shorten(wrong)}")
     if problems:
-        raise PlugError(
-            f"{source} 的权重与配置不符：{'；'.join(problems)}。请检查 config.json 与权重是否配套。"
-        )
+        advice = "请检查 config.json 与权重是否配套。"
+        if "classifier.weight" in found.keys() - expected.keys():
+            advice = "这是微调过的分类、标注或阅读理解模型，请用 plug predict。"
+        raise PlugError(f"{source} 的权重与配置不符：{'；'.join(problems)}。{advice}")
 
 
 def save_pickle(payload: object, path: Path) -> None:

@@ -70,14 +70,16 @@ def data(
     from plug.pretraining.tokens import write_tokens
     from plug.tokenization import PlugTokenizer
 
-    typer.echo("领域          文档    留出        字数      词元数  字/词元  未知词元")
-    for counts in write_tokens(
+    counted = write_tokens(
         expand_paths(corpus),
         PlugTokenizer.load(tokenizer),
         output,
         heldout=heldout,
         character_share=character_share,
-    ):
+    )
+    for number, counts in enumerate(counted):
+        if not number:  # what is refused has no table
+            typer.echo("领域          文档    留出        字数      词元数  字/词元  未知词元")
         typer.echo(
             f"{counts.name:<12}{counts.documents:>8}{counts.heldout_documents:>6}"
             f"{counts.characters:>12}{counts.tokens:>12}"
