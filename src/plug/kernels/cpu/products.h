@@ -131,9 +131,25 @@ inline void tile_8(const int8_t* weight, const int8_t* q, int64_t K, int64_t wid
     UNROLL for (int o = 0; o < O; ++o) y[r][o] = _mm512_reduce_add_epi32(sums[r][o]);
 }
 
+inline __m512 widen_bfloat16(const uint16_t* bits, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bits)), 16));
+}
+
+inline float group_terms(const uint16_t* scale, const uint16_t* center, const float* row_scale, const float* summed, int64_t G,
+                         float* factors) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t g = 0; g < G; g += 16) {
+    const __mmask16 mask = G - g < 16 ? (1u << (G - g)) - 1 : 0xffff;
+    const __m512 s = widen_bfloat16(scale + g, mask);
+    _mm512_mask_storeu_ps(factors + g, mask, _mm512_mul_ps(s, _mm512_maskz_loadu_ps(mask, row_scale + g)));
+    const __m512 shift = _mm512_fnmadd_ps(_mm512_set1_ps(8), s, widen_bfloat16(center + g, mask));
+    sum = _mm512_fmadd_ps(shift, _mm512_maskz_loadu_ps(mask, summed + g), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
 template <int R, int O>
-inline void tile_4(const uint8_t* weight, const float* scales, const int8_t* q, const float* row_scale, int64_t G,
-                   float (*y)[O]) {
+inline void tile_4(const uint8_t* weight, const float* factors, const int8_t* q, int64_t G, float (*y)[O]) {
   const __m512i low = _mm512_set1_epi8(15);
   __m512 sums[R][O];
   UNROLL for (auto& row : sums)
@@ -148,12 +164,10 @@ inline void tile_4(const uint8_t* weight, const float* scales, const int8_t* q, 
       const __m512i packed = _mm512_loadu_si512(weight + (o * G + g) * (GROUP / 2));
       const __m512i even = _mm512_and_si512(packed, low);
       const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
-      const __m512 scale = _mm512_set1_ps(scales[o * G + g]);
       UNROLL for (int r = 0; r < R; ++r) {
         __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, first[r]);
         dot = _mm512_dpbusd_epi32(dot, odd, second[r]);
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(row_scale[r * G + g]));
-        sums[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sums[r][o]);
+        sums[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factors[(r * O + o) * G + g]), sums[r][o]);
       }
     }
   }
@@ -212,9 +226,19 @@ inline void tile_8(const int8_t* weight, const int8_t* q, int64_t K, int64_t wid
     }
 }
 
+inline float group_terms(const uint16_t* scale, const uint16_t* center, const float* row_scale, const float* summed, int64_t G,
+                         float* factors) {
+  float sum = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    const float s = from_bfloat16(scale[g]);
+    factors[g] = s * row_scale[g];
+    sum += (from_bfloat16(center[g]) - 8 * s) * summed[g];
+  }
+  return sum;
+}
+
 template <int R, int O>
-inline void tile_4(const uint8_t* weight, const float* scales, const int8_t* q, const float* row_scale, int64_t G,
-                   float (*y)[O]) {
+inline void tile_4(const uint8_t* weight, const float* factors, const int8_t* q, int64_t G, float (*y)[O]) {
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) {
       float sum = 0;
@@ -224,7 +248,7 @@ inline void tile_4(const uint8_t* weight, const float* scales, const int8_t* q, 
         int32_t dot = 0;
         for (int i = 0; i < GROUP / 2; ++i)
           dot += (packed[i] & 15) * inputs[i] + (packed[i] >> 4) * inputs[GROUP / 2 + i];
-        sum += static_cast<float>(dot) * (scales[o * G + g] * row_scale[r * G + g]);
+        sum += static_cast<float>(dot) * factors[(r * O + o) * G + g];
       }
       y[r][o] = sum;
     }
@@ -281,32 +305,21 @@ void outputs_8(const Product& p, const Rows& x, float* y, int64_t rows, int64_t 
 template <int O>
 void outputs_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
   const int64_t G = p.in / GROUP;
-  std::vector<float> scales(O * G), centers(O * G);
-  int64_t ready = -1;
+  static thread_local std::vector<float> own;
+  std::vector<float>& factors = own;  // of each row, output and group: the weights' scale times the inputs'
+  factors.resize(4 * O * G);
   tiles<O>(from, to, rows, [&]<int R>(int64_t r, int64_t o) {
-    if (o != ready) {
-      const uint16_t *s = static_cast<const uint16_t*>(p.scale) + o * G, *c = static_cast<const uint16_t*>(p.center) + o * G;
-      for (int64_t i = 0; i < O * G; ++i) {
-        scales[i] = from_bfloat16(s[i]);
-        centers[i] = from_bfloat16(c[i]) - 8 * scales[i];
-      }
-      ready = o;
-    }
-    float found[R][O];
-    tile_4<R, O>(static_cast<const uint8_t*>(p.weight) + o * (p.in / 2), scales.data(), x.q.data() + r * p.in,
-                 x.scale.data() + r * G, G, found);
+    float found[R][O], shifts[R][O];
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < O; ++j) {
-        const float *center = centers.data() + j * G, *summed = x.summed.data() + (r + i) * G;
-        float lanes[16] = {};
-        int64_t g = 0;
-        for (; g + 16 <= G; g += 16)
-          for (int lane = 0; lane < 16; ++lane) lanes[lane] += center[g + lane] * summed[g + lane];
-        for (int lane = 0; g < G; ++g, ++lane) lanes[lane] += center[g] * summed[g];
-        float sum = found[i][j];
-        for (float lane : lanes) sum += lane;
-        y[(r + i) * p.out + o + j] = sum + (p.bias ? p.bias[o + j] : 0);
+        const int64_t at = (o + j) * G, row = (r + i) * G;
+        shifts[i][j] = group_terms(static_cast<const uint16_t*>(p.scale) + at, static_cast<const uint16_t*>(p.center) + at,
+                                   x.scale.data() + row, x.summed.data() + row, G, factors.data() + (i * O + j) * G);
       }
+    tile_4<R, O>(static_cast<const uint8_t*>(p.weight) + o * (p.in / 2), factors.data(), x.q.data() + r * p.in, G, found);
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < O; ++j)
+        y[(r + i) * p.out + o + j] = found[i][j] + shifts[i][j] + (p.bias ? p.bias[o + j] : 0);
   });
 }
 
