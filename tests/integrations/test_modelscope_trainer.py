@@ -244,7 +244,7 @@ def test_an_msdataset_and_other_column_names(trainer: Callable[..., Any], tmp_pa
         ({"launcher": "slurm"}, "launcher='slurm'"),
         ({"cfg_modify_fn": lambda _cfg: None}, "return cfg"),
         ({"cfg_file": "nowhere.json"}, "找不到 cfg_file"),
-        ({"max_epochs": -1}, "epochs=-1 应大于 0"),
+        ({"max_epochs": -1}, "epochs=-1 应是 0，或在 0.001"),
     ],
 )
 def test_training_that_makes_no_sense(
