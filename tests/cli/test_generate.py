@@ -165,7 +165,7 @@ def test_binary_files_and_files_without_text_are_refused(run: Run, tmp_path: Pat
     (tmp_path / "binary").write_bytes(b"\x93\x00\xff")
     (tmp_path / "blank").write_text(" \n\n", encoding="utf-8")
 
-    assert "UTF-8" in run("--file", str(tmp_path / "binary"))[2]
+    assert "不是文本" in run("--file", str(tmp_path / "binary"))[2]
     status, _, err = run("--file", str(tmp_path / "blank"))
     assert (status, "没有文字" in err) == (2, True)
 
@@ -222,3 +222,22 @@ def test_prompts_come_from_standard_input(model_directory: Path) -> None:
 
     answers = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["山上", "今天"]
+
+
+def test_a_file_of_prompts_is_read_as_data_is(
+    model_directory: Path,
+    tmp_path: Path,
+    run_plug: Callable,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "prompts.txt"
+    command = ("generate", "--model", model_directory, "--device", "cpu", "--out-length", "2")
+
+    file.write_bytes("今天\n\n\ufeff山上\n\u200b\n".encode())
+    ran = run_plug(*command, "--file", file, "--json")
+    assert [json.loads(line)["prompt"] for line in ran.out.splitlines()] == ["今天", "山上"]
+    assert "空行没有续写：2 处" in caplog.text
+    assert "U+FEFF：1 处" in caplog.text
+
+    file.write_bytes("今天\n山上\n".encode("gbk"))
+    assert "iconv -f GB18030 -t UTF-8" in run_plug(*command, "--file", file).err

@@ -56,3 +56,17 @@ def test_what_holds_no_rows(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=complaint):
             list(read_rows(path))
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_row_of_empty_cells_is_not_passed_over(name: str, separator: str, tmp_path: Path) -> None:
+    """It has a place among the predictions, and nothing to predict for."""
+    path = tmp_path / name
+    path.write_text(f"text{separator}label\n好{separator}1\n{separator}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="第 3 行的“text”应是文字"):
+        list(read_classification(path))
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"text,label\n{'好' * 140_000},1\n", encoding="utf-8")
+    assert [len(row["text"]) for _, row in read_rows(tmp_path / "a.csv")] == [140_000]

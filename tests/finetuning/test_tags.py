@@ -83,3 +83,8 @@ def test_examples_without_tags_or_without_entities_stay() -> None:
     bare = LabellingExample(tokens=("一",))
     assert convert_to_bio([bare], Notes()) == [bare]
     assert converted("O O") == (["O O"], "BIO", [])
+
+
+def test_an_empty_type_is_no_type() -> None:
+    """`B-` was once taken for the name of an entity of its own."""
+    assert converted("B- I- O B-")[0] == ["B-seg I-seg O B-seg"]

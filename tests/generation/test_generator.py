@@ -248,6 +248,12 @@ def test_text_without_content_is_refused(text: Any, says: str, generator: Genera
         generate(["山上", text], model=generator)
 
 
+@pytest.mark.parametrize("texts", [None, 7, {"山上": 1}])
+def test_what_is_no_list_of_texts_is_refused(texts: Any, generator: Generator) -> None:
+    with pytest.raises(UsageError, match=type(texts).__name__):
+        generator(texts)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

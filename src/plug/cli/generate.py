@@ -15,6 +15,7 @@ from plug.cli.convert import Precision
 from plug.cli.options import Adapter, options_from
 from plug.errors import UsageError
 from plug.generation.settings import WINDOW, GenerationSettings
+from plug.textfiles import Notes, read_lines, trim
 
 if TYPE_CHECKING:
     from plug.generation.generator import GenerationResult
@@ -101,17 +102,26 @@ def _texts(text: str | None, file: str | None) -> list[str]:
     assert file is not None
     if file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("多个进程不能都读标准输入。请把文字写进文件，用 --file 文件。")
-    try:
-        read = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = read.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UsageError(f"读不了 {file}：{error.strerror}。") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} 不是 UTF-8 文本（第 {error.start + 1} 个字节）。") from None
-    texts = [line.rstrip("\r") for line in lines if line.strip()]
+    if file == "-":
+        texts = [line.rstrip("\r") for line in _standard_input().split("\n") if trim(line)]
+    else:
+        notes, texts = Notes(), []
+        for number, line in read_lines(Path(file), notes):
+            if trim(line):
+                texts.append(line)
+            else:
+                notes.add("空行没有续写", f"{file} 第 {number} 行")
+        notes.log()
     if not texts:
         raise UsageError(f"{file} 里没有文字。请一行写一段。")
     return texts
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"标准输入不是 UTF-8 文本（第 {error.start + 1} 个字节）。") from None
 
 
 def _show(_row: int, piece: str) -> None:

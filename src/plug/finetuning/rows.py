@@ -12,6 +12,7 @@ from plug.errors import PlugError, UsageError
 from plug.jsonfiles import parse_json, shown
 from plug.textfiles import (
     BYTE_ORDER_MARK,
+    LONGEST_LINE,
     Notes,
     check_regular_file,
     one_line,
@@ -72,6 +73,7 @@ def _json_rows(path: Path, notes: Notes) -> Iterator[Row]:
 
 def _csv_cells(path: Path, notes: Notes) -> Iterator[tuple[int, list[str]]]:
     """(line where a row begins, its cells), quoted as in RFC 4180."""
+    csv.field_size_limit(LONGEST_LINE)  # Python's own is 131,072 characters a cell
     reader = csv.reader((line + "\n" for _, line in read_lines(path, notes)), strict=True)
     began = 1
     try:
@@ -91,7 +93,7 @@ def _tsv_cells(path: Path, notes: Notes) -> Iterator[tuple[int, list[str]]]:
         cells = line.split("\t")
         if any(len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in cell for cell in cells):
             notes.add("单元格带有 CSV 式的引号，按原样保留", f"{path} 第 {number} 行")
-        yield number, cells if line.strip() else []
+        yield number, cells if line.strip() or len(cells) > 1 else []
 
 
 def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]], notes: Notes) -> Iterator[Row]:

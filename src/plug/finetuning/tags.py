@@ -22,7 +22,7 @@ Tags = tuple[str, ...]
 NO_TYPE = "seg"  # the type of tags that have none: B, M, E, S of word segmentation
 
 _PREFIXES = "BIMELSUW"
-_BEFORE = re.compile(rf"([{_PREFIXES}])(?:[-_](.+))?", re.IGNORECASE)
+_BEFORE = re.compile(rf"([{_PREFIXES}])(?:[-_](.*))?", re.IGNORECASE)
 _BEHIND = re.compile(rf"(.+)[-_]([{_PREFIXES}])", re.IGNORECASE)
 _INSIDE, _END, _SINGLE = "IM", "EL", "SUW"
 

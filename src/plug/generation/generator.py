@@ -7,7 +7,7 @@ import secrets
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from functools import partial
@@ -241,6 +241,8 @@ class Generator:
         settings = GenerationSettings.of(settings, **changes)
         window = self.window(settings)
         check_int("batch_size", batch_size, 1)
+        if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+            raise UsageError(f"要续写的应是文字（str）或它们的列表，却是 {type(texts).__name__}。")
         listed = [texts] if isinstance(texts, str) else list(texts)
         seeds = self.seeds(seed, len(listed))
         if self.is_sharded and seed is None:
