@@ -15,12 +15,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from plug import files
 from plug.errors import PlugError
-from plug.finetuning.checkpoints import SYNCED_FILE, last_checkpoint
+from plug.finetuning.checkpoints import SYNCED_FILE, check_checkpoint, last_checkpoint
 from plug.finetuning.predict import Predictor
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
@@ -150,3 +150,20 @@ def test_which_checkpoint_counts(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-4" / SYNCED_FILE).touch()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "optimizer.pt")
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    check_checkpoint(tmp_path)
+
+    save_file({"a": torch.tensor([float("nan")])}, tmp_path / "model.safetensors")
+    with pytest.raises(PlugError, match="NaN"):
+        check_checkpoint(tmp_path)
+
+    for name in ("model.safetensors", "optimizer.pt"):
+        save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+        file = tmp_path / name
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(PlugError, match=f"{name} 已损坏"):
+            check_checkpoint(tmp_path)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from plug.checkpoints.weights import check_finite
 from plug.distributed.processes import Vote
+from plug.errors import PlugError
 from plug.files import remove_directory, sync_tree, write_text
 from plug.interrupts import Interrupted, Interrupts
 
@@ -37,6 +43,27 @@ def _is_readable(path: Path) -> bool:
         return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Look at every byte of a checkpoint before the Trainer reads it.
+
+    Raises:
+        PlugError: a file is damaged, or weights are NaN or infinite.
+    """
+    for path in sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    ):
+        try:
+            if path.suffix == ".safetensors":
+                check_finite(path, load_file(path).items())
+            elif zipfile.ZipFile(path).testzip() is not None:
+                raise zipfile.BadZipFile
+        except (SafetensorError, zipfile.BadZipFile, OSError, EOFError, zlib.error):
+            raise PlugError(
+                f"检查点的 {path} 已损坏，不能接着训练。请删去 {folder}，从更早的检查点接着训练，"
+                "或换一个输出目录重新训练。"
+            ) from None
 
 
 class Checkpoints(TrainerCallback):

@@ -47,7 +47,7 @@ from plug.files import (
     write_json,
     write_text,
 )
-from plug.finetuning.checkpoints import Checkpoints, last_checkpoint
+from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
 from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, save_adapter
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
@@ -176,6 +176,8 @@ def _run(
 
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
