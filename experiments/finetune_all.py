@@ -143,10 +143,15 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--device")
     own = {"task", "train", "eval", "output", "model", "from_scratch", "seed"}
     free = [field for field in dataclasses.fields(FinetuneSettings) if field.name not in own]
-    types = {"int": int, "float": float, "str": str}
+    read: dict[str, dict[str, Any]] = {
+        "int": {"type": int},
+        "float": {"type": float},
+        "str": {"type": str},
+        "bool": {"action": argparse.BooleanOptionalAction},
+    }
     for field in free:
         option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=types[str(field.type)], default=argparse.SUPPRESS)
+        parser.add_argument(option, default=argparse.SUPPRESS, **read[str(field.type)])
     arguments = parser.parse_args()
     names = [field.name for field in free if field.name in arguments]
     return arguments, {name: getattr(arguments, name) for name in names}

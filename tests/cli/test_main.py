@@ -18,6 +18,7 @@ COMMANDS = [
     "generate",
     "convert",
     "quantize",
+    "merge",
     "finetune",
     "predict",
     "classify",
