@@ -272,6 +272,8 @@ template <int O, typename Tile>
 inline void tiles(int64_t from, int64_t to, int64_t rows, const Tile& tile) {
   for (int64_t o = from; o < to; o += O) {
     int64_t r = 0;
+    if constexpr (O == 2)
+      for (; r + 8 <= rows; r += 8) tile.template operator()<8>(r, o);
     for (; r + 4 <= rows; r += 4) tile.template operator()<4>(r, o);
     for (; r < rows; ++r) tile.template operator()<1>(r, o);
   }
@@ -307,7 +309,7 @@ void outputs_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t 
   const int64_t G = p.in / GROUP;
   static thread_local std::vector<float> own;
   std::vector<float>& factors = own;  // of each row, output and group: the weights' scale times the inputs'
-  factors.resize(4 * O * G);
+  factors.resize(8 * O * G);
   tiles<O>(from, to, rows, [&]<int R>(int64_t r, int64_t o) {
     float found[R][O], shifts[R][O];
     for (int i = 0; i < R; ++i)
@@ -360,7 +362,9 @@ inline void outputs(const Product& p, const Rows& ready, const float* x, float* 
     outputs_8<4>(p, ready, y, rows, from, whole);
     outputs_8<1>(p, ready, y, rows, whole, to);
   } else {
-    outputs_4<4>(p, ready, y, rows, from, whole);
+    // Eight rows share what is unpacked, as long as they fit the first cache together.
+    const bool wide = rows >= 8 && p.in <= 2048;
+    wide ? outputs_4<2>(p, ready, y, rows, from, whole) : outputs_4<4>(p, ready, y, rows, from, whole);
     outputs_4<1>(p, ready, y, rows, whole, to);
   }
 }
