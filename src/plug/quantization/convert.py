@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ def quantize_directory(
     target: Path,
     *,
     bits: int,
+    layers: Iterable[tuple[str, dict[str, Tensor]]] = (),
     progress: Progress = lambda _done, _total: None,
 ) -> list[str]:
     """Write ``source`` with its encoder and decoder layers in 8 or 4 bits.
@@ -45,6 +46,8 @@ def quantize_directory(
         source: a name or directory as `plug.load` takes it, or an original's directory.
         target: is not there yet, or empty; filled only when all goes well.
         bits: 8 or 4.
+        layers: names of linear layers and the tensors that stand for their weights, as `calibrated`
+            gives them. Weights that are not among them are rounded to the nearest.
         progress: called after each tensor.
 
     Returns:
@@ -78,7 +81,16 @@ def quantize_directory(
     done = 0
     with new_directory(target) as temporary:
         with WeightWriter(temporary, specs) as writer:
+            given = set()
+            for layer, parts in layers:
+                given.add(f"{layer}.weight")
+                for own, value in parts.items():
+                    writer.write(f"{layer}.{own}", value)
+                    done += specs[f"{layer}.{own}"].num_bytes
+                progress(done, total)
             for name, tensor in tensors:
+                if name in given:
+                    continue
                 if not torch.isfinite(tensor).all():
                     raise PlugError(f"{source} 的 {name} 里有 NaN 或无穷大，权重已损坏。")
                 for own, value in _kept(name, tensor, scheme, names).items():
