@@ -68,3 +68,16 @@ def test_wrong_use_is_explained(
     assert done.status == status
     assert says in done.err
     assert not (tmp_path / "small").exists()
+
+
+def test_texts_to_calibrate_with(run_plug: Callable, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("今天天气很好。\n\n" * 20, encoding="utf-8")
+    target = tmp_path / "out"
+
+    ran = run_plug("quantize", "--to", target, "--bits", 4, "--calibration", short)
+    assert ran.status == 2
+    assert "只有 0 篇不短于 256 个词元，至少要 8 篇" in ran.err
+    ran = run_plug("quantize", "--to", target, "--bits", 8, "--calibration", short)
+    assert "--calibration 只用于 --bits 4" in ran.err
+    assert not target.exists()

@@ -61,7 +61,7 @@ def _calibrated(
     from plug.device import find_device
     from plug.evaluation.language_model import cut, default_lengths
     from plug.pretraining.corpus import expand_paths, read_documents
-    from plug.quantization.calibration import Example, calibrated
+    from plug.quantization.calibration import LEAST_EXAMPLES, Example, calibrated
 
     if count < 1:
         raise UsageError(f"--texts {count} 应是正整数。")
@@ -80,4 +80,9 @@ def _calibrated(
             found = cut(text, tokenizer, source_length, target_length)
             if len(found.target) == target_length and len(examples) < count:
                 examples.append(Example(found.source, found.target))
+    if len(examples) < LEAST_EXAMPLES:
+        raise UsageError(
+            f"校准的文本里只有 {len(examples)} 篇不短于 {source_length + target_length} 个词元，"
+            f"至少要 {LEAST_EXAMPLES} 篇，最好一百篇以上。请给更多的文本。"
+        )
     return calibrated(model, examples)
