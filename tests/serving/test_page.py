@@ -197,6 +197,7 @@ def test_another_one_branches_undo_and_a_reload(desk: Desk) -> None:
     assert desk.text() == OPENING + chosen
 
     desk.page.click("#history summary")
+    desk.page.locator("#tree button").nth(3).wait_for()
     assert (
         desk.page.locator("#tree button").count() == 4
     )  # the beginning, the opening, two branches
@@ -207,6 +208,7 @@ def test_another_one_branches_undo_and_a_reload(desk: Desk) -> None:
     desk.page.locator("#ink .by-model").first.wait_for()
     assert desk.text() == OPENING + first
     desk.page.click("#history summary")
+    desk.page.locator("#tree button").nth(3).wait_for()  # the beginning, the opening, two branches
     assert desk.page.locator("#tree button").count() == 4
 
 
