@@ -16,3 +16,7 @@ class UsageError(PlugError, ValueError):
     """What was asked makes no sense: a wrong value, an unknown name, a missing input."""
 
     exit_code = 2
+
+
+class NonFiniteError(PlugError):
+    """A model's outputs are NaN or infinite."""

@@ -131,8 +131,13 @@ def test_quantized_models_are_written_with_together(
     assert first == second
     # With 8 bits each process rounds activations over its own share, so a near-tie may fall
     # otherwise than in one process. Groups of 128, as 4 bits have, are the same in both.
-    if bits == 4:
-        assert first == written(tmp_path / "quantized", settings)
+    alone = written(tmp_path / "quantized", settings)
+    if bits == 8:
+        first, alone = (
+            {name: [ids[:1] for ids in texts] for name, texts in each.items()}
+            for each in (first, alone)
+        )
+    assert first == alone
 
 
 @pytest.mark.parametrize(

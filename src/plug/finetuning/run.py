@@ -36,7 +36,7 @@ from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
-from plug.errors import UsageError
+from plug.errors import NonFiniteError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
     add_files,
@@ -169,7 +169,10 @@ def _run(
     best = _Best(task.metric)
 
     def score(model: Any) -> dict[str, float]:
-        predictions = predict(model)
+        try:
+            predictions = predict(model)
+        except NonFiniteError as error:
+            raise trainer.diverged("模型输出") from error
         metrics = kind.evaluate(held_out, predictions).metrics
         best.offer(trainer.state.global_step, metrics, predictions)
         return metrics

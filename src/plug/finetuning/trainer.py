@@ -74,13 +74,17 @@ class FinetuneTrainer(Trainer):
             )
         return self.optimizer
 
+    def diverged(self, what: str) -> PlugError:
+        """Return the error of a run whose ``what`` is NaN or infinite."""
+        return PlugError(
+            f"第 {self.state.global_step} 步的 {what} 不再是有限的数。"
+            f"请降低 learning_rate（现在是 {self.settings.learning_rate}），换一个输出目录。"
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; a loss that is no number ends the run."""
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise PlugError(
-                f"第 {self.state.global_step} 步的 loss 不再是有限的数。"
-                f"请降低 learning_rate（现在是 {self.settings.learning_rate}），换一个输出目录。"
-            )
+            raise self.diverged("loss")
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.errors import PlugError
+from plug.errors import NonFiniteError
 from plug.model.configuration import PlugConfig
 from plug.model.layers import LayerNorm
 
@@ -42,10 +42,10 @@ def numbers(outputs: Tensor) -> Tensor:
     Finite weights are no guarantee, above all in float16.
 
     Raises:
-        PlugError: one of them is NaN or infinite.
+        NonFiniteError: one of them is NaN or infinite.
     """
     if not (outputs < torch.inf).all():
-        raise PlugError(
+        raise NonFiniteError(
             "模型算出了 NaN 或无穷大：权重太大（如训练发散），或超出了所用精度的范围。"
             "请换 float32 或 bfloat16，或降低学习率重新训练。"
         )
