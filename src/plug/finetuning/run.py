@@ -36,6 +36,7 @@ from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
+from plug.distributed.fully_sharded import reshard
 from plug.errors import NonFiniteError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
@@ -52,6 +53,14 @@ from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, save_adapter
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharded_state import check_is_sharded
+from plug.finetuning.sharding import (
+    Layout,
+    find_layout,
+    gathered_adapter,
+    load_sharded,
+    save_model,
+)
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
@@ -60,6 +69,9 @@ from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
 
 CHECKPOINTS = "checkpoints"
+PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
+# What a resumed run may change: the examples of a step are compared, not those of a process.
+_FREE_ON_RESUME = frozenset({"parallel", "batch_size"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +161,38 @@ def _run(
         raise UsageError(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
+    layout = find_layout(settings, config, chosen)
     set_seed(settings.seed)
-    is_adapter = settings.memory != "full"
+    is_adapter, is_sharded = settings.memory != "full", layout.mesh is not None
     half = is_adapter and chosen.type == "cuda" and settings.precision == "bf16"
-    model = kind.load_model(
-        directory,
-        from_scratch=settings.from_scratch,
-        dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
-    )
-    if is_adapter:
-        model = adapt(model, settings)
+    if is_sharded:
+        model = load_sharded(kind, directory, settings, layout)
+    else:
+        model = kind.load_model(
+            directory,
+            from_scratch=settings.from_scratch,
+            dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
+        )
+        if is_adapter:
+            model = adapt(model, settings)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
-        write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
+        write_json(
+            output / RUN_FILE,
+            {
+                "settings": settings.to_dict(),
+                PROCESSES_KEY: layout.processes,
+                **kind.to_dict(),
+                **base,
+            },
+        )
 
     def predict(model: Any) -> list[Any]:
-        return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        try:
+            return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        finally:
+            if is_sharded:
+                reshard(model)
 
     best = _Best(task.metric)
 
@@ -180,18 +208,19 @@ def _run(
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     if checkpoint is not None:
+        check_is_sharded(checkpoint, is_sharded)
         check_checkpoint(checkpoint)
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
         model=model,
-        args=_training_arguments(settings, task, output, chosen, resumable),
+        args=_training_arguments(settings, task, output, layout, resumable),
         train_dataset=kind.features(examples),
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[
             *_callbacks(settings, task),
-            Checkpoints(interrupts, output, checkpoint, resumable),
+            Checkpoints(interrupts, output, resumable),
             *callbacks,
         ],
     )
@@ -217,15 +246,23 @@ def _run(
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
         **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
+        **({"processes": layout.processes} if layout.processes > 1 else {}),
+        **({"sharding": "fsdp"} if is_sharded else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    state = gathered_adapter(model) if is_adapter and is_sharded else None
+    if not is_main and is_sharded and not is_adapter:
+        save_model(model, None)
     if is_main:
         with add_files(output, last=_last_file(settings)) as new, writing_errors():
             if is_adapter:
-                save_adapter(model, new, settings.model)
+                save_adapter(model, new, settings.model, state)
             else:
-                model.save_pretrained(new)
+                if is_sharded:
+                    save_model(model, new)
+                else:
+                    model.save_pretrained(new)
                 tokenizer.save(
                     new,
                     model_max_length=config.max_source_length,
@@ -286,9 +323,17 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
     if not resume:
         raise UsageError(f"{output} 里有一次没有完成的训练。请加 --resume 接着进行，或换一个目录。")
-    before = read_run(output)["settings"]
-    now = settings.to_dict()
-    changed = sorted(name for name in now if now[name] != before.get(name))
+    run = read_run(output)
+    before, now = run["settings"], settings.to_dict()
+    step = before["batch_size"] * run.get(PROCESSES_KEY, 1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if step != settings.batch_size * processes:
+        fitting = f"--batch-size {step // processes}" if step % processes == 0 else "别的进程数"
+        raise UsageError(
+            f"接着训练时每步的例子数不能变：原来是 {step}，现在是 batch_size"
+            f" {settings.batch_size} × {processes} 个进程。请用 {fitting}。"
+        )
+    changed = sorted(name for name in now.keys() - _FREE_ON_RESUME if now[name] != before.get(name))
     if changed:
         told = "、".join(f"{name}：{before.get(name)} → {now[name]}" for name in changed)
         raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
@@ -307,9 +352,9 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
 
 
 def _training_arguments(
-    settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
+    settings: FinetuneSettings, task: Task, output: Path, layout: Layout, resumable: bool
 ) -> TrainingArguments:
-    on_gpu = device.type == "cuda"
+    on_gpu = layout.device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
@@ -324,7 +369,7 @@ def _training_arguments(
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and in_bf16,
+        bf16=on_gpu and in_bf16 and layout.mesh is None,  # sharded layers compute in it by FSDP2
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,

@@ -47,13 +47,16 @@ class PlainModel:
         self._device = device
         self._pad = model.config.pad_token_id
         self._project_encoder = model.decoder.project_encoder
-        self._encoder = _with_products(
-            model.encoder, QuantizedLinear.source_product, lambda linear: linear
-        )
+        self._prepare_encoder(model)
         # A CPU is as fast with one source at a time, and its 8-bit products want it so.
         self._reads_together = device.type != "cpu"
         self.granularity = granularity
         self._prepare_decoder(model)
+
+    def _prepare_encoder(self, model: Plug) -> None:
+        self._encoder = _with_products(
+            model.encoder, QuantizedLinear.source_product, lambda linear: linear
+        )
 
     def _prepare_decoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
@@ -62,7 +65,7 @@ class PlainModel:
             QuantizedLinear.step_product,
             lambda linear: product(linear.weight, linear.bias),
         )
-        self._logits = _head(model)
+        self._logits: Product = _head(model)
         step_weights = accounting.step_weights(model.config)
         self._uses_one_thread = self._device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
 
@@ -124,6 +127,22 @@ class PlainModel:
         finally:
             if threads > 1:
                 torch.set_num_threads(threads)
+
+
+class ShardedModel(PlainModel):
+    """The modules as they are, of a model that FSDP2 shards: calling a layer gathers its weights.
+
+    All processes take the same steps together, inside of `with_own_parameters`.
+    """
+
+    def _prepare_encoder(self, model: Plug) -> None:
+        self._encoder = model.encoder
+
+    def _prepare_decoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._decoder = model.decoder
+        self._logits = model.lm_logits
+        self._uses_one_thread = False
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:
