@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from plug import PlugForConditionalGeneration, PlugTransformersConfig
 from plug.finetuning.fused_backward import FusedAdafactor
+from plug.finetuning.recomputation import recompute_layers
 from plug.model.configuration import PlugConfig
 
 
@@ -27,12 +28,6 @@ def make(config: PlugConfig, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Fu
         {"params": trained[1::2], "lr": 2e-3},
     ]
     return model, FusedAdafactor(groups, lr=1e-3, seed=seed)
-
-
-def recompute(model: Any) -> None:
-    """Ask for recomputation of layers by the name that this version of transformers has for it."""
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def batch(number: int) -> dict[str, Tensor]:
@@ -64,7 +59,7 @@ def test_fused_equals_unfused_bit_for_bit(
     expected = train(plain, optimizer, range(3))
     fused, optimizer = make(config, dtype)
     if recomputes:
-        recompute(fused)
+        recompute_layers(fused, 99)
     optimizer.fuse()
     assert train(fused, optimizer, range(3)) == expected
     for (name, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
@@ -145,7 +140,7 @@ def test_a_whole_set_of_gradients_never_exists() -> None:
         model = PlugForConditionalGeneration(PlugTransformersConfig(**config.to_dict())).train()
     torch.set_default_dtype(torch.float32)
     model.warns_of_half_precision = False
-    recompute(model)
+    recompute_layers(model, 99)
     optimizer = FusedAdafactor([each for each in model.parameters() if each.requires_grad], lr=1e-5)
     optimizer.fuse()
     inputs = {name: value.cuda() for name, value in batch(0).items()}

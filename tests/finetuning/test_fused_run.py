@@ -25,8 +25,6 @@ from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory
 from plug.tokenization import PlugTokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
-
 Make = Callable[..., FinetuneSettings]
 
 
