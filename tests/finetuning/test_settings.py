@@ -78,7 +78,8 @@ def test_a_command_gives_the_settings_that_it_was_made_from() -> None:
         "r_drop": 1.0, "label_smoothing": 0.1, "fgm": 0.5, "child_tuning": 0.3,
         "source_length": 99, "target_length": 9, "num_beams": 3, "patience": 2, "seed": 5,
         "precision": "fp32", "from_scratch": True, "model": "a model",
-        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "lora_rank": 3,
+        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "recomputed_layers": 2,
+        "lora_rank": 3,
         "lora_alpha": 4.0, "lora_dropout": 0.2,
     }  # fmt: skip
     of_lora = {"memory", "rslora", "dora"}  # they exclude others of these

@@ -62,7 +62,7 @@ def generate(
     from plug.checkpoints.weights import DTYPES
     from plug.distributed.processes import start_processes
     from plug.generation.generator import Generator
-    from plug.loading.memory import Room
+    from plug.loading.estimate import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     texts_each = settings.num_return_sequences

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_chec
 from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, save_adapter
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
+from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
@@ -157,8 +158,7 @@ def _run(
         from_scratch=settings.from_scratch,
         dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
     )
-    if is_adapter:
-        model = adapt(model, settings)
+    model = prepare(model, settings)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
         write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
@@ -185,7 +185,7 @@ def _run(
         score=score,
         settings=settings,
         model=model,
-        args=_training_arguments(settings, task, output, chosen, resumable),
+        args=training_arguments(settings, task, output, chosen, resumable),
         train_dataset=kind.features(examples),
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -239,6 +239,15 @@ def _run(
         remove_directory(output / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()  # the output is whole for each of them
     return FinetuneResult(output, evaluation.metrics, facts)
+
+
+def prepare(model: Any, settings: FinetuneSettings) -> Any:
+    """Return a loaded model as it is trained: with adapters, and layers that are recomputed."""
+    if settings.memory != "full":
+        model = adapt(model, settings)
+    every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
+    recompute_layers(model, settings.recomputed_layers or every_layer)
+    return model
 
 
 class _Best:
@@ -306,9 +315,10 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
             )
 
 
-def _training_arguments(
+def training_arguments(
     settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
 ) -> TrainingArguments:
+    """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
     arguments = TrainingArguments(
@@ -316,7 +326,6 @@ def _training_arguments(
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        **_recomputation(settings.gradient_checkpointing),
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
@@ -343,15 +352,6 @@ def _training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
-
-
-def _recomputation(asked: bool) -> dict[str, Any]:
-    """Say it by the name that this version of transformers has for it."""
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    if name not in known:
-        name = "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if asked else {}
 
 
 def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:

@@ -189,6 +189,12 @@ class FinetuneSettings:
         "反向时重算各层，少占内存，约慢三分之一。",
         "compute each layer again in the backward pass: less memory, about a third slower",
     )  # fmt: skip
+    recomputed_layers: int = option(
+        0, Int(0, 10_000),
+        "反向时重算前几层（编码器在先）；0 为由 gradient_checkpointing 决定。",
+        "compute so many layers again, the encoder's first; 0: all or none, as "
+        "`gradient_checkpointing` says",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)

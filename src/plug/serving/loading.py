@@ -18,8 +18,8 @@ from plug.finetuning.predict import RUN_FILE, kind_of
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import prompt_limit, window_length
+from plug.loading.estimate import Room
 from plug.loading.load import load
-from plug.loading.memory import Room
 from plug.model.configuration import PlugConfig
 from plug.serving.engine import Engine
 from plug.serving.models import Capability, ServedModel
