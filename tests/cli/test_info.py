@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plug.model.configuration import PRESETS
+from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 
 
@@ -141,3 +141,23 @@ def test_a_card_is_a_size(card: str, run_plug: Callable) -> None:
     ran = run_plug("info", "--memory", "generate", "--card", card)
     assert (ran.status, ran.out) == (2, "")
     assert f"--card {card} 不是显存的大小" in ran.err
+
+
+def test_a_fine_tuned_classifier_has_no_decoder(
+    run_plug: Callable, config: PlugConfig, tmp_path: Path
+) -> None:
+    hf = pytest.importorskip("plug.hf")
+    values = config.to_dict() | {"num_labels": 5}
+    model = hf.PlugForSequenceClassification(hf.PlugTransformersConfig(**values))
+    model.save_pretrained(tmp_path / "classifier")
+
+    costs = json.loads(run_plug("info", "--model", tmp_path / "classifier", "--json").out)
+
+    assert costs["parameters"]["total"] == sum(x.numel() for x in model.parameters())
+    assert costs["parameters"]["decoder"] == 0
+    assert costs["parameters"]["heads"] == 5 * config.hidden_size + 5
+    assert costs["bytes"]["fp32"] == 4 * costs["parameters"]["total"]
+    assert costs["generation_bytes"] == {}
+    shown = run_plug("info", "--model", tmp_path / "classifier")
+    assert shown.status == 0
+    assert "写作需要的显存" not in shown.out

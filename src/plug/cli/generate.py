@@ -100,6 +100,8 @@ def _texts(text: str | None, file: str | None) -> list[str]:
     if text is not None:
         return [text]
     assert file is not None
+    if file == "/dev/stdin":
+        file = "-"
     if file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("多个进程不能都读标准输入。请把文字写进文件，用 --file 文件。")
     if file == "-":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,7 +52,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
 ) -> None:
     """查看模型各部分的参数量、各精度的字节数、每词元的计算量，或各种用法要多少显存。"""
-    config = _find_config(preset or model)
+    config, num_labels = _find_config(preset or model)
     if memory is not None:
         lengths = (source_length, position if memory == "generate" else target_length)
         _tell_memory(preset or model, config, memory, batch_size, lengths, card, cards, as_json)
@@ -59,21 +60,28 @@ def info(
     batch_size = batch_size or 1
     source_length = _length("--source-length", source_length, 512, config)
     position = _length("--position", position, 128, config)
-    costs = _costs(config, source_length, position, batch_size)
+    costs = _costs(config, num_labels, source_length, position, batch_size)
     if as_json:
         print(json.dumps({"model": preset or model, **costs}, ensure_ascii=False, indent=2))
     else:
         _print_tables(preset or model, costs)
 
 
-def _find_config(model: str) -> PlugConfig:
+def _find_config(model: str) -> tuple[PlugConfig, int | None]:
+    """The shape; of a fine-tuned classifier, which has no decoder, the number of labels too."""
     from plug.model.configuration import PRESETS, PlugConfig
 
     if model in PRESETS:
-        return PRESETS[model]
-    from plug.checkpoints.directory import find_model_directory
+        return PRESETS[model], None
+    from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+    from plug.checkpoints.headers import read_places
 
-    return PlugConfig.from_file(find_model_directory(model) / "config.json")
+    directory = find_model_directory(model)
+    config = PlugConfig.from_file(directory / CONFIG_FILE)
+    head = read_places(directory).get("classifier.weight")
+    if head is None:
+        return config, None
+    return dataclasses.replace(config, num_decoder_layers=0), head.spec.shape[0]
 
 
 def _length(option: str, asked: int | None, default: int, config: PlugConfig) -> int:
@@ -88,7 +96,11 @@ def _length(option: str, asked: int | None, default: int, config: PlugConfig) ->
 
 
 def _costs(
-    config: PlugConfig, source_length: int, position: int, batch_size: int
+    config: PlugConfig,
+    num_labels: int | None,
+    source_length: int,
+    position: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     from plug.errors import UsageError
     from plug.loading.estimate import generation_need, weight_bytes
@@ -97,9 +109,13 @@ def _costs(
     sizes: dict[str, int | None] = {}  # None: the model cannot be had so
     needs: dict[str, int | None] = {}
     for name, bits in (("fp32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)):
-        sizes[name] = needs[name] = None
+        sizes[name] = None
+        if config.num_decoder_layers:
+            needs[name] = None
         with contextlib.suppress(UsageError):  # too narrow for groups of 4 bits
-            sizes[name] = size = weight_bytes(config, bits)
+            sizes[name] = size = weight_bytes(config, bits, num_labels=num_labels)
+            if not config.num_decoder_layers:  # an encoder alone writes nothing
+                continue
             needs[name] = generation_need(
                 config,
                 weights=size,
@@ -109,7 +125,7 @@ def _costs(
                 bytes_per_value=4 if name == "fp32" else 2,
                 bits=bits,
             ).total
-    by_part = {name: part.parameters for name, part in accounting.parts(config).items()}
+    by_part = {name: part.parameters for name, part in accounting.parts(config, num_labels).items()}
     return {
         "config": config.to_dict(),
         "parameters": {**by_part, "total": sum(by_part.values())},
@@ -333,6 +349,8 @@ def _print_tables(model: str, costs: dict[str, Any]) -> None:
     }
     console = Console()
     for title, rows in tables.items():
+        if not rows:
+            continue
         table = Table(show_header=False, min_width=60)
         table.add_column(ratio=1)
         table.add_column(justify="right")

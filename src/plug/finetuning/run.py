@@ -32,12 +32,17 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
+from plug.checkpoints.directory import (
+    CONFIG_FILE,
+    RUN_FILE,
+    find_model_directory,
+    load_tokenizer,
+)
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
-from plug.errors import NonFiniteError, UsageError
+from plug.errors import NonFiniteError, PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
     add_files,
@@ -52,12 +57,13 @@ from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_chec
 from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, save_adapter
-from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
+from plug.finetuning.predict import read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
+from plug.jsonfiles import read_json
 from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
@@ -278,7 +284,9 @@ def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> Finetun
     """The result of a run that was stopped when only its checkpoints were left to be removed."""
     if not resume or not (output / _last_file(settings)).is_file():
         return None
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(output / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise PlugError(f"{output / 'metrics.json'} 已损坏。请删去它所在的目录，重新训练。")
     return FinetuneResult(output, metrics, settings.to_dict())
 
 

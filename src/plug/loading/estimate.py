@@ -22,7 +22,9 @@ STREAMED_AT_ONCE = 3  # layers that come when needed: the last one, the one at w
 OVERHEAD_BYTES = 512 * 2**20  # libraries' own memory, CUDA graphs, what no allocator can use
 
 
-def weight_bytes(config: PlugConfig, bits: int, bytes_per_value: int = 2) -> int:
+def weight_bytes(
+    config: PlugConfig, bits: int, bytes_per_value: int = 2, *, num_labels: int | None = None
+) -> int:
     """Return the bytes of a model's weights, as a directory and a device hold them.
 
     Args:
@@ -30,14 +32,12 @@ def weight_bytes(config: PlugConfig, bits: int, bytes_per_value: int = 2) -> int
         bits: 32 or 16: of all weights; 8 or 4: of the linear layers of encoder and decoder, as
             `plug quantize` writes them. The rest, the word table included, stays as it was.
         bytes_per_value: of that rest.
+        num_labels: as in `parts`.
 
     Raises:
         UsageError: 4 bits, and a layer cannot be parted into groups (`Scheme.tensors`).
     """
-    return _weight_bytes(parts(config), bits, bytes_per_value)
-
-
-def _weight_bytes(by_part: dict[str, Part], bits: int, bytes_per_value: int) -> int:
+    by_part = parts(config, num_labels)
     parameters = sum(by_part.values(), Part()).parameters
     if bits >= 16:
         return parameters * bits // 8
@@ -173,6 +173,7 @@ class Room:
 
 # --- training -------------------------------------------------------------------------------------
 
+_FEW_LABELS = 2  # of a classifier, whose one linear layer is small beside the others
 # Bytes an optimizer keeps for a trained parameter: two moments in float32; in 8 bits with a scale
 # in float32 for 256 of them. A factored second moment is a row and a column. Muon has one momentum
 # for the layers' matrices; AdamW has the rest.
@@ -266,9 +267,10 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     Raises:
         UsageError: 4 bits, and a layer cannot be parted into groups.
     """
-    by_part = _trained_parts(config, training)
-    weights = _weight_bytes(by_part, training.bits, training.stream)
-    adapters = 0 if training.trains_all else _adapter_parameters(config, training)
+    num_labels = None if training.target_length else _FEW_LABELS
+    by_part = parts(config, num_labels)
+    weights = weight_bytes(config, training.bits, training.stream, num_labels=num_labels)
+    adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
     trained = adapters or sum(by_part.values(), Part()).parameters
     weights = weights // training.cards + 4 * adapters
     optimizer = int(trained * _STATES[training.optimizer])
@@ -312,17 +314,8 @@ def _larger(
     return max(best, need, key=lambda each: each.total)
 
 
-def _trained_parts(config: PlugConfig, training: Training) -> dict[str, Part]:
-    """The parts that a task's class has: those without a decoder have no heads of pre-training."""
-    by_part = parts(config)
-    if not training.target_length:
-        by_part |= {"decoder": Part(), "heads": Part()}
-    return by_part
-
-
-def _adapter_parameters(config: PlugConfig, training: Training) -> int:
+def _adapter_parameters(by_part: dict[str, Part], training: Training) -> int:
     """A (rank, in) and a (out, rank) beside each matrix of encoder and decoder."""
-    by_part = _trained_parts(config, training)
     matrices = by_part["encoder"].matrices + by_part["decoder"].matrices
     return training.rank * sum(rows + columns for rows, columns in matrices)
 
