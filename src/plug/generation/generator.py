@@ -89,7 +89,7 @@ class Piece:
 
     Attributes:
         index: of the result, as in the list that a call of the `Generator` returns.
-        text: what was added to its text; "" in the last piece.
+        text: what was added to its text; "" in the last piece, and between two steps of beams.
         result: in the last piece of a text, otherwise None.
     """
 
@@ -236,7 +236,8 @@ class Generator:
         """Return an iterator of the texts' pieces as they are written; arguments as in `generate`.
 
         Arguments are checked at once. No lock is held between two pieces: other calls may be made
-        meanwhile, from the same thread too. The iterator may be dropped at any time.
+        meanwhile, from the same thread too. The iterator may be dropped at any time: with beams
+        there is a piece without text after each step, so that the search ends there.
         """
         settings = GenerationSettings.of(settings, **changes)
         window = self.window(settings)
@@ -322,14 +323,21 @@ class Generator:
         settings: GenerationSettings,
         first: int,
     ) -> Iterator[Piece]:
-        """As `_write`, by beam search: each text comes whole."""
+        """As `_write`, by beam search: an empty piece a step, then each text whole."""
         began = time.perf_counter()
         sources = [frame(prompt, self.config) for prompt in prompts]
         size = beam_size(sources, settings.num_beams, settings.out_length)
         runner = self._runner(size)
-        with explain_out_of_memory(self.prepared.device, len(prompts)):
-            found = write_by_beams(runner, sources, settings, self._banned)
-        self._give_back(runner)
+        steps = write_by_beams(runner, sources, settings, self._banned)
+        found: list[tuple[list[int], FinishReason]] = []
+        try:
+            while not found:
+                with explain_out_of_memory(self.prepared.device, len(prompts)):
+                    found = next(steps)
+                if not found:
+                    yield Piece(first, "")
+        finally:
+            self._give_back(runner)
         for index, (token_ids, finish_reason) in enumerate(found):
             detokenizer = Detokenizer(self.tokenizer)
             for token_id in token_ids:

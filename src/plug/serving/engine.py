@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from plug.errors import PlugError
@@ -27,6 +28,7 @@ class Engine:
         self.generator = generator
         self._engine = AsyncEngine(generator, rows=rows, max_waiting=_NO_BOUND)
         self._beams = ThreadPoolExecutor(1, thread_name_prefix="plug-beams")
+        self._closed = threading.Event()
 
     @property
     def is_alive(self) -> bool:
@@ -50,7 +52,8 @@ class Engine:
         self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
     ) -> Handle:
         self.generator.window(settings)  # refuses what this model cannot do
-        work = self._beams.submit(self._search, prompt, settings, seed)
+        cancelled = threading.Event()
+        work = self._beams.submit(self._search, prompt, settings, seed, cancelled)
 
         def done(future: Future[GenerationResult]) -> None:
             try:
@@ -64,27 +67,39 @@ class Engine:
                 listener(End(result.finish_reason))
 
         work.add_done_callback(done)
-        return _Beams(work.cancel)
+        return _Beams(work, cancelled)
 
     def _search(
-        self, prompt: Sequence[int], settings: GenerationSettings, seed: int
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        seed: int,
+        cancelled: threading.Event,
     ) -> GenerationResult:
-        [result] = self.generator([list(prompt)], settings, seed=seed)
-        return result
+        for piece in self.generator.stream([list(prompt)], settings, seed=seed):
+            if piece.result is not None:
+                return piece.result
+            if cancelled.is_set() or self._closed.is_set():
+                break
+        raise CancelledError
 
     def close(self) -> None:
+        self._closed.set()
         self._beams.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
 
 
 class _Beams:
-    """A beam search; it can be cancelled while it waits."""
+    """A beam search that waits or runs."""
 
-    def __init__(self, cancel: Callable[[], bool]) -> None:
-        self._cancel = cancel
+    def __init__(self, work: Future[GenerationResult], cancelled: threading.Event) -> None:
+        self._work = work
+        self._cancelled = cancelled
 
     def cancel(self) -> None:
-        self._cancel()
+        """End it: at once if it waits, else after its step."""
+        self._cancelled.set()
+        self._work.cancel()
 
 
 def _tell(listener: Listener, news: Progress) -> None:
