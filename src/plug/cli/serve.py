@@ -57,6 +57,7 @@ def serve(
         rows=settings.max_num_seqs,
         device=place,
         dtype=None if dtype is None else DTYPES[dtype],
+        max_num_batched_tokens=settings.max_num_batched_tokens,
     )
     models = [load(each, path) for each, path in directories.items()]
     run(models, settings, load, _say_where)

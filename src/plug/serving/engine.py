@@ -22,11 +22,19 @@ class Engine:
     Args:
         generator: the model.
         rows: texts written at once; beams come on top, one request at a time.
+        max_num_batched_tokens: as in `AsyncEngine`.
     """
 
-    def __init__(self, generator: Generator, rows: int) -> None:
+    def __init__(
+        self, generator: Generator, rows: int, max_num_batched_tokens: int | None = None
+    ) -> None:
         self.generator = generator
-        self._engine = AsyncEngine(generator, rows=rows, max_waiting=_NO_BOUND)
+        self._engine = AsyncEngine(
+            generator,
+            rows=rows,
+            max_waiting=_NO_BOUND,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self._beams = ThreadPoolExecutor(1, thread_name_prefix="plug-beams")
         self._closed = threading.Event()
 

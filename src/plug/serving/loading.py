@@ -41,6 +41,7 @@ def load_model(
     rows: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    max_num_batched_tokens: int | None = None,
 ) -> ServedModel:
     """A model of any kind: a directory with `finetuning.json` does what it was fine-tuned for.
 
@@ -52,6 +53,7 @@ def load_model(
         rows: texts written at once.
         device: where it runs.
         dtype: of a pre-trained model's weights, as in `plug.load`.
+        max_num_batched_tokens: as in `AsyncEngine`.
 
     Raises:
         UsageError: there is no such model.
@@ -63,17 +65,19 @@ def load_model(
     tokenizer = PlugTokenizer.load(found)
     model = load(found, device=device, dtype=dtype, room=Room(batch_size=rows))
     if model.config.num_decoder_layers:
-        served = serve_plug(name, Generator(model, tokenizer), rows)
+        served = serve_plug(name, Generator(model, tokenizer), rows, max_num_batched_tokens)
     else:
         served = _empty(name, tokenizer, model.config)
     served.encoder = TextEncoder(model, tokenizer)
     return served
 
 
-def serve_plug(name: str, generator: Generator, rows: int) -> ServedModel:
+def serve_plug(
+    name: str, generator: Generator, rows: int, max_num_batched_tokens: int | None = None
+) -> ServedModel:
     """A model that writes by ``generator``; arguments as in `load_model`."""
     served = _empty(name, generator.tokenizer, generator.config)
-    engine = Engine(generator, rows)
+    engine = Engine(generator, rows, max_num_batched_tokens)
     served.engine = engine
     served.window_tokens = window_length(generator.config, GenerationSettings())
     served.encode_prompt = lambda text: generator.encode(text, allow_special_tokens=False)
