@@ -106,9 +106,9 @@ def test_the_first_to_come_are_the_first_to_be_written(
     joined: list[int] = []
     encode = generator.prepared.encode
 
-    def spy(sources: list[list[int]]) -> Any:
+    def spy(sources: list[list[int]], numbers: list[int]) -> Any:
         joined.extend(source[1] for source in sources)
-        return encode(sources)
+        return encode(sources, numbers)
 
     generator.prepared.encode = spy  # type: ignore[method-assign, assignment]
     settings = GenerationSettings(out_length=6, min_length=6)
@@ -139,9 +139,9 @@ def test_a_step_encodes_no_more_than_so_many_tokens(
     joined: list[int] = []
     encode = generator.prepared.encode
 
-    def spy(sources: list[list[int]]) -> Any:
+    def spy(sources: list[list[int]], numbers: list[int]) -> Any:
         joined.append(len(sources))
-        return encode(sources)
+        return encode(sources, numbers)
 
     generator.prepared.encode = spy  # type: ignore[method-assign, assignment]
     settings = GenerationSettings(out_length=6, min_length=6)

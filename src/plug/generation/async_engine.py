@@ -261,9 +261,12 @@ class AsyncEngine:
         seed: int | None = None,
         allow_special_tokens: bool = False,
         listener: Listener | None = None,
+        adapter: int = 0,
         **changes: Any,
     ) -> Request:
         """Have ``text`` continued; from any thread. Arguments as in `generate`.
+
+        Texts with different adapters (`Generator.add_adapter`) and without one share each step.
 
         A ``listener`` is called on the engine's thread after each step (`Progress`); it must
         return at once and not raise. The request then has no pieces to iterate over.
@@ -291,8 +294,11 @@ class AsyncEngine:
         window = min(generator.window(settings), self._size.window)
         [checked_seed] = generator.seeds(seed, 1)
         prompt = generator.encode(text, allow_special_tokens, settings.simplify)
+        generator.check_adapter(adapter)
         work = _Work(listener)
-        work.sequence = generator.sequence(prompt, window, settings, checked_seed, work.add_text)
+        work.sequence = generator.sequence(
+            prompt, window, settings, checked_seed, work.add_text, adapter
+        )
         with self._changed:
             if self._closed:
                 raise PlugError("已经关闭，不再接受请求。")
@@ -403,9 +409,10 @@ class AsyncEngine:
         """Let the first ones in, as far as there are slots and tokens to encode."""
         left, read = self._encoded_at_once, None
         while self._waiting and not scheduler.is_full:
-            source = self._waiting[0].sequence.source
+            sequence = self._waiting[0].sequence
             # Several texts of one prompt come one after the other, and share its encoding.
-            left -= 0 if source == read else len(source)
+            source = sequence.adapter, sequence.source
+            left -= 0 if source == read else len(sequence.source)
             if left < 0 and read is not None:
                 break
             read = source

@@ -47,6 +47,7 @@ def beam_search(
     min_length: int = 5,
     length_penalty: float = 0.6,
     allow: Allow | None = None,
+    adapter: int = 0,
 ) -> Iterator[list[Hypothesis]]:
     """Yield an empty list a step, and at last the best hypothesis of each source.
 
@@ -61,6 +62,7 @@ def beam_search(
         length_penalty: exponent alpha of ((5 + n) / 6) ^ alpha, n tokens long.
         allow: given logits (rows, vocab) and what each row has written (rows, n), returns the
             logits with -inf for what may not come next.
+        adapter: number of the adapter in use (`AdapterStack`).
 
     Raises:
         UsageError: ``allow`` forbids every token, or the logits are not numbers.
@@ -76,7 +78,7 @@ def beam_search(
     # All beams of a text begin alike, so at first only one of them is alive.
     total = torch.full((len(sources), num_beams), float("-inf"), device=device)
     total[:, 0] = 0
-    runner.start(sources, copies=num_beams)
+    runner.start(sources, copies=num_beams, adapter=adapter)
     last = [config.decoder_start_token_id] * len(written)
     for step in range(max_length):
         logits = runner.logits(last, [step] * len(last))
@@ -125,6 +127,7 @@ def write_by_beams(
     sources: Sequence[Sequence[int]],
     settings: GenerationSettings,
     banned: Sequence[int],
+    adapter: int = 0,
 ) -> Iterator[list[tuple[list[int], FinishReason]]]:
     """Yield an empty list a step, and at last the ids and the end of each text.
 
@@ -136,6 +139,7 @@ def write_by_beams(
         sources: as in `beam_search`.
         settings: with ``num_beams``.
         banned: ids never to write; in mode "original" every id is allowed.
+        adapter: as in `beam_search`.
     """
     config = runner.prepared.config
     steps = beam_search(
@@ -146,6 +150,7 @@ def write_by_beams(
         min_length=BEAM_MIN_LENGTH if settings.min_length is None else settings.min_length,
         length_penalty=settings.length_penalty,
         allow=_allow(settings, config, banned),
+        adapter=adapter,
     )
     found: list[Hypothesis] = []
     for found in steps:

@@ -47,21 +47,36 @@ class Engine:
         return self._engine.stats
 
     def submit(
-        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        seed: int,
+        listener: Listener,
+        adapter: int = 0,
     ) -> Handle:
-        """As `TextEngine.submit`."""
+        """As `TextEngine.submit`, with an adapter of the generator."""
         if settings.num_beams > 1:
-            return self._submit_beams(prompt, settings, seed, listener)
+            return self._submit_beams(prompt, settings, seed, listener, adapter)
         return self._engine.submit(
-            list(prompt), settings, seed=seed, listener=lambda news: _tell(listener, news)
+            list(prompt),
+            settings,
+            seed=seed,
+            listener=lambda news: _tell(listener, news),
+            adapter=adapter,
         )
 
     def _submit_beams(
-        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        seed: int,
+        listener: Listener,
+        adapter: int,
     ) -> Handle:
         self.generator.window(settings)  # refuses what this model cannot do
+        self.generator.check_adapter(adapter)
         cancelled = threading.Event()
-        work = self._beams.submit(self._search, prompt, settings, seed, cancelled)
+        work = self._beams.submit(self._search, prompt, settings, seed, cancelled, adapter)
 
         def done(future: Future[GenerationResult]) -> None:
             try:
@@ -83,8 +98,10 @@ class Engine:
         settings: GenerationSettings,
         seed: int,
         cancelled: threading.Event,
+        adapter: int,
     ) -> GenerationResult:
-        for piece in self.generator.stream([list(prompt)], settings, seed=seed):
+        pieces = self.generator.stream([list(prompt)], settings, seed=seed, adapter=adapter)
+        for piece in pieces:
             if piece.result is not None:
                 return piece.result
             if cancelled.is_set() or self._closed.is_set():
@@ -95,6 +112,29 @@ class Engine:
         self._closed.set()
         self._beams.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
+
+
+class AdaptedEngine:
+    """`Engine` with one of its adapters, as a `TextEngine`; it shares each step with the others.
+
+    Args:
+        engine: whose generator has the adapter.
+        number: of the adapter.
+    """
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self._engine = engine
+        self._number = number
+
+    def submit(
+        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+    ) -> Handle:
+        """As `TextEngine.submit`."""
+        return self._engine.submit(prompt, settings, seed, listener, self._number)
+
+    def close(self) -> None:
+        """Drop the adapter; the engine goes on."""
+        self._engine.generator.remove_adapter(self._number)
 
 
 class _Beams:

@@ -74,7 +74,7 @@ class ServeSettings:
     max_num_batched_tokens: int | None = option(
         None, Int(1, 1_000_000),
         "一步里最多编码多少个输入词元；小则首字快、正在写的不停顿，大则总的快。",
-        "source tokens encoded in one step; more of them wait for the next, so that what runs is not "
+        "source tokens encoded in one step; the others wait for the next, so that what runs is not "
         "held up by all sources that came together",
         unset=("CPU 上 256，显卡上 4096", "256 on a CPU, 4096 on a GPU"),
     )  # fmt: skip
