@@ -36,8 +36,8 @@ from plug.generation.window import (
     prompt_limit,
     window_length,
 )
+from plug.loading.estimate import Room
 from plug.loading.load import load
-from plug.loading.memory import Room
 from plug.loading.offload import DeviceMap
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation
