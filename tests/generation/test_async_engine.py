@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,6 +382,15 @@ def test_the_generator_serves_other_calls_meanwhile(
 def test_a_size_out_of_range_is_refused(name: str, generator: Generator) -> None:
     with pytest.raises(UsageError, match=f"{name}=0"):
         AsyncEngine(generator, **{name: 0})
+
+
+def test_an_engine_may_be_made_of_a_directory(model_directory: Path, generator: Generator) -> None:
+    with AsyncEngine(model_directory) as engine:
+        written = engine.submit("山上", out_length=5, seed=1).result()
+    with AsyncEngine(Generator(model_directory)) as engine:
+        assert engine.submit("山上", out_length=5, seed=1).result().token_ids == written.token_ids
+    with pytest.raises(UsageError, match=r"AsyncEngine 要一个 plug\.Generator.*而不是 list"):
+        AsyncEngine([generator])
 
 
 def test_a_listener_hears_of_each_step_and_of_the_end(generator: Generator) -> None:

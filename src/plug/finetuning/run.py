@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,20 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
+from plug.checkpoints.directory import (
+    CONFIG_FILE,
+    RUN_FILE,
+    find_model_directory,
+    load_tokenizer,
+)
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
-from plug.errors import NonFiniteError, UsageError
+from plug.errors import NonFiniteError, PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
     add_files,
@@ -48,13 +54,16 @@ from plug.files import (
     write_text,
 )
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
+from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, save_adapter
-from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
+from plug.finetuning.predict import read_run, write_predictions
+from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
+from plug.jsonfiles import read_json
 from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
@@ -131,6 +140,7 @@ def _run(
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
     check_base(settings, directory)
+    check_optimizer(settings)
     tokenizer = load_tokenizer(directory)
     cls = find_kind(task.kind)
     kind = cls(
@@ -151,14 +161,15 @@ def _run(
         )
     set_seed(settings.seed)
     is_adapter = settings.memory != "full"
-    half = is_adapter and chosen.type == "cuda" and settings.precision == "bf16"
+    is_fused = settings.optimizer == "adafactor"
+    in_bf16 = settings.precision == "bf16"
+    half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
     model = kind.load_model(
         directory,
         from_scratch=settings.from_scratch,
-        dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
+        dtype=torch.bfloat16 if half else torch.float32,
     )
-    if is_adapter:
-        model = adapt(model, settings)
+    model = prepare(model, settings)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
         write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
@@ -185,7 +196,7 @@ def _run(
         score=score,
         settings=settings,
         model=model,
-        args=_training_arguments(settings, task, output, chosen, resumable),
+        args=training_arguments(settings, task, output, chosen, resumable),
         train_dataset=kind.features(examples),
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -215,7 +226,7 @@ def _run(
         "best_step": trainer.state.best_global_step,
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
-        **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
+        **({"precision": "fp32"} if chosen.type == "cpu" and not half else {}),
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -241,6 +252,15 @@ def _run(
     return FinetuneResult(output, evaluation.metrics, facts)
 
 
+def prepare(model: Any, settings: FinetuneSettings) -> Any:
+    """Return a loaded model as it is trained: with adapters, and layers that are recomputed."""
+    if settings.memory != "full":
+        model = adapt(model, settings)
+    every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
+    recompute_layers(model, settings.recomputed_layers or every_layer)
+    return model
+
+
 class _Best:
     """The predictions of the best evaluation so far, so that it need not be repeated at the end."""
 
@@ -264,7 +284,9 @@ def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> Finetun
     """The result of a run that was stopped when only its checkpoints were left to be removed."""
     if not resume or not (output / _last_file(settings)).is_file():
         return None
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(output / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise PlugError(f"{output / 'metrics.json'} 已损坏。请删去它所在的目录，重新训练。")
     return FinetuneResult(output, metrics, settings.to_dict())
 
 
@@ -306,25 +328,26 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
             )
 
 
-def _training_arguments(
+def training_arguments(
     settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
 ) -> TrainingArguments:
+    """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
+    is_fused = settings.optimizer == "adafactor"
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        **_recomputation(settings.gradient_checkpointing),
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip_grad_norm,
+        max_grad_norm=0.0 if is_fused else settings.clip_grad_norm,
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and in_bf16,
+        bf16=on_gpu and in_bf16 and not is_fused,  # its weights are in bfloat16 already
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
@@ -341,17 +364,10 @@ def _training_arguments(
         report_to="none",
         disable_tqdm=True,  # `Tell` has the bar
     )
+    if settings.optimizer == "adamw8bit":
+        arguments.optim = OptimizerNames.ADAMW_TORCH_8BIT
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
-
-
-def _recomputation(asked: bool) -> dict[str, Any]:
-    """Say it by the name that this version of transformers has for it."""
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    if name not in known:
-        name = "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if asked else {}
 
 
 def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:

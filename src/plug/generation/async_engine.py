@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -202,7 +203,8 @@ class AsyncEngine:
     """Writes what any thread submits. A context manager; leaving it cancels what is not done.
 
     Args:
-        generator: may serve other calls at the same time.
+        generator: may serve other calls at the same time; or the name or directory of a model, as
+            `Generator` takes it.
         rows: sequences written at once, at most.
         max_waiting: requests that may wait for a slot.
         capacity: steps from one encoding, at most; None is as many as `generate` uses by default.
@@ -218,7 +220,7 @@ class AsyncEngine:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: Generator | str | Path,
         *,
         rows: int = 8,
         max_waiting: int = 64,
@@ -233,6 +235,13 @@ class AsyncEngine:
         ):
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise UsageError(f"{name}={value!r} 应是不小于 1 的整数。")
+        if isinstance(generator, (str, Path)):
+            generator = Generator(generator)
+        elif not isinstance(generator, Generator):
+            raise UsageError(
+                f"AsyncEngine 要一个 plug.Generator，或模型的名字或目录，而不是"
+                f" {type(generator).__name__}。"
+            )
         if generator.is_sharded:
             raise UsageError("多个进程的模型不能用于连续批处理（AsyncEngine）。请用一个进程。")
         config = generator.config

@@ -1,7 +1,8 @@
 """`CpuModel`: a step of the decoder in one call of `kernels/cpu`, for float32 on a CPU.
 
-Sources are read by `PlainModel`. A step of a small model is a few milliseconds, of which PyTorch's
-functions, one by one, would take more than the arithmetic does.
+A step of a small model is a few milliseconds, of which PyTorch's functions, one by one, would take
+more than the arithmetic does. Sources are read by the modules of the encoder, with products of
+`kernels/cpu`: they are long enough for that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import is_sharded
 from plug.generation.kv_cache import DecoderCache
-from plug.generation.plain_model import PlainModel
+from plug.generation.plain_model import PlainModel, with_products
 from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
 from plug.kernels.cpu.products import CpuProduct
 from plug.loading import adapters
@@ -24,7 +25,6 @@ from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
-from plug.quantization.products import fits_halves
 from plug.quantization.scheme import Scheme
 
 # The products of a layer, in the order in which `step.cpp` has them.
@@ -56,6 +56,16 @@ class CpuModel(PlainModel):
         return found is not None and (
             found.plug_instructions() == 512 or scheme_of(model) is not None
         )
+
+    def _prepare_encoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._products: dict[nn.Module, CpuProduct] = {}
+        self._encoder = with_products(
+            model.encoder, self._product_of, self._product_of, self._adapters, "encoder."
+        )
+        self._project_encoder = with_products(
+            model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
+        ).project_encoder
 
     def _prepare_decoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
@@ -161,14 +171,19 @@ class CpuModel(PlainModel):
         return Norm(*(each.data_ptr() for each in tensors))
 
     def _product(self, linear: nn.Module) -> Product:
-        if isinstance(linear, QuantizedLinear):
-            found = linear.cpu_product()
-            assert found is not None, "ask `can_run` first"
-        else:
-            assert isinstance(linear, nn.Linear)
-            found = _plain(linear.weight, linear.bias)
-        self._kept.append(found)
-        return found.product
+        return self._product_of(linear).product
+
+    def _product_of(self, linear: nn.Module) -> CpuProduct:
+        """The product of a linear layer; one copy of its weight serves reading and steps."""
+        if linear not in self._products:
+            if isinstance(linear, QuantizedLinear):
+                found = linear.cpu_product()
+                assert found is not None, "ask `can_run` first"
+            else:
+                assert isinstance(linear, nn.Linear)
+                found = _plain(linear.weight, linear.bias)
+            self._products[linear] = found
+        return self._products[linear]
 
     def _head(self, model: Plug) -> Product:
         """The product with the word table; in a quantised model with its copy in 8 bits."""
@@ -182,6 +197,7 @@ class CpuModel(PlainModel):
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> CpuProduct:
-    """In float16 where that loses nothing: half as much is read."""
+    """In bfloat16 where it holds the weights without loss, as all that were saved in it."""
     weight = weight.detach()
-    return CpuProduct(weight.half() if fits_halves(weight) else weight, bias)
+    in_bfloat16 = weight.bfloat16()
+    return CpuProduct(in_bfloat16 if torch.equal(in_bfloat16.float(), weight) else weight, bias)

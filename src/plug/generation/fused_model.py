@@ -32,7 +32,7 @@ from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.one_shot import OneShot
 from plug.kernels.packed_linear import Added, PackedLinear
 from plug.kernels.rows import Fp8Rows, add_norm, add_norm_fp8, embed
-from plug.loading.memory import TOKENS_AT_ONCE
+from plug.loading.estimate import TOKENS_AT_ONCE
 from plug.loading.offload import StreamedLayers
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, KeyValue

@@ -37,8 +37,8 @@ from plug.generation.window import (
     window_length,
 )
 from plug.loading.adapters import Adapter
+from plug.loading.estimate import Room
 from plug.loading.load import load
-from plug.loading.memory import Room
 from plug.loading.offload import DeviceMap
 from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer, replace_original_punctuation

@@ -51,26 +51,28 @@ class PlainModel:
         self._device = device
         self._pad = model.config.pad_token_id
         self._adapters = adapters
-        self._encoder = _with_products(
-            model.encoder,
-            QuantizedLinear.source_product,
-            lambda linear: linear,
-            adapters,
-            "encoder.",
-        )
-        self._project_encoder = model.decoder.project_encoder
-        if adapters is not None:
-            self._project_encoder = _with_products(
-                model.decoder, lambda linear: linear, lambda linear: linear, adapters, "decoder."
-            ).project_encoder
+        self._prepare_encoder(model)
         # A CPU is as fast with one source at a time, and its 8-bit products want it so.
         self._reads_together = device.type != "cpu"
         self.granularity = granularity
         self._prepare_decoder(model)
 
+    def _prepare_encoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._encoder = with_products(
+            model.encoder,
+            QuantizedLinear.source_product,
+            lambda linear: linear,
+            self._adapters,
+            "encoder.",
+        )
+        self._project_encoder = with_products(
+            model.decoder, lambda linear: linear, lambda linear: linear, self._adapters, "decoder."
+        ).project_encoder
+
     def _prepare_decoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
-        self._decoder = _with_products(
+        self._decoder = with_products(
             model.decoder,
             QuantizedLinear.step_product,
             lambda linear: product(linear.weight, linear.bias),
@@ -178,7 +180,7 @@ def _own_head(model: Plug) -> Product:
     return product(table, None)
 
 
-def _with_products(
+def with_products(
     module: Module,
     for_quantized: Callable[[QuantizedLinear], Product],
     for_plain: Callable[[nn.Linear], Product],

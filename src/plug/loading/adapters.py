@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.checkpoints.directory import RUN_FILE
 from plug.checkpoints.headers import read_header, read_places
 from plug.checkpoints.weights import Place, finite, map_tensors, shorten
 from plug.errors import PlugError, UsageError
@@ -33,7 +34,6 @@ from plug.quantization.products import Product
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_KEY = "base"  # of `finetuning.json`: the `fingerprint` of the model that was adapted
-_RUN_FILE = "finetuning.json"
 _PREFIX = "base_model.model."  # of every name in peft's files
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # What peft can do besides and a product of two matrices cannot.
@@ -284,7 +284,7 @@ def _read_config(path: Path) -> tuple[float, bool]:
 
 def _check_base(directory: Path, base: Path) -> None:
     """Refuse an adapter that says it was trained on another model than ``base``."""
-    run = read_json(directory / _RUN_FILE) if (directory / _RUN_FILE).is_file() else {}
+    run = read_json(directory / RUN_FILE) if (directory / RUN_FILE).is_file() else {}
     trained_on = run.get(BASE_KEY) if isinstance(run, dict) else None
     if trained_on is not None and trained_on != fingerprint(read_places(base)):
         settings = run.get("settings")

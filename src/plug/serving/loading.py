@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+from plug.checkpoints.directory import CONFIG_FILE, RUN_FILE, find_model_directory
 from plug.errors import UsageError
 from plug.finetuning.classification import Classification
 from plug.finetuning.generation import Generation
 from plug.finetuning.kind import Kind
 from plug.finetuning.plain import load_plain
-from plug.finetuning.predict import RUN_FILE, kind_of
+from plug.finetuning.predict import kind_of
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import prompt_limit, window_length
 from plug.loading.adapters import is_adapter, read_adapter
+from plug.loading.estimate import Room
 from plug.loading.load import load
-from plug.loading.memory import Room
 from plug.model.configuration import PlugConfig
 from plug.serving.engine import AdaptedEngine, Engine
 from plug.serving.models import Capability, ServedModel

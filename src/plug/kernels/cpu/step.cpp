@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 
+#include "functions.h"
 #include "products.h"
 
 namespace plug {
@@ -43,43 +44,39 @@ struct Shape {
   double eps;
 };
 
-// Sixteen sums side by side, which the compiler keeps in one register.
 inline float dot(const float* a, const float* b, int64_t count) {
-  float lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int lane = 0; lane < 16; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += a[i] * b[i];
-  float sum = 0;
-  for (float lane : lanes) sum += lane;
-  return sum;
+  return sum_over<float>(count, [&](int64_t i) { return a[i] * b[i]; });
 }
 
 void normalize(const float* x, const Norm& norm, int64_t hidden, double eps, float* y) {
-  double sum = 0, squares = 0;
-  for (int64_t i = 0; i < hidden; ++i) sum += x[i];
-  const double mean = sum / hidden;
-  for (int64_t i = 0; i < hidden; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const double mean = sum_over<double>(hidden, [&](int64_t i) { return static_cast<double>(x[i]); }) / hidden;
+  const double squares = sum_over<double>(hidden, [&](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
   const float scale = static_cast<float>(1 / std::sqrt(squares / hidden + eps)), shift = static_cast<float>(mean);
   for (int64_t i = 0; i < hidden; ++i) y[i] = (x[i] - shift) * scale * norm.weight[i] + norm.bias[i];
 }
 
 // One head of one token: softmax(query keys / sqrt(head_dim)) values, over the first `count` positions.
 void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim, float* context) {
-  static thread_local std::vector<float> chances;
-  chances.resize(count);
+  static thread_local std::vector<float> own;
+  own.resize(count + head_dim);
+  float *chances = own.data(), *sum = chances + count;
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  float largest = -INFINITY, sum = 0;
+  float largest = -INFINITY;
   for (int64_t i = 0; i < count; ++i) {
     chances[i] = scale * dot(query, keys + i * head_dim, head_dim);
     largest = std::max(largest, chances[i]);
   }
-  for (int64_t i = 0; i < count; ++i) sum += chances[i] = std::exp(chances[i] - largest);
-  std::fill(context, context + head_dim, 0.0f);
-  for (int64_t i = 0; i < count; ++i) {
-    const float chance = chances[i] / sum;
-    for (int64_t d = 0; d < head_dim; ++d) context[d] += chance * values[i * head_dim + d];
-  }
+  for (int64_t i = 0; i < count; ++i) chances[i] = exp_of_negative(chances[i] - largest);
+  const float total = sum_over<float>(count, [&](int64_t i) { return chances[i]; });
+  std::fill_n(sum, head_dim, 0.0f);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < head_dim; ++d) sum[d] += chances[i] * values[i * head_dim + d];
+  for (int64_t d = 0; d < head_dim; ++d) context[d] = sum[d] / total;
+}
+
+// The exact GELU.
+void gelu(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0.5f * values[i] * (1 + erf_of(values[i] * SQRT_HALF));
 }
 
 constexpr auto NOTHING = [](int, int64_t, int64_t) {};
@@ -178,9 +175,7 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
     norm(layer.feed_forward_norm);
     float* y = wide.data();
     multiply_some(6, &layer.fc1, 1, normalized.data(), &y, [&](int, int64_t from, int64_t to) {
-      for (int64_t n = 0; n < tokens; ++n)  // the exact GELU
-        for (float* at = y + n * layer.fc1.out + from; at < y + n * layer.fc1.out + to; ++at)
-          *at = 0.5f * *at * (1 + std::erf(*at * SQRT_HALF));
+      for (int64_t n = 0; n < tokens; ++n) gelu(y + n * layer.fc1.out + from, to - from);
     });
     add(7, layer.fc2, wide.data());
   }
@@ -211,14 +206,8 @@ plug::Pool& pool_of(int threads) {
 
 extern "C" {
 
-// 512: AVX-512 with VNNI. 0: what the compiler made of plain loops.
-int plug_instructions() {
-#ifdef PLUG_AVX512
-  return 512;
-#else
-  return 0;
-#endif
-}
+// 512: AVX-512 with VNNI. 256: AVX2. 128: Arm with dot products. 0: what the compiler made of plain loops.
+int plug_instructions() { return plug::INSTRUCTIONS; }
 
 // x (rows, in) and y (rows, out), float32, contiguous.
 void plug_multiply(int threads, const plug::Product* product, const float* x, float* y, int64_t rows) {
@@ -236,20 +225,22 @@ void plug_step(int threads, const plug::Shape* shape, const plug::Layer* layers,
              logits);
 }
 
-// 0 if products in 16, 8 and 4 bits of a weight that is 1 everywhere are what they should be.
+// 0 if products in 32, 16, 8 and 4 bits of a weight that is 1 everywhere are what they should be.
 int plug_self_test() {
-  constexpr int64_t out = 70, in = 256, rows = 5;
-  std::vector<float> x(rows * in, 0.5f), y(rows * out), scale(out, 1.0f);
-  std::vector<uint16_t> half(out * in, 0x3c00), ones(out * in / plug::GROUP, 0x3f80), zeros(ones.size(), 0);
+  constexpr int64_t out = 80, in = 256;
+  std::vector<float> x(5 * in, 0.5f), y(5 * out), single(out * in, 1.0f), scale(out, 1.0f);
+  std::vector<uint16_t> half(out * in, 0x3f80), ones(out * in / plug::GROUP, 0x3f80), zeros(ones.size(), 0);
   std::vector<int8_t> eight(out * in, 1);
   std::vector<uint8_t> four(out * in / 2, 0x99);  // (9 - 8) * 1 + 0
-  for (const plug::Product& product : {plug::Product{16, half.data(), nullptr, nullptr, nullptr, out, in},
+  for (const plug::Product& product : {plug::Product{32, single.data(), nullptr, nullptr, nullptr, out, in},
+                                       plug::Product{16, half.data(), nullptr, nullptr, nullptr, out, in},
                                        plug::Product{8, eight.data(), scale.data(), nullptr, nullptr, out, in},
-                                       plug::Product{4, four.data(), ones.data(), zeros.data(), nullptr, out, in}}) {
-    plug_multiply(2, &product, x.data(), y.data(), rows);
-    for (float each : y)
-      if (std::fabs(each - 0.5f * in) > 1e-3f) return static_cast<int>(product.bits);
-  }
+                                       plug::Product{4, four.data(), ones.data(), zeros.data(), nullptr, out, in}})
+    for (int64_t rows : {1, 5}) {
+      plug_multiply(2, &product, x.data(), y.data(), rows);
+      for (int64_t i = 0; i < rows * out; ++i)
+        if (std::fabs(y[i] - 0.5f * in) > 1e-3f) return static_cast<int>(product.bits);
+    }
   return 0;
 }
 
