@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
     assert not (broken / "config.json").exists()
     shutil.copytree(broken, kept)
     for count in (1, 4):
-        with pytest.raises(UsageError, match="原来是 4，现在是 batch_size 3 × 1 个进程"):
+        with pytest.raises(UsageError, match="原来是 4，现在是 3（batch_size 3"):
             finetune(of("broken", 3), device="cpu", resume=True)
         run_together(count, "finetune", settings=asdict(of("broken", 4 // count)), resume=True)
         assert losses(f"{broken}") == pytest.approx(losses(f"{tmp_path}/whole"), abs=1e-5)

@@ -147,7 +147,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         cls, head = self._class_and_head()
         read_places(directory)  # what transformers would say of a damaged file is no sentence
         if from_scratch:
-            return cls(cls.config_class.from_pretrained(directory, **head))
+            return cls(cls.config_class.from_pretrained(directory, **head)).to(dtype)
         try:
             model, info = cls.from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **head

@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plug.distributed.fully_sharded import gathered, is_fully_sharded, shard
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 from plug.finetuning.kind import Kind
 from plug.finetuning.lora import adapt
+from plug.finetuning.memory import Case, decide
+from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
-from plug.loading.memory import free_memory
 from plug.loading.shards import fill, write_gathered
-from plug.model.accounting import total
-from plug.model.configuration import PlugConfig
 
-# Bytes a parameter of plain training: float32 weights, gradients and AdamW's two states; with LoRA
-# the frozen weights, in bfloat16, alone.
-_TRAINING_BYTES = {"full": 16, "lora": 2}
-_ROOM = 0.85  # of the free memory: the rest is for activations
 _UNSUPPORTED = ("fgm", "from_scratch", "dora")  # need whole weights in one process
 _PEFT_NAMES = (".base_layer", ".original_module")  # what peft puts into names of frozen parameters
 
@@ -49,7 +44,7 @@ class Layout:
     mesh: DeviceMesh | None = None
 
 
-def find_layout(settings: FinetuneSettings, config: PlugConfig, device: torch.device) -> Layout:
+def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) -> Layout:
     """Return how the run is shared, as `settings.parallel` and the launcher's variables say.
 
     Joins the process group if there are several processes.
@@ -69,7 +64,7 @@ def find_layout(settings: FinetuneSettings, config: PlugConfig, device: torch.de
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if sharding == "auto":
-        sharding = "fsdp" if processes > 1 and not _fits(settings, config, device) else "none"
+        sharding = "fsdp" if processes > 1 and not _fits(settings, case) else "none"
     if sharding == "none":
         return Layout(processes, device)
     if settings.memory == "qlora":
@@ -77,6 +72,8 @@ def find_layout(settings: FinetuneSettings, config: PlugConfig, device: torch.de
             "--memory qlora 的整数权重不能分片。请用 --memory lora，或 parallel.sharding=none。"
         )
     asked = [name for name in _UNSUPPORTED if getattr(settings, name)]
+    if settings.optimizer == "adafactor":
+        asked.append("optimizer=adafactor")
     if settings.child_tuning < 1:
         asked.append("child_tuning")
     if asked:
@@ -89,11 +86,15 @@ def find_layout(settings: FinetuneSettings, config: PlugConfig, device: torch.de
     return Layout(processes, device, init_device_mesh(device.type, (processes,)))
 
 
-def _fits(settings: FinetuneSettings, config: PlugConfig, device: torch.device) -> bool:
-    """Whether one device has room for a copy of the model in training."""
-    free = free_memory(device)
-    bytes_each = _TRAINING_BYTES.get(settings.memory)
-    return free is None or not bytes_each or total(config).parameters * bytes_each <= _ROOM * free
+def _fits(settings: FinetuneSettings, case: Case) -> bool:
+    """Whether each card has room for all of a run."""
+    try:
+        decide(settings, case)
+    except UsageError:
+        raise
+    except PlugError:
+        return False
+    return True
 
 
 def load_sharded(
@@ -109,7 +110,7 @@ def load_sharded(
     assert layout.mesh is not None
     on_gpu = layout.device.type == "cuda"
     half = on_gpu and settings.precision == "bf16"
-    is_adapter = settings.memory != "full"
+    is_adapter = settings.is_adapter
     model = kind.empty_model(
         directory, dtype=torch.bfloat16 if half and is_adapter else torch.float32
     )
@@ -118,6 +119,8 @@ def load_sharded(
         model = adapt(model, settings)
         torch.set_rng_state(before)
         _draw_adapters(model)
+    every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
+    recompute_layers(model, settings.recomputed_layers or every_layer)
     bare = without_wrapper(model)
     shard(bare, layout.mesh, settings.parallel, torch.bfloat16 if half else None)
     place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device

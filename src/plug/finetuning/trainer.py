@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from plug.distributed.fully_sharded import is_fully_sharded
 from plug.errors import PlugError
 from plug.finetuning import sharded_state
+from plug.finetuning.fused_backward import FusedAdafactor
 from plug.finetuning.settings import FinetuneSettings
 from plug.hf.base import cross_entropy
 from plug.model.heads import IGNORE_INDEX
@@ -46,6 +47,7 @@ class FinetuneTrainer(Trainer):
         super().__init__(**options)
         self.score = score
         self.settings = settings
+        self.is_fused = settings.optimizer == "adafactor"  # steps are taken in the backward pass
         self.order = torch.Generator()  # of the examples of an epoch; `Epochs` seeds it
         self.add_callback(Epochs(self.order))
         if self.is_sharded:
@@ -124,7 +126,7 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, *_args: Any) -> Any:
-        """AdamW; with `layer_decay` a group of parameters has its own learning rate."""
+        """Make the optimizer; with `layer_decay` a group of parameters has its own rate."""
         model: Any = self.model
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
@@ -134,9 +136,12 @@ class FinetuneTrainer(Trainer):
                 if parameter.requires_grad:
                     weight_decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((scales[name], weight_decay), []).append(parameter)
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            cls: Any = FusedAdafactor
+            options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.settings.seed}
+            if not self.is_fused:
+                cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate = options.pop("lr")
-            self.optimizer = cls(
+            optimizer = cls(
                 [
                     {"params": parameters, "lr": rate * scale, "weight_decay": weight_decay}
                     for (scale, weight_decay), parameters in groups.items()
@@ -144,6 +149,10 @@ class FinetuneTrainer(Trainer):
                 lr=rate,
                 **options,
             )
+            if self.is_fused:
+                optimizer.fuse()
+                model.warns_of_half_precision = False
+            self.optimizer = optimizer
         return self.optimizer
 
     def diverged(self, what: str) -> PlugError:
@@ -157,6 +166,8 @@ class FinetuneTrainer(Trainer):
         """As `Trainer.log`; a loss that is no number ends the run."""
         if not math.isfinite(logs.get("loss", 0.0)):
             raise self.diverged("loss")
+        if self.is_fused:
+            logs.pop("grad_norm", None)  # nobody knows it
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
