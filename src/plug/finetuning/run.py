@@ -47,9 +47,10 @@ from plug.files import (
     write_json,
     write_text,
 )
+from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
 from plug.finetuning.kind import Collator, find_kind
-from plug.finetuning.lora import adapt, check_base, save_adapter
+from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
 from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
@@ -150,6 +151,7 @@ def _run(
         raise UsageError(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
+    multiplies_in_fp8(settings, chosen)
     set_seed(settings.seed)
     is_adapter = settings.memory != "full"
     half = is_adapter and chosen.type == "cuda" and settings.precision == "bf16"
@@ -158,7 +160,7 @@ def _run(
         from_scratch=settings.from_scratch,
         dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
     )
-    model = prepare(model, settings)
+    model = prepare(model, settings, chosen)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
         write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
@@ -241,10 +243,12 @@ def _run(
     return FinetuneResult(output, evaluation.metrics, facts)
 
 
-def prepare(model: Any, settings: FinetuneSettings) -> Any:
+def prepare(model: Any, settings: FinetuneSettings, device: torch.device) -> Any:
     """Return a loaded model as it is trained: with adapters, and layers that are recomputed."""
     if settings.memory != "full":
         model = adapt(model, settings)
+        if device.type == "cuda" and settings.precision == "bf16":
+            adapt_layers(model, in_fp8=multiplies_in_fp8(settings, device))
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
     return model
