@@ -213,4 +213,4 @@ def test_on_a_gpu_gradients_are_those_of_the_cpu(bits: int) -> None:
             found = gradients(model, inputs)[1]
             for name, gradient in expected.items():
                 flat = found[name].cpu().float().flatten()
-                assert torch.cosine_similarity(flat, gradient.flatten(), dim=0) > 0.97, name
+                assert torch.cosine_similarity(flat, gradient.flatten(), dim=0) > 0.95, name

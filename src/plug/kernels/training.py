@@ -248,14 +248,13 @@ def unpack(
     size = weight.shape[1] * 8 // bits
     if bits == 4:
         weight = weight.view(torch.int32)
-    groups = 1 if center is None else scale.shape[1]
-    block_rows, block = (64, 64) if transposed else (16, 256)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(size, block))
+    block_rows = 64 if transposed else 16
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(size, 128))
     _unpack[grid](
         weight, scale, scale if center is None else center, scale if units is None else units,
-        out, rows, size, groups, out.stride(0),
+        out, rows, size, out.stride(0),
         BITS=bits, IN_UNITS=units is not None, PLAIN=bits == 8 and out.dtype == FP8,
-        TRANSPOSED=transposed, ROWS=block_rows, COLUMNS=block,
+        TRANSPOSED=transposed, ROWS=block_rows, COLUMNS=128,
     )  # fmt: skip
 
 
@@ -463,39 +462,52 @@ def _quantize(
 
 
 @triton.jit
+def _nibble(word, shift: tl.constexpr):
+    # 2^23 + q is exact, and quicker than turning an integer into a float.
+    return (((word >> shift) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
 def _unpack(
-    weight, scale, center, units, out, rows, size, groups, out_stride,
+    weight, scale, center, units, out, rows, size, out_stride,
     BITS: tl.constexpr, IN_UNITS: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (n[:, None] < rows) & (k[None, :] < size)
+    group = tl.program_id(1)  # of 128 columns, which share a scale with 4 bits
+    k = group * COLUMNS + tl.arange(0, COLUMNS)
+    unit = tl.load(units + n, mask=n < rows, other=1.0) if IN_UNITS else 1.0
     if BITS == 8:
-        value = tl.load(weight + n[:, None].to(tl.int64) * size + k[None, :], mask=inside, other=0)
+        at = weight + n[:, None].to(tl.int64) * size + k[None, :]
+        value = tl.load(at, mask=(n[:, None] < rows) & (k[None, :] < size), other=0)
         value = value.to(tl.float32)
         if not PLAIN:
             value *= tl.load(scale + n, mask=n < rows, other=0.0)[:, None]
+        if IN_UNITS:
+            value = value / unit[:, None]
     else:
         # Eight neighbours in a word, see `NIBBLES`: column c stands at bit 4 (c / 2) + 16 (c % 2).
-        word = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        packed = tl.load(
-            weight + n[:, None].to(tl.int64) * (size // 8) + word[None, :],
-            mask=(n[:, None] < rows) & (word[None, :] < size // 8), other=0,
-        )  # fmt: skip
-        c = tl.arange(0, 8)
-        shift = (c // 2) * 4 + (c % 2) * 16
-        q = (packed[:, :, None] >> shift[None, None, :]) & 15
-        value = tl.reshape(q, (ROWS, COLUMNS)).to(tl.float32) - 8.0
-        at = n[:, None] * groups + k[None, :] // 128
-        value = value * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-        value += tl.load(center + at, mask=inside, other=0.0).to(tl.float32)
-    if IN_UNITS:
-        value = value / tl.load(units + n, mask=n < rows, other=1.0)[:, None]
+        at = n.to(tl.int64) * (size // 128) + group
+        step = tl.load(scale + at, mask=n < rows, other=0.0).to(tl.float32)
+        least = tl.load(center + at, mask=n < rows, other=0.0).to(tl.float32) - 8.0 * step
+        if IN_UNITS:
+            step, least = step / unit, least / unit
+        word = group * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+        at = weight + n[:, None].to(tl.int64) * (size // 8) + word[None, :]
+        w = tl.load(at, mask=n[:, None] < rows, other=0)
+        even = tl.interleave(
+            tl.interleave(_nibble(w, 0), _nibble(w, 8)),
+            tl.interleave(_nibble(w, 4), _nibble(w, 12)),
+        )
+        odd = tl.interleave(
+            tl.interleave(_nibble(w, 16), _nibble(w, 24)),
+            tl.interleave(_nibble(w, 20), _nibble(w, 28)),
+        )
+        value = tl.interleave(even, odd) * step[:, None] + least[:, None]
     if TRANSPOSED:
         turned = tl.trans(value.to(out.dtype.element_ty))
         at = k[:, None].to(tl.int64) * out_stride + n[None, :]
         tl.store(out + at, turned, mask=(k[:, None] < size) & (n[None, :] < rows))
     else:
         at = n[:, None].to(tl.int64) * out_stride + k[None, :]
-        tl.store(out + at, value, mask=inside)
+        tl.store(out + at, value, mask=(n[:, None] < rows) & (k[None, :] < size))
