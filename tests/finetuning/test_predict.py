@@ -11,8 +11,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from plug import traditional
+from plug.checkpoints.directory import RUN_FILE
 from plug.errors import PlugError, UsageError
-from plug.finetuning.predict import RUN_FILE, Predictor, kind_of, prediction_line, read_run
+from plug.finetuning.predict import Predictor, kind_of, prediction_line, read_run
 from plug.finetuning.run import finetune
 
 
@@ -86,3 +88,17 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).write_text("[1]")
     with pytest.raises(PlugError, match="已损坏：不是一个 JSON 对象"):
         read_run(tmp_path)
+
+
+def test_traditional_characters_are_converted_on_request(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traditional, "to_simplified", lambda text: text.replace("氣", "气"))
+    path = tmp_path / "in.txt"
+    path.write_text("今天天氣\n", encoding="utf-8")
+    predictor = Predictor(tuned, "cpu")
+
+    assert ["".join(each.tokens) for each in predictor.read(path, simplify=True)] == ["今天天气"]
+    assert ["".join(each.tokens) for each in predictor.read(path)] == ["今天天氣"]
+    with pytest.raises(UsageError, match="--simplify 只用于"):
+        predictor.read(tmp_path / "in.jsonl", simplify=True)

@@ -121,7 +121,7 @@ def unpack(
     if center is not None:
         tensors = {"weight": weight, "scale": scale, "center": center}
         found = Scheme.of(4).dequantize(tensors, torch.float32)
-    elif out.dtype == FP8 and units is None:
+    elif out.dtype == FP8:
         found = weight.float()
     else:
         found = Scheme.of(8).dequantize({"weight": weight, "scale": scale}, torch.float32)

@@ -29,14 +29,20 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
+from plug.checkpoints.directory import (
+    CONFIG_FILE,
+    RUN_FILE,
+    find_model_directory,
+    load_tokenizer,
+)
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
-from plug.errors import NonFiniteError, UsageError
+from plug.errors import NonFiniteError, PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
     add_files,
@@ -49,14 +55,16 @@ from plug.files import (
 )
 from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
+from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
-from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
+from plug.finetuning.predict import read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
+from plug.jsonfiles import read_json
 from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
 from plug.model.configuration import PlugConfig
 from plug.textfiles import Notes
@@ -133,6 +141,7 @@ def _run(
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
     check_base(settings, directory)
+    check_optimizer(settings)
     tokenizer = load_tokenizer(directory)
     cls = find_kind(task.kind)
     kind = cls(
@@ -154,11 +163,13 @@ def _run(
     multiplies_in_fp8(settings, chosen)
     set_seed(settings.seed)
     is_adapter = settings.memory != "full"
-    half = is_adapter and chosen.type == "cuda" and settings.precision == "bf16"
+    is_fused = settings.optimizer == "adafactor"
+    in_bf16 = settings.precision == "bf16"
+    half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
     model = kind.load_model(
         directory,
         from_scratch=settings.from_scratch,
-        dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
+        dtype=torch.bfloat16 if half else torch.float32,
     )
     model = prepare(model, settings, chosen)
     if is_main:
@@ -217,7 +228,7 @@ def _run(
         "best_step": trainer.state.best_global_step,
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
-        **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
+        **({"precision": "fp32"} if chosen.type == "cpu" and not half else {}),
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -277,7 +288,9 @@ def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> Finetun
     """The result of a run that was stopped when only its checkpoints were left to be removed."""
     if not resume or not (output / _last_file(settings)).is_file():
         return None
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(output / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise PlugError(f"{output / 'metrics.json'} 已损坏。请删去它所在的目录，重新训练。")
     return FinetuneResult(output, metrics, settings.to_dict())
 
 
@@ -325,6 +338,7 @@ def training_arguments(
     """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
+    is_fused = settings.optimizer == "adafactor"
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
@@ -333,11 +347,11 @@ def training_arguments(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip_grad_norm,
+        max_grad_norm=0.0 if is_fused else settings.clip_grad_norm,
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and in_bf16,
+        bf16=on_gpu and in_bf16 and not is_fused,  # its weights are in bfloat16 already
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
@@ -354,6 +368,8 @@ def training_arguments(
         report_to="none",
         disable_tqdm=True,  # `Tell` has the bar
     )
+    if settings.optimizer == "adamw8bit":
+        arguments.optim = OptimizerNames.ADAMW_TORCH_8BIT
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
 

@@ -35,9 +35,10 @@ from plug.shipped import SHIPPED_MODEL
 FLAGS = (
     "train", "eval", "output", "model", "epochs", "batch_size", "eval_batch_size", "learning_rate",
     "source_length", "target_length", "num_beams", "seed", "precision", "from_scratch", "memory",
-    "lora_rank",
+    "optimizer", "lora_rank",
 )  # fmt: skip
 MODES = ("full", "lora", "qlora")  # of `memory`
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 _OF_TASK = ("epochs", "batch_size", "source_length", "target_length")
 _TASK_S = ("任务的默认值", "the task's")
 
@@ -89,10 +90,15 @@ class FinetuneSettings:
         "学习率升高的步数所占比例。",
         "share of the steps that the rate rises in",
     )
-    weight_decay: float = option(0.01, Float(0, 10), "权重衰减。", "of AdamW")
-    clip_grad_norm: float = option(
-        1.0, Float(1e-6, 1e6), "梯度范数的上限。", "longest gradient; a longer one is scaled down"
+    weight_decay: float = option(
+        0.01, Float(0, 10), "权重衰减。", "a weight shrinks by the rate times this in each step"
     )
+    clip_grad_norm: float = option(
+        1.0, Float(1e-6, 1e6),
+        "梯度范数的上限（adamw）。",
+        "longest gradient; a longer one is scaled down. `adafactor` limits each weight's update "
+        "instead",
+    )  # fmt: skip
     layer_decay: float = option(
         1.0, Float(0.01, 1),
         "每低一层，学习率乘以它；1 为不变。",
@@ -162,6 +168,14 @@ class FinetuneSettings:
         "decoder (LoRA by peft, arXiv:2106.09685), which are saved alone; with `qlora` the model "
         "is a directory of `plug quantize`, which takes the least memory. A head is trained whole",
     )  # fmt: skip
+    optimizer: str = option(
+        "adamw", Choice(OPTIMIZERS),
+        "优化器：adamw；adamw8bit 的状态为 8 位（要装 torchao）；adafactor 在反向传播中更新权重，"
+        "权重为 bf16，不留梯度，占内存最少。",
+        "`adamw`; `adamw8bit`: its states in 8 bits (torchao); `adafactor`: bfloat16 weights that "
+        "change inside the backward pass, so that neither all gradients nor a second copy of the "
+        "weights exist: the least memory for `full`",
+    )  # fmt: skip
     lora_rank: int = option(16, Int(1, 4096), "LoRA 的秩。", "of the small matrices")
     lora_alpha: float = option(
         32.0, Float(1e-6, 1e6), "LoRA 的缩放：乘以它除以秩。",
@@ -218,9 +232,31 @@ class FinetuneSettings:
             raise UsageError(
                 f"quantized_products=fp8 要与 --memory qlora 一起用，现在是 {self.memory}。"
             )
+        if self.optimizer == "adafactor":
+            self._check_fused()
         if self.memory != "full" and (self.fgm or self.from_scratch):
             name = "fgm" if self.fgm else "from_scratch"
             raise UsageError(f"{name} 要训练每个权重，不能与 --memory {self.memory} 一起用。")
+
+    def _check_fused(self) -> None:
+        """Refuse what needs all gradients at once: they do not exist with `adafactor`."""
+        if self.memory != "full":
+            raise UsageError(
+                f"optimizer=adafactor 用于训练每个权重，不能与 --memory {self.memory} 一起用。"
+                "LoRA 的优化器状态很小，请用 adamw。"
+            )
+        needs = {
+            "gradient_accumulation_steps": (1, "累积梯度"),
+            "fgm": (0.0, "第二份梯度"),
+            "child_tuning": (1.0, "全部梯度"),
+            "clip_grad_norm": (1.0, "全部梯度的范数"),
+        }
+        for name, (default, what) in needs.items():
+            if getattr(self, name) != default:
+                raise UsageError(
+                    f"optimizer=adafactor 在反向传播中逐个更新权重，不留梯度，"
+                    f"而 {name}={getattr(self, name)} 要{what}。请去掉它，或用 --optimizer adamw。"
+                )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> FinetuneSettings:

@@ -239,8 +239,8 @@ def unpack(
         scale: of the format.
         center: of the format with 4 bits; None: 8 bits.
         out: (rows, size), or (size, rows) where ``transposed``; the second dimension contiguous.
-        units: float32 (rows,): write in units of them; of 8 bits None writes the integers where
-            ``out`` is FP8.
+        units: float32 (rows,), with 4 bits: write in units of them. The units of 8 bits are their
+            scales: the integers are written where ``out`` is FP8.
         transposed: write the transposed weight.
     """
     rows = len(weight)
@@ -476,21 +476,19 @@ def _unpack(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)  # of 128 columns, which share a scale with 4 bits
     k = group * COLUMNS + tl.arange(0, COLUMNS)
-    unit = tl.load(units + n, mask=n < rows, other=1.0) if IN_UNITS else 1.0
     if BITS == 8:
         at = weight + n[:, None].to(tl.int64) * size + k[None, :]
         value = tl.load(at, mask=(n[:, None] < rows) & (k[None, :] < size), other=0)
         value = value.to(tl.float32)
         if not PLAIN:
             value *= tl.load(scale + n, mask=n < rows, other=0.0)[:, None]
-        if IN_UNITS:
-            value = value / unit[:, None]
     else:
         # Eight neighbours in a word, see `NIBBLES`: column c stands at bit 4 (c / 2) + 16 (c % 2).
         at = n.to(tl.int64) * (size // 128) + group
         step = tl.load(scale + at, mask=n < rows, other=0.0).to(tl.float32)
         least = tl.load(center + at, mask=n < rows, other=0.0).to(tl.float32) - 8.0 * step
         if IN_UNITS:
+            unit = tl.load(units + n, mask=n < rows, other=1.0)
             step, least = step / unit, least / unit
         word = group * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
         at = weight + n[:, None].to(tl.int64) * (size // 8) + word[None, :]
