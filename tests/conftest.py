@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 if not torch.cuda.is_available():
     # The Triton kernels run on the CPU, by Triton's own interpreter. It asks when it is imported,
@@ -235,6 +238,51 @@ def kill() -> Kill:
         os._exit(0)
 
     return run
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive while it is on, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def add(self, tensors: Any) -> None:
+        for x in tree_iter(tensors):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.add(out)
+        return out
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[..., int]:
+    """`peak_bytes(action, *tensors)`: the most bytes of tensors alive at once during an action.
+
+    A CPU's counterpart of `torch.cuda.max_memory_allocated`. ``tensors``, nested as they may be,
+    are alive before.
+    """
+
+    def measure(action: Callable[[], object], *tensors: Any) -> int:
+        alive = _Alive()
+        alive.add(tensors)
+        with alive:
+            action()
+        return alive.peak
+
+    return measure
 
 
 class Ran(NamedTuple):

@@ -210,11 +210,12 @@ def test_slow_imports_are_avoided_and_the_warning_goes_to_stderr(
     assert modules == "[]"
 
 
-def test_prompts_come_from_standard_input(model_directory: Path) -> None:
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_prompts_come_from_standard_input(name: str, model_directory: Path) -> None:
     command = [sys.executable, "-m", "plug", "generate", "--model", str(model_directory)]
 
     done = subprocess.run(
-        [*command, "--file", "-", "--json", "--out-length", "2"],
+        [*command, "--file", name, "--json", "--out-length", "2"],
         input="山上\n今天\n".encode(),
         capture_output=True,
         check=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plug.model.configuration import PRESETS
+from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 
 
@@ -39,10 +39,10 @@ def test_json_has_the_27b_s_figures(run_plug: Callable) -> None:
     assert round(costs["decoder_weights_per_token"] / 1e9, 2) == 5.81
     assert costs["cache_bytes_per_token"] == 196_608
     assert {name: round(size / 1e9) for name, size in costs["generation_bytes"].items()} == {
-        "fp32": 106,
-        "bf16": 53,
-        "int8": 28,
-        "int4": 16,
+        "fp32": 105,
+        "bf16": 52,
+        "int8": 27,
+        "int4": 15,
     }
 
 
@@ -93,3 +93,71 @@ def test_bad_input_is_status_2(run_plug: Callable, arguments: list[str], complai
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("错误：")
     assert complaint in ran.err
+
+
+def test_ways_to_fine_tune_are_predicted_without_a_gpu(run_plug: Callable) -> None:
+    """27B on 24 GB: 4 bits fit, and say how; 8 bits do not, and say what they would take."""
+    ran = run_plug(
+        *("info", "--preset", "27b", "--memory", "finetune", "--card", "24GB"),
+        *("--batch-size", 16, "--source-length", 384, "--target-length", 32, "--json"),
+    )
+    told = json.loads(ran.out)
+    assert (told["model"], told["card_bytes"], told["batch_size"]) == ("27b", 24 * 10**9, 16)
+    by_name = {row["name"]: row for row in told["ways"]}
+    small = by_name["qlora（4 位）"]
+    assert small["fits"]
+    assert 16e9 < small["peak_bytes"] < 23.5e9
+    assert small["peak_bytes"] == sum(small["bytes"].values())
+    assert small["recomputed_layers"] > 0
+    assert small["batch_size"] * small["accumulated"] == 16
+    fitting = {name for name, row in by_name.items() if row["fits"]}
+    assert fitting == {"qlora（4 位）"}
+    assert by_name["full adamw（float32）"]["peak_bytes"] > 400e9
+
+
+@pytest.mark.parametrize(("use", "ways"), [("generate", 4), ("finetune", 10), ("pretrain", 2)])
+def test_each_use_has_its_table(use: str, ways: int, run_plug: Callable) -> None:
+    told = json.loads(run_plug("info", "--memory", use, "--model", "base", "--json").out)
+    assert (told["memory"], len(told["ways"]), told["card_bytes"]) == (use, ways, None)
+    shown = run_plug("info", "--memory", use, "--model", "base").out
+    for row in told["ways"]:
+        assert row["name"] in shown
+        assert f"{row['peak_bytes'] / 1e9:.{1 if row['peak_bytes'] > 1e11 else 2}f}" in shown
+
+
+def test_a_larger_batch_takes_more_and_more_cards_less_each(run_plug: Callable) -> None:
+    def peaks(*options: object) -> list[int]:
+        ran = run_plug("info", "--memory", "finetune", "--model", "mini", "--json", *options)
+        ways = json.loads(ran.out)["ways"]
+        return [row["peak_bytes"] for row in ways if row["accumulated"] == 1]
+
+    usual = peaks()
+    assert all(more > one for more, one in zip(peaks("--batch-size", 64), usual, strict=True))
+    assert all(less < one for less, one in zip(peaks("--cards", 4), usual, strict=True))
+
+
+@pytest.mark.parametrize("card", ["24XB", "0", "much"])
+def test_a_card_is_a_size(card: str, run_plug: Callable) -> None:
+    ran = run_plug("info", "--memory", "generate", "--card", card)
+    assert (ran.status, ran.out) == (2, "")
+    assert f"--card {card} 不是显存的大小" in ran.err
+
+
+def test_a_fine_tuned_classifier_has_no_decoder(
+    run_plug: Callable, config: PlugConfig, tmp_path: Path
+) -> None:
+    hf = pytest.importorskip("plug.hf")
+    values = config.to_dict() | {"num_labels": 5}
+    model = hf.PlugForSequenceClassification(hf.PlugTransformersConfig(**values))
+    model.save_pretrained(tmp_path / "classifier")
+
+    costs = json.loads(run_plug("info", "--model", tmp_path / "classifier", "--json").out)
+
+    assert costs["parameters"]["total"] == sum(x.numel() for x in model.parameters())
+    assert costs["parameters"]["decoder"] == 0
+    assert costs["parameters"]["heads"] == 5 * config.hidden_size + 5
+    assert costs["bytes"]["fp32"] == 4 * costs["parameters"]["total"]
+    assert costs["generation_bytes"] == {}
+    shown = run_plug("info", "--model", tmp_path / "classifier")
+    assert shown.status == 0
+    assert "写作需要的显存" not in shown.out

@@ -27,10 +27,10 @@ import zstandard
 from campaign import HANG, LOADED, REFUSED, TRACEBACK, WRONG, Counts, WrongAnswerError, campaign
 from mutate import json_lines_mutations, json_mutations, mutations
 
-from plug.checkpoints.directory import find_model_directory
+from plug.checkpoints.directory import RUN_FILE, find_model_directory
 from plug.finetuning import readers
 from plug.finetuning.kind import make_kind
-from plug.finetuning.predict import RUN_FILE, kind_of
+from plug.finetuning.predict import kind_of
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.pretraining.corpus import read_documents, split_sentences
 from plug.tokenization import PlugTokenizer

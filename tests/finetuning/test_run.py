@@ -157,6 +157,11 @@ def test_a_finished_run_is_not_overwritten(settings: Make, data: Callable[..., P
     for resume in (False, True):
         with pytest.raises(UsageError, match="已有一次完成的训练"):
             finetune(run, device="cpu", resume=resume)
+    (output := Path(run.output) / "checkpoints").mkdir()  # stopped before it removed them
+    for content in ("{", "[1]"):
+        (output.parent / "metrics.json").write_text(content)
+        with pytest.raises(PlugError, match=r"metrics\.json"):
+            finetune(run, device="cpu", resume=True)
 
 
 def test_the_best_epoch_is_kept(settings: Make, data: Callable[..., Path]) -> None:

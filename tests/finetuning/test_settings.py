@@ -31,6 +31,18 @@ NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
         ({"task": "cmrc2018", "label_smoothing": 0.1}, "label_smoothing 不能用于阅读理解"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5 应在 0 到 1 之间"),
         ({"fgm": -1.0}, "fgm=-1.0 应在 0 到 1000 之间"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' 只能是 'adamw' 或 'adamw8bit' 或 'adafactor'"),
+        (
+            {"optimizer": "adafactor", "gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps=4 要累积梯度。请去掉它，或用 --optimizer adamw",
+        ),
+        ({"optimizer": "adafactor", "fgm": 1.0}, "fgm=1.0 要第二份梯度"),
+        ({"optimizer": "adafactor", "clip_grad_norm": 2.0}, "clip_grad_norm=2.0 要全部梯度的范数"),
+        ({"optimizer": "adafactor", "child_tuning": 0.5}, "child_tuning=0.5 要全部梯度"),
+        (
+            {"optimizer": "adafactor", "memory": "lora"},
+            "optimizer=adafactor 用于训练每个权重，不能与 --memory lora 一起用",
+        ),
         ({"precision": "fp16"}, "precision='fp16' 只能是 'bf16' 或 'fp32'"),
     ],
 )
@@ -78,8 +90,10 @@ def test_a_command_gives_the_settings_that_it_was_made_from() -> None:
         "r_drop": 1.0, "label_smoothing": 0.1, "fgm": 0.5, "child_tuning": 0.3,
         "source_length": 99, "target_length": 9, "num_beams": 3, "patience": 2, "seed": 5,
         "precision": "fp32", "from_scratch": True, "model": "a model",
-        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "lora_rank": 3,
-        "lora_alpha": 4.0, "lora_dropout": 0.2,
+        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "recomputed_layers": 2,
+        "lora_rank": 3,
+        "lora_alpha": 4.0, "lora_dropout": 0.2, "quantized_products": "bf16",
+        "optimizer": "adamw8bit",
     }  # fmt: skip
     of_lora = {"memory", "rslora", "dora"}  # they exclude others of these
     assert NEEDED.keys() | changes.keys() | of_lora == options_of(FinetuneSettings).keys()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import plug
+from plug.errors import UsageError
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 
@@ -195,3 +196,14 @@ def test_an_answer_that_was_cut_off_is_ignored(config: PlugConfig) -> None:
     ends = -some.end_logits.log_softmax(-1)[:, 4].mean()
     starts = -first.start_logits.log_softmax(-1)[[0, 1], inside].mean()
     torch.testing.assert_close(some.loss, (starts + ends) / 2)
+
+
+def test_the_head_of_another_task_is_not_taken_for_ours(config: PlugConfig, tmp_path: Path) -> None:
+    """All classifiers call their head `classifier`; shapes agree where the labels' numbers do."""
+    values = config.to_dict() | {"num_labels": 2}
+    PlugForSequenceClassification(PlugTransformersConfig(**values)).save_pretrained(tmp_path)
+
+    for other in (PlugForTokenClassification, PlugForQuestionAnswering):
+        with pytest.raises(UsageError, match=r"是 PlugForSequenceClassification，它的输出层不是"):
+            other.from_pretrained(tmp_path)
+    assert PlugForSequenceClassification.from_pretrained(tmp_path).config.num_labels == 2

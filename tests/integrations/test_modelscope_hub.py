@@ -13,6 +13,8 @@ import torch
 
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.original import export_original
+from plug.errors import PlugError
+from plug.integrations.modelscope_hub import write_hub_directory
 from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PlugConfig
@@ -150,3 +152,14 @@ def test_a_model_without_a_task_is_refused(
                    "--to-modelscope")  # fmt: skip
     assert ran.status == 2
     assert "没有 configuration.json" in ran.err
+
+
+@pytest.mark.parametrize("name", ["finetuning.json", "configuration.json"])
+@pytest.mark.parametrize("content", ["[1]", "{", '{"settings": 3}'])
+def test_damaged_files_are_a_sentence(
+    name: str, content: str, model_directory: Path, tmp_path: Path
+) -> None:
+    (model_directory / name).write_text(content)
+    with pytest.raises(PlugError, match=name):
+        write_hub_directory(model_directory, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()

@@ -22,8 +22,8 @@ from plug.checkpoints.weights import TensorSpec
 from plug.errors import PlugError, UsageError
 from plug.generation.generator import Generator, generate
 from plug.loading import memory, offload
+from plug.loading.estimate import STREAMED_AT_ONCE, Room
 from plug.loading.load import load
-from plug.loading.memory import STREAMED_AT_ONCE, Room
 from plug.loading.offload import LAYERS, StreamedLayers, choose, layer_bytes
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
@@ -183,8 +183,8 @@ def test_auto_takes_what_fits_then_other_cards_then_the_file(
     if kept:
         size, weights = layer_bytes(specs), sum(spec.num_bytes for spec in specs.values())
         here = weights - (len(kept) - STREAMED_AT_ONCE) * size
-        assert Room().need(model.config, here, 2).total <= free * GB
-        assert Room().need(model.config, here + size, 2).total > free * GB
+        assert Room().need(model.config, here, 2).with_overhead().total <= free * GB
+        assert Room().need(model.config, here + size, 2).with_overhead().total > free * GB
 
 
 def test_a_card_too_small_for_the_rest_is_told_so(

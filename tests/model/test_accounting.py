@@ -106,3 +106,19 @@ def test_an_encoder_alone_writes_nothing() -> None:
     assert accounting.step_weights(ENCODER_ALONE) == 0
     assert accounting.step_flops(ENCODER_ALONE, 512, 64) == 0
     assert accounting.cache_bytes(ENCODER_ALONE) == 0
+
+
+@pytest.mark.parametrize("every_parameter", [True, False])
+def test_training_operations_are_those_torch_counts(every_parameter: bool) -> None:
+    model = on_meta(PRESETS["mini"])
+    for name, parameter in model.named_parameters():
+        # Norms' gradients take no operations, and need those of all layers' inputs.
+        parameter.requires_grad_(every_parameter or "embeddings.layer_norm" in name)
+    ids = torch.zeros(1, 64, dtype=torch.long, device="meta")
+    target = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.lm_logits(model.decode(target, model.encode(ids))).sum().backward()
+    counted = counter.get_total_flops()
+    found = accounting.training_flops(model.config, 64, 1, every_parameter=every_parameter)
+    # Attention's products have no weights: their backward is twice the forward in both cases.
+    assert found == pytest.approx(counted, rel=0.02)

@@ -52,17 +52,20 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "shapes"), [(1, [[32, 1.0]]), (2, [[24, 16, 1.0], [16, 16, 1.0]])]
+    ("stage", "shapes", "optimizer"),
+    [(1, [[32, 1.0]], "adamw"), (2, [[24, 16, 1.0], [16, 16, 1.0]], "muon")],
 )
 def test_two_processes_are_one(
     stage: int,
     shapes: list[list[float]],
+    optimizer: str,
     command: Command,
     settings: Callable[..., RunConfig],
     tmp_path: Path,
 ) -> None:
     """Batches of 7 and of 6 or 8 rows, so that shares are uneven; losses to 1e-5."""
     made = {"shapes": shapes, "batch_tokens": 255, "checkpoint_every": 4, "mlm_fraction": 0.6}
+    made["optimizer"] = optimizer
     pretrain(stage, settings(output=str(tmp_path / "one"), **made), device="cpu")
     two = run(command(stage, launcher=TWO_PROCESSES, output=str(tmp_path / "two"), **made))
     assert two.returncode == 0, two.stderr

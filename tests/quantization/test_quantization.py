@@ -308,3 +308,17 @@ def test_a_quantized_directory_is_refused_where_floats_are_needed(
         export_original(tmp_path / "small", tmp_path / "original", 1)
     with pytest.raises(UsageError, match="已经存在"):
         quantize_directory(wide_directory, tmp_path / "small", bits=8)
+
+
+@BOTH
+def test_a_fine_tuned_model_stays_one(bits: int, wide_directory: Path, tmp_path: Path) -> None:
+    """Its task was dropped: `plug predict` of the quantised directory did not know it."""
+    run = {"settings": {"task": "generation"}, "labels": []}
+    (wide_directory / "finetuning.json").write_text(json.dumps(run))
+    hub = {"task": "text-generation", "model": {"type": "plug", "num_beams": 3}}
+    (wide_directory / "configuration.json").write_text(json.dumps(hub))
+
+    quantize_directory(wide_directory, tmp_path / "quantized", bits=bits)
+
+    for name, content in (("finetuning.json", run), ("configuration.json", hub)):
+        assert json.loads((tmp_path / "quantized" / name).read_text()) == content

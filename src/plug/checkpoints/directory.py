@@ -24,6 +24,7 @@ from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
 from plug.tokenization import PlugTokenizer
 
 CONFIG_FILE = "config.json"
+RUN_FILE = "finetuning.json"  # of a fine-tuned model or adapter: its task, settings, labels
 
 
 def find_model_directory(name_or_path: str | Path | None = None) -> Path:

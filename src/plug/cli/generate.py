@@ -62,7 +62,7 @@ def generate(
     from plug.checkpoints.weights import DTYPES
     from plug.distributed.processes import start_processes
     from plug.generation.generator import Generator
-    from plug.loading.memory import Room
+    from plug.loading.estimate import Room
 
     capacity = min(settings.window or WINDOW[settings.mode], settings.out_length)
     texts_each = settings.num_return_sequences
@@ -100,6 +100,8 @@ def _texts(text: str | None, file: str | None) -> list[str]:
     if text is not None:
         return [text]
     assert file is not None
+    if file == "/dev/stdin":
+        file = "-"
     if file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("多个进程不能都读标准输入。请把文字写进文件，用 --file 文件。")
     if file == "-":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from plug.loading.estimate import Need
     from plug.model.configuration import PlugConfig
 
 
@@ -16,34 +19,69 @@ def info(
     model: Annotated[
         str, typer.Option(help="规格名（test、mini、base、large、27b）、plug-mini-zh 或模型目录。")
     ] = "plug-mini-zh",
+    preset: Annotated[
+        str | None, typer.Option(help="规格名，代替 --model。", show_default=False)
+    ] = None,
     source_length: Annotated[
         int | None, typer.Option(min=1, help="计算量按多少个原文词元算（默认 512）。")
     ] = None,
     position: Annotated[
         int | None, typer.Option(min=1, help="计算量按写到第几个词元算（默认 128）。")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="内存按一起写多少段文字算。")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="显存按一起写（默认 1）或训练（默认 16）多少段文字算。", show_default=False
+        ),
+    ] = None,
+    memory: Annotated[
+        Literal["generate", "finetune", "pretrain"] | None,
+        typer.Option(
+            help="按公式预测显存的峰值：写作、微调或预训练，各种方式各一行；不需要 GPU。",
+            show_default=False,
+        ),
+    ] = None,
+    target_length: Annotated[
+        int, typer.Option(min=0, help="训练时写多少词元；0 为没有解码器的任务，如分类。")
+    ] = 32,
+    card: Annotated[
+        str | None,
+        typer.Option(help="显卡的显存，如 24GB：说明哪些方式放得下。", show_default=False),
+    ] = None,
+    cards: Annotated[int, typer.Option(min=1, help="几张这样的卡一起训练（FSDP2）。")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
 ) -> None:
-    """查看模型各部分的参数量、各精度的字节数、每词元的计算量。"""
-    config = _find_config(model)
+    """查看模型各部分的参数量、各精度的字节数、每词元的计算量，或各种用法要多少显存。"""
+    config, num_labels = _find_config(preset or model)
+    if memory is not None:
+        lengths = (source_length, position if memory == "generate" else target_length)
+        _tell_memory(preset or model, config, memory, batch_size, lengths, card, cards, as_json)
+        return
+    batch_size = batch_size or 1
     source_length = _length("--source-length", source_length, 512, config)
     position = _length("--position", position, 128, config)
-    costs = _costs(config, source_length, position, batch_size)
+    costs = _costs(config, num_labels, source_length, position, batch_size)
     if as_json:
-        print(json.dumps({"model": model, **costs}, ensure_ascii=False, indent=2))
+        print(json.dumps({"model": preset or model, **costs}, ensure_ascii=False, indent=2))
     else:
-        _print_tables(model, costs)
+        _print_tables(preset or model, costs)
 
 
-def _find_config(model: str) -> PlugConfig:
+def _find_config(model: str) -> tuple[PlugConfig, int | None]:
+    """The shape; of a fine-tuned classifier, which has no decoder, the number of labels too."""
     from plug.model.configuration import PRESETS, PlugConfig
 
     if model in PRESETS:
-        return PRESETS[model]
-    from plug.checkpoints.directory import find_model_directory
+        return PRESETS[model], None
+    from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+    from plug.checkpoints.headers import read_places
 
-    return PlugConfig.from_file(find_model_directory(model) / "config.json")
+    directory = find_model_directory(model)
+    config = PlugConfig.from_file(directory / CONFIG_FILE)
+    head = read_places(directory).get("classifier.weight")
+    if head is None:
+        return config, None
+    return dataclasses.replace(config, num_decoder_layers=0), head.spec.shape[0]
 
 
 def _length(option: str, asked: int | None, default: int, config: PlugConfig) -> int:
@@ -58,18 +96,26 @@ def _length(option: str, asked: int | None, default: int, config: PlugConfig) ->
 
 
 def _costs(
-    config: PlugConfig, source_length: int, position: int, batch_size: int
+    config: PlugConfig,
+    num_labels: int | None,
+    source_length: int,
+    position: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     from plug.errors import UsageError
-    from plug.loading.memory import generation_need, weight_bytes
+    from plug.loading.estimate import generation_need, weight_bytes
     from plug.model import accounting
 
     sizes: dict[str, int | None] = {}  # None: the model cannot be had so
     needs: dict[str, int | None] = {}
     for name, bits in (("fp32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)):
-        sizes[name] = needs[name] = None
+        sizes[name] = None
+        if config.num_decoder_layers:
+            needs[name] = None
         with contextlib.suppress(UsageError):  # too narrow for groups of 4 bits
-            sizes[name] = size = weight_bytes(config, bits)
+            sizes[name] = size = weight_bytes(config, bits, num_labels=num_labels)
+            if not config.num_decoder_layers:  # an encoder alone writes nothing
+                continue
             needs[name] = generation_need(
                 config,
                 weights=size,
@@ -77,8 +123,9 @@ def _costs(
                 source_length=source_length,
                 capacity=position,
                 bytes_per_value=4 if name == "fp32" else 2,
+                bits=bits,
             ).total
-    by_part = {name: part.parameters for name, part in accounting.parts(config).items()}
+    by_part = {name: part.parameters for name, part in accounting.parts(config, num_labels).items()}
     return {
         "config": config.to_dict(),
         "parameters": {**by_part, "total": sum(by_part.values())},
@@ -93,6 +140,184 @@ def _costs(
         "decoder_weights_per_token": accounting.step_weights(config),
         "cache_bytes_per_token": accounting.cache_bytes(config),
     }
+
+
+def _tell_memory(
+    model: str,
+    config: PlugConfig,
+    use: str,
+    batch_size: int | None,
+    lengths: tuple[int | None, int | None],
+    card: str | None,
+    cards: int,
+    as_json: bool,
+) -> None:
+    """Print what each way of a use takes at its peak, and whether it fits the card."""
+    room = None if card is None else _bytes_of(card)
+    source = _length("--source-length", lengths[0], 512 if use == "generate" else 384, config)
+    target = _length("--target-length", lengths[1], 128, config)
+    size = batch_size or (1 if use == "generate" else 16)
+    if use == "generate":
+        rows = _writing(config, size, source, target)
+    elif use == "finetune":
+        rows = _finetuning(config, size, source, target, room, cards)
+    else:
+        rows = _pretraining(config, size, source, target, cards)
+    for row in rows:
+        if room is not None and row["peak_bytes"] is not None:
+            row["fits"] = row["peak_bytes"] + row.pop("overhead_bytes") <= room
+        row.pop("overhead_bytes", None)
+    told = {
+        "model": model,
+        "memory": use,
+        "batch_size": size,
+        "source_length": source,
+        "target_length": target,
+        "card_bytes": room,
+        "cards": cards,
+        "ways": rows,
+    }
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+    else:
+        _print_ways(told)
+
+
+def _bytes_of(text: str) -> int:
+    """24GB, 24G or 24: 10^9 bytes each; 24GiB: 2^30."""
+    from plug.errors import UsageError
+
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(G|GB|GIB|M|MB|MIB|)\s*", text.upper())
+    units = {"M": 10**6, "MB": 10**6, "MIB": 2**20, "GIB": 2**30}
+    if found is None or not float(found[1]):
+        raise UsageError(f"--card {text} 不是显存的大小。请写如 24GB 或 80GB。")
+    return int(float(found[1]) * units.get(found[2], 10**9))
+
+
+def _row(name: str, need: Need | None, **more: Any) -> dict[str, Any]:
+    from plug.loading.estimate import OVERHEAD_BYTES
+
+    return {
+        "name": name,
+        **more,
+        "peak_bytes": None if need is None else need.total,
+        "bytes": None if need is None else need.to_dict(),
+        "overhead_bytes": OVERHEAD_BYTES,
+    }
+
+
+def _writing(
+    config: PlugConfig, batch_size: int, source: int, position: int
+) -> list[dict[str, Any]]:
+    from plug.errors import UsageError
+    from plug.loading.estimate import generation_need, weight_bytes
+
+    rows = []
+    for name, bits in (("fp32", 32), ("bf16", 16), ("int8", 8), ("int4", 4)):
+        need = None
+        with contextlib.suppress(UsageError):
+            need = generation_need(
+                config,
+                weights=weight_bytes(config, bits),
+                batch_size=batch_size,
+                source_length=source,
+                capacity=position,
+                bytes_per_value=4 if bits == 32 else 2,
+                bits=bits,
+            )
+        rows.append(_row(name, need))
+    return rows
+
+
+def _finetuning(
+    config: PlugConfig, batch_size: int, source: int, target: int, room: int | None, cards: int
+) -> list[dict[str, Any]]:
+    """For each mode the best way that fits; where none does, or no card is named, the extremes."""
+    from plug.finetuning.memory import MODES, NO_LIMIT, best_way, smallest_way
+    from plug.loading.estimate import Training
+
+    training = Training(
+        batch_size=batch_size, source_length=source, target_length=target, cards=cards
+    )
+    rows = []
+    for mode in MODES:
+        found = [best_way(config, mode, training, room or NO_LIMIT)]
+        if room is None or found[0] is None:
+            found.append(smallest_way(config, mode, training))
+        for way in found:
+            if way is not None:
+                given_up = {
+                    "batch_size": way.training.batch_size,
+                    "accumulated": way.accumulated,
+                    "recomputed_layers": way.training.recomputed,
+                }
+                rows.append(_row(mode.name, way.need, **given_up))
+        if found == [None, None]:
+            rows.append(_row(mode.name, None))
+    return rows
+
+
+def _pretraining(
+    config: PlugConfig, batch_size: int, source: int, target: int, cards: int
+) -> list[dict[str, Any]]:
+    from plug.loading.estimate import Training, training_need
+
+    rows = []
+    for optimizer in ("adamw", "muon"):
+        training = Training(
+            batch_size=batch_size,
+            source_length=source,
+            target_length=target,
+            optimizer=optimizer,
+            cards=cards,
+        )
+        rows.append(_row(optimizer, training_need(config, training)))
+    return rows
+
+
+def _print_ways(told: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    words = {"generate": "写作", "finetune": "微调", "pretrain": "预训练"}[told["memory"]]
+    with_card = told["card_bytes"] is not None
+    size = f"，{told['card_bytes'] / 1e9:g} GB 的卡" if with_card else ""
+    if told["cards"] > 1:
+        size += f" {told['cards']} 张，每张"
+    console = Console()
+    console.print(
+        f"[bold]{told['model']} {words}的显存峰值（预测，GB）：一批 {told['batch_size']} 段，"
+        f"读 {told['source_length']}、写 {told['target_length']} 个词元{size}[/bold]"
+    )
+    rows = told["ways"]
+    gives_up = any("accumulated" in row for row in rows)
+    groups: dict[str, tuple[str, ...]] = {"权重": ("weights",)}
+    if told["memory"] == "generate":
+        groups |= {"缓存": ("caches",), "运算": ("workspace",)}
+    else:
+        groups |= {"状态": ("gradients", "optimizer"), "激活": ("activations", "workspace")}
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("方式", no_wrap=True)
+    for head in (*(["批", "重算"] if gives_up else []), *groups, "峰值"):
+        table.add_column(head, justify="right")
+    if with_card:
+        table.add_column("够")
+    for row in rows:
+        if row["bytes"] is None:
+            table.add_row(row["name"], "不支持")
+            continue
+        batch = f"{row['batch_size']}×{row['accumulated']}" if "accumulated" in row else ""
+        table.add_row(
+            row["name"],
+            *([batch, str(row["recomputed_layers"])] if gives_up else []),
+            *(_gigabytes(sum(row["bytes"][n] for n in names)) for names in groups.values()),
+            _gigabytes(row["peak_bytes"]),
+            *(["是" if row["fits"] else "否"] if with_card else []),
+        )
+    console.print(table)
+    if gives_up:
+        console.print("批：一次算几段×几次一步。重算：几层在反向时重算。状态：梯度和优化器。")
 
 
 def _print_tables(model: str, costs: dict[str, Any]) -> None:
@@ -124,6 +349,8 @@ def _print_tables(model: str, costs: dict[str, Any]) -> None:
     }
     console = Console()
     for title, rows in tables.items():
+        if not rows:
+            continue
         table = Table(show_header=False, min_width=60)
         table.add_column(ratio=1)
         table.add_column(justify="right")
@@ -135,6 +362,10 @@ def _print_tables(model: str, costs: dict[str, Any]) -> None:
 
 def _megabytes(count: int | None) -> str:
     return "不支持（宽度不是 128 的倍数）" if count is None else f"{count / 1e6:,.1f} MB"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.{1 if count > 1e11 else 2}f}"
 
 
 def _giga(operations: int) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import Adapter, BatchSize, Device, TunedBeams, TunedModel
+from plug.cli.options import Adapter, BatchSize, Device, Simplify, TunedBeams, TunedModel
 from plug.errors import UsageError
 
 
@@ -28,6 +28,7 @@ def predict(
     batch_size: BatchSize = 32,
     num_beams: TunedBeams = None,
     adapter: Adapter = None,
+    simplify: Simplify = False,
     device: Device = None,
 ) -> None:
     """用微调过的模型：分类、标注、回答、生成。"""
@@ -39,15 +40,16 @@ def predict(
     from plug.files import new_file
     from plug.finetuning.predict import Predictor, prediction_line
     from plug.progress import counter
+    from plug.traditional import as_read
 
     # Opened first: a second process with this output is refused before it computes anything.
     with nullcontext() if output is None else new_file(output, replaces=False) as stream:
         predictor = Predictor(model, device, num_beams, adapter=adapter)
         if text:
-            examples = [predictor.kind.example(text)]
+            examples = [predictor.kind.example([as_read(part, simplify) for part in text])]
         else:
             assert file is not None
-            examples = predictor.read(file)
+            examples = predictor.read(file, simplify=simplify)
         with counter(len(examples)) as advance:
             predictions = predictor(examples, batch_size=batch_size, on_progress=advance)
         for example, prediction in zip(examples, predictions, strict=True):

@@ -156,7 +156,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         if self.labels:
             head = {"id2label": dict(enumerate(self.labels)), "label2id": self.label_ids}
         if from_scratch:
-            return cls(classes.PlugTransformersConfig.from_pretrained(directory, **head))
+            return cls(classes.PlugTransformersConfig.from_pretrained(directory, **head)).to(dtype)
         try:
             model, info = cls.from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **head

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plug.checkpoints.directory import (
     CONFIG_FILE,
+    RUN_FILE,
     find_model_directory,
     load_tokenizer,
     weight_shapes,
@@ -34,7 +35,7 @@ from plug.errors import UsageError
 from plug.files import new_directory, refuse_used, write_json
 from plug.finetuning.kind import Kind
 from plug.finetuning.plain import UNREAD, load_classifier
-from plug.finetuning.predict import RUN_FILE, kind_of, read_run
+from plug.finetuning.predict import kind_of, read_run
 from plug.finetuning.tasks import KindName, find_task
 from plug.jsonfiles import read_json
 from plug.loading.adapters import BASE_KEY, Adapter, check_shapes, read_adapter

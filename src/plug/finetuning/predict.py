@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
+from plug.checkpoints.directory import CONFIG_FILE, RUN_FILE, find_model_directory, load_tokenizer
 from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.files import write_text
@@ -21,8 +21,8 @@ from plug.loading.adapters import is_adapter
 from plug.model.configuration import PlugConfig
 from plug.shipped import SHIPPED_MODEL
 from plug.textfiles import Notes, is_text, plain_suffix, read_lines, trim
+from plug.traditional import as_read
 
-RUN_FILE = "finetuning.json"
 TEXT_SUFFIX = ".txt"
 
 
@@ -79,13 +79,24 @@ class Predictor:
         example = self.kind.example(parts)
         return self.kind.record(example, self([example])[0])
 
-    def read(self, path: Path) -> list[Any]:
+    def read(self, path: Path, *, simplify: bool = False) -> list[Any]:
         """Examples of a file to predict: the task's format, or `.txt`, one text a line.
 
         In `.txt` a line is taken as it stands, and tabs separate the parts of an example. Empty
         lines give no example; each example knows its line, and so does its record.
+
+        Args:
+            path: of the file.
+            simplify: convert traditional characters of a `.txt` file (`plug.traditional`).
+
+        Raises:
+            UsageError: nothing to read, or ``simplify`` with a format whose positions would move.
         """
         if plain_suffix(path) != TEXT_SUFFIX:
+            if simplify:
+                raise UsageError(
+                    f"--simplify 只用于命令行上的文字和 .txt 文件；{path} 请先用 opencc 转换。"
+                )
             return read_examples(self.task, path, answered=False)
         notes, examples = Notes(), []
         for number, line in read_lines(path, notes):
@@ -94,7 +105,7 @@ class Predictor:
                 notes.add("空行没有结果", place)
                 continue
             try:
-                example = self.kind.example(line.split("\t"))
+                example = self.kind.example(as_read(line, simplify).split("\t"))
             except UsageError as error:
                 raise UsageError(f"{place}：{error}") from None
             examples.append(replace(example, place=place, line=number))

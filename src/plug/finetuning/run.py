@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,20 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, load_tokenizer
+from plug.checkpoints.directory import (
+    CONFIG_FILE,
+    RUN_FILE,
+    find_model_directory,
+    load_tokenizer,
+)
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
-from plug.errors import NonFiniteError, UsageError
+from plug.errors import NonFiniteError, PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
     add_files,
@@ -47,19 +54,28 @@ from plug.files import (
     write_json,
     write_text,
 )
+from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
+from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
-from plug.finetuning.lora import adapt, check_base, save_adapter
-from plug.finetuning.predict import RUN_FILE, read_run, write_predictions
+from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
+from plug.finetuning.memory import Case, decide
+from plug.finetuning.predict import read_run, write_predictions
+from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
+from plug.jsonfiles import read_json
 from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
+from plug.loading.estimate import OVERHEAD_BYTES
+from plug.loading.memory import free_memory
 from plug.model.configuration import PlugConfig
+from plug.quantization.scheme import read_scheme
 from plug.textfiles import Notes
 
 CHECKPOINTS = "checkpoints"
+_ASKED = "asked"  # of `finetuning.json`: settings as they were before `auto` decided them
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +117,14 @@ def finetune(
     """
     output = Path(settings.output)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one writes
+        settings = _as_before(output, settings, resume)
         return _finished(output, settings, resume) or _run(
             settings, device, resume, resumable, callbacks
         )
     _check_output(output, settings, resume)
     with hold(output):
         _check_output(output, settings, resume)  # again: another process may have been at work
+        settings = _as_before(output, settings, resume)
         if (result := _finished(output, settings, resume)) is not None:
             remove_directory(output / CHECKPOINTS)
             return result
@@ -130,7 +148,9 @@ def _run(
     notes, eval_notes = Notes(), Notes()
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
-    check_base(settings, directory)
+    if settings.memory != "auto":
+        check_base(settings, directory)
+    check_optimizer(settings)
     tokenizer = load_tokenizer(directory)
     cls = find_kind(task.kind)
     kind = cls(
@@ -149,19 +169,29 @@ def _run(
         raise UsageError(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
+    features = kind.features(examples)
+    asked = settings
+    decision = decide(settings, _case(config, directory, task, features, chosen))
+    settings = decision.settings
+    check_base(settings, directory)
+    multiplies_in_fp8(settings, chosen)
+    if is_main and decision.told:
+        print(decision.told, file=sys.stderr)  # noqa: T201
     set_seed(settings.seed)
-    is_adapter = settings.memory != "full"
-    half = is_adapter and chosen.type == "cuda" and settings.precision == "bf16"
+    is_adapter = settings.is_adapter
+    is_fused = settings.optimizer == "adafactor"
+    in_bf16 = settings.precision == "bf16"
+    half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
     model = kind.load_model(
         directory,
         from_scratch=settings.from_scratch,
-        dtype=torch.bfloat16 if half else torch.float32,  # of what is not trained
+        dtype=torch.bfloat16 if half else torch.float32,
     )
-    if is_adapter:
-        model = adapt(model, settings)
+    model = prepare(model, settings, chosen)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
-        write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
+        kept = {"settings": settings.to_dict(), **_asked(asked, settings)}
+        write_json(output / RUN_FILE, {**kept, **kind.to_dict(), **base})
 
     def predict(model: Any) -> list[Any]:
         return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
@@ -185,8 +215,8 @@ def _run(
         score=score,
         settings=settings,
         model=model,
-        args=_training_arguments(settings, task, output, chosen, resumable),
-        train_dataset=kind.features(examples),
+        args=training_arguments(settings, task, output, chosen, resumable),
+        train_dataset=features,
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[
@@ -215,7 +245,7 @@ def _run(
         "best_step": trainer.state.best_global_step,
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
-        **({"precision": "fp32"} if chosen.type == "cpu" else {}),  # bf16 is of GPUs alone
+        **({"precision": "fp32"} if chosen.type == "cpu" and not half else {}),
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -232,13 +262,24 @@ def _run(
                     by_character=kind.by_character,
                 )
                 write_finetuned_configuration(new, task.kind, settings.num_beams)
-            write_report(new, f"{task.title}：微调", settings.command(), facts, evaluation)
+            write_report(new, f"{task.title}：微调", asked.command(), facts, evaluation)
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
             write_text(new / "log.jsonl", "".join(lines))
             write_predictions(new / "predictions.jsonl", kind, held_out, predictions)
         remove_directory(output / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()  # the output is whole for each of them
     return FinetuneResult(output, evaluation.metrics, facts)
+
+
+def prepare(model: Any, settings: FinetuneSettings, device: torch.device) -> Any:
+    """Return a loaded model as it is trained: with adapters, and layers that are recomputed."""
+    if settings.is_adapter:
+        model = adapt(model, settings)
+        if device.type == "cuda" and settings.precision == "bf16":
+            adapt_layers(model, in_fp8=multiplies_in_fp8(settings, device))
+    every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
+    recompute_layers(model, settings.recomputed_layers or every_layer)
+    return model
 
 
 class _Best:
@@ -257,15 +298,52 @@ class _Best:
 
 def _last_file(settings: FinetuneSettings) -> str:
     """Name the file that moves to the output last: where it is, the run was finished."""
-    return CONFIG_FILE if settings.memory == "full" else ADAPTER_CONFIG
+    return ADAPTER_CONFIG if settings.is_adapter else CONFIG_FILE
 
 
 def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneResult | None:
     """The result of a run that was stopped when only its checkpoints were left to be removed."""
     if not resume or not (output / _last_file(settings)).is_file():
         return None
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(output / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise PlugError(f"{output / 'metrics.json'} 已损坏。请删去它所在的目录，重新训练。")
     return FinetuneResult(output, metrics, settings.to_dict())
+
+
+def _asked(asked: FinetuneSettings, decided: FinetuneSettings) -> dict[str, Any]:
+    """What `finetuning.json` says of settings that were decided otherwise than they were asked."""
+    now = decided.to_dict()
+    changed = {name: value for name, value in asked.to_dict().items() if now[name] != value}
+    return {_ASKED: changed} if changed else {}
+
+
+def _as_before(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneSettings:
+    """Return the settings that the run went on with so far, whatever the card has free now."""
+    if not resume or settings.memory != "auto" or not (output / RUN_FILE).is_file():
+        return settings
+    return FinetuneSettings(**read_run(output)["settings"])
+
+
+def _case(
+    config: PlugConfig, directory: Path, task: Task, features: list[Any], device: torch.device
+) -> Case:
+    """What decides how a run fits its device."""
+    room = free_memory(device)
+    if room is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All processes have to decide alike, and what is free differs a little between cards.
+        total = torch.cuda.get_device_properties(device).total_memory
+        room = total - 2 * OVERHEAD_BYTES
+    scheme = read_scheme(directory / CONFIG_FILE)
+    writes = task.kind == "generation"
+    return Case(
+        config=config,
+        bits=None if scheme is None else scheme.bits,
+        source_length=max(len(each["input_ids"]) for each in features),
+        target_length=max(len(each["labels"]) for each in features) if writes else 0,
+        room=room,
+        on_gpu=device.type == "cuda",
+    )
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
@@ -286,8 +364,11 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
     if not resume:
         raise UsageError(f"{output} 里有一次没有完成的训练。请加 --resume 接着进行，或换一个目录。")
-    before = read_run(output)["settings"]
+    run = read_run(output)
+    before = run["settings"] | run.get(_ASKED, {})
     now = settings.to_dict()
+    if now["memory"] == "auto" and _ASKED not in run:  # one that asked for what `auto` took
+        before["memory"] = "auto"
     changed = sorted(name for name in now if now[name] != before.get(name))
     if changed:
         told = "、".join(f"{name}：{before.get(name)} → {now[name]}" for name in changed)
@@ -306,25 +387,26 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
             )
 
 
-def _training_arguments(
+def training_arguments(
     settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
 ) -> TrainingArguments:
+    """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
+    is_fused = settings.optimizer == "adafactor"
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        **_recomputation(settings.gradient_checkpointing),
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip_grad_norm,
+        max_grad_norm=0.0 if is_fused else settings.clip_grad_norm,
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and in_bf16,
+        bf16=on_gpu and in_bf16 and not is_fused,  # its weights are in bfloat16 already
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
@@ -341,17 +423,10 @@ def _training_arguments(
         report_to="none",
         disable_tqdm=True,  # `Tell` has the bar
     )
+    if settings.optimizer == "adamw8bit":
+        arguments.optim = OptimizerNames.ADAMW_TORCH_8BIT
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else DataParallel makes another batch size of it
     return arguments
-
-
-def _recomputation(asked: bool) -> dict[str, Any]:
-    """Say it by the name that this version of transformers has for it."""
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    if name not in known:
-        name = "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if asked else {}
 
 
 def _callbacks(settings: FinetuneSettings, task: Task) -> list[TrainerCallback]:

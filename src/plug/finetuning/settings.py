@@ -35,9 +35,16 @@ from plug.shipped import SHIPPED_MODEL
 FLAGS = (
     "train", "eval", "output", "model", "epochs", "batch_size", "eval_batch_size", "learning_rate",
     "source_length", "target_length", "num_beams", "seed", "precision", "from_scratch", "memory",
-    "lora_rank",
+    "optimizer", "lora_rank",
 )  # fmt: skip
-MODES = ("full", "lora", "qlora")  # of `memory`
+MODES = ("auto", "full", "lora", "qlora")  # of `memory`
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+_NEED_GRADIENTS = {  # all of them at once: the default, which does not, and what for
+    "gradient_accumulation_steps": (1, "累积梯度"),
+    "fgm": (0.0, "第二份梯度"),
+    "child_tuning": (1.0, "全部梯度"),
+    "clip_grad_norm": (1.0, "全部梯度的范数"),
+}
 _OF_TASK = ("epochs", "batch_size", "source_length", "target_length")
 _TASK_S = ("任务的默认值", "the task's")
 
@@ -89,10 +96,15 @@ class FinetuneSettings:
         "学习率升高的步数所占比例。",
         "share of the steps that the rate rises in",
     )
-    weight_decay: float = option(0.01, Float(0, 10), "权重衰减。", "of AdamW")
-    clip_grad_norm: float = option(
-        1.0, Float(1e-6, 1e6), "梯度范数的上限。", "longest gradient; a longer one is scaled down"
+    weight_decay: float = option(
+        0.01, Float(0, 10), "权重衰减。", "a weight shrinks by the rate times this in each step"
     )
+    clip_grad_norm: float = option(
+        1.0, Float(1e-6, 1e6),
+        "梯度范数的上限（adamw）。",
+        "longest gradient; a longer one is scaled down. `adafactor` limits each weight's update "
+        "instead",
+    )  # fmt: skip
     layer_decay: float = option(
         1.0, Float(0.01, 1),
         "每低一层，学习率乘以它；1 为不变。",
@@ -155,12 +167,21 @@ class FinetuneSettings:
     )  # fmt: skip
 
     memory: str = option(
-        "full", Choice(MODES),
+        "auto", Choice(MODES),
         "训练什么：full 为每个权重；lora 为各层旁的小矩阵（要装 peft），只存它们；"
-        "qlora 同 lora，但模型是量化过的，占内存最少。",
+        "qlora 同 lora，但模型是量化过的，占内存最少；auto 按模型和显存选，能 full 就 full。",
         "what is trained: every weight, or small matrices beside the linear layers of encoder and "
         "decoder (LoRA by peft, arXiv:2106.09685), which are saved alone; with `qlora` the model "
-        "is a directory of `plug quantize`, which takes the least memory. A head is trained whole",
+        "is a directory of `plug quantize`, which takes the least memory. A head is trained whole. "
+        "`auto` picks by the model and the GPU's memory: `full` with AdamW where that fits",
+    )  # fmt: skip
+    optimizer: str = option(
+        "adamw", Choice(OPTIMIZERS),
+        "优化器：adamw；adamw8bit 的状态为 8 位（要装 torchao）；adafactor 在反向传播中更新权重，"
+        "权重为 bf16，不留梯度，占内存最少。",
+        "`adamw`; `adamw8bit`: its states in 8 bits (torchao); `adafactor`: bfloat16 weights that "
+        "change inside the backward pass, so that neither all gradients nor a second copy of the "
+        "weights exist: the least memory for `full`",
     )  # fmt: skip
     lora_rank: int = option(16, Int(1, 4096), "LoRA 的秩。", "of the small matrices")
     lora_alpha: float = option(
@@ -178,6 +199,12 @@ class FinetuneSettings:
         False, Bool(), "LoRA 加上每个输出的模长（DoRA）。",
         "also learn the norm of each output's weights (DoRA, arXiv:2402.09353); slower",
     )  # fmt: skip
+    quantized_products: str = option(
+        "auto", Choice(("auto", "fp8", "bf16")),
+        "qlora 在 GPU 上用什么精度乘：fp8（快，要 H100 一类的显卡）或 bf16；auto 看显卡。",
+        "what `qlora` multiplies in on a GPU: FP8, forward and backward, which needs a card of "
+        "compute capability 9.0, or bf16; auto: FP8 where the card has it",
+    )  # fmt: skip
     gradient_accumulation_steps: int = option(
         1, Int(1, 65_536),
         "每几批更新一次权重：每步的例子是 batch_size 乘以它。",
@@ -188,6 +215,12 @@ class FinetuneSettings:
         False, Bool(),
         "反向时重算各层，少占内存，约慢三分之一。",
         "compute each layer again in the backward pass: less memory, about a third slower",
+    )  # fmt: skip
+    recomputed_layers: int = option(
+        0, Int(0, 10_000),
+        "反向时重算前几层（编码器在先）；0 为由 gradient_checkpointing 决定。",
+        "compute so many layers again, the encoder's first; 0: all or none, as "
+        "`gradient_checkpointing` says",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -202,9 +235,39 @@ class FinetuneSettings:
             raise UsageError(f"label_smoothing 不能用于阅读理解，{self.task} 是。请去掉它。")
         if self.memory == "full" and (self.rslora or self.dora):
             raise UsageError("rslora 和 dora 要与 --memory lora 或 qlora 一起用。")
-        if self.memory != "full" and (self.fgm or self.from_scratch):
+        if self.quantized_products == "fp8" and self.memory != "qlora":
+            raise UsageError(
+                f"quantized_products=fp8 要与 --memory qlora 一起用，现在是 {self.memory}。"
+            )
+        if self.optimizer == "adafactor":
+            self._check_fused()
+        if self.is_adapter and (self.fgm or self.from_scratch):
             name = "fgm" if self.fgm else "from_scratch"
             raise UsageError(f"{name} 要训练每个权重，不能与 --memory {self.memory} 一起用。")
+
+    def _check_fused(self) -> None:
+        """Refuse what needs all gradients at once: they do not exist with `adafactor`."""
+        if self.is_adapter:
+            raise UsageError(
+                f"optimizer=adafactor 用于训练每个权重，不能与 --memory {self.memory} 一起用。"
+                "LoRA 的优化器状态很小，请用 adamw。"
+            )
+        for name, (default, what) in _NEED_GRADIENTS.items():
+            if getattr(self, name) != default:
+                raise UsageError(
+                    f"optimizer=adafactor 在反向传播中逐个更新权重，不留梯度，"
+                    f"而 {name}={getattr(self, name)} 要{what}。请去掉它，或用 --optimizer adamw。"
+                )
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether small matrices are trained, and saved alone."""
+        return self.memory in ("lora", "qlora")
+
+    @property
+    def can_be_fused(self) -> bool:
+        """Whether `adafactor` would do: nothing needs all gradients at once."""
+        return all(getattr(self, name) == each for name, (each, _) in _NEED_GRADIENTS.items())
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> FinetuneSettings:

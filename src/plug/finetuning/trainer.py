@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from plug.errors import PlugError
+from plug.finetuning.fused_backward import FusedAdafactor
 from plug.finetuning.settings import FinetuneSettings
 from plug.hf.base import cross_entropy
 from plug.model.heads import IGNORE_INDEX
@@ -40,6 +41,7 @@ class FinetuneTrainer(Trainer):
         super().__init__(**options)
         self.score = score
         self.settings = settings
+        self.is_fused = settings.optimizer == "adafactor"  # steps are taken in the backward pass
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> Any:
         """Metrics of the evaluation file, logged and told to the callbacks."""
@@ -52,7 +54,7 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, *_args: Any) -> Any:
-        """AdamW; with `layer_decay` a group of parameters has its own learning rate."""
+        """Make the optimizer; with `layer_decay` a group of parameters has its own rate."""
         model: Any = self.model
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
@@ -62,9 +64,12 @@ class FinetuneTrainer(Trainer):
                 if parameter.requires_grad:
                     weight_decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((scales[name], weight_decay), []).append(parameter)
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            cls: Any = FusedAdafactor
+            options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.settings.seed}
+            if not self.is_fused:
+                cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate = options.pop("lr")
-            self.optimizer = cls(
+            optimizer = cls(
                 [
                     {"params": parameters, "lr": rate * scale, "weight_decay": weight_decay}
                     for (scale, weight_decay), parameters in groups.items()
@@ -72,6 +77,10 @@ class FinetuneTrainer(Trainer):
                 lr=rate,
                 **options,
             )
+            if self.is_fused:
+                optimizer.fuse()
+                model.warns_of_half_precision = False
+            self.optimizer = optimizer
         return self.optimizer
 
     def diverged(self, what: str) -> PlugError:
@@ -85,6 +94,8 @@ class FinetuneTrainer(Trainer):
         """As `Trainer.log`; a loss that is no number ends the run."""
         if not math.isfinite(logs.get("loss", 0.0)):
             raise self.diverged("loss")
+        if self.is_fused:
+            logs.pop("grad_norm", None)  # nobody knows it
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:

@@ -278,9 +278,9 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
 
     def _warn_of_half_precision(self) -> None:
         """Say once that an optimizer's small steps vanish in half-precision weights."""
-        if not self.training or self._told_of_half_precision or torch.compiler.is_compiling():
+        if not (self.training and self.warns_of_half_precision) or torch.compiler.is_compiling():
             return
-        self._told_of_half_precision = True
+        self.warns_of_half_precision = False
         dtypes = {each.dtype for each in self.parameters() if each.requires_grad}
         for dtype in dtypes & {torch.bfloat16, torch.float16}:
             logger.warning(
@@ -290,7 +290,7 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
                 str(dtype).removeprefix("torch."),
             )
 
-    _told_of_half_precision = False
+    warns_of_half_precision = True  # once; not where an optimizer rounds stochastically
 
 
 def _restore_dtypes(model: PlugPreTrainedModel, directory: Path) -> None:

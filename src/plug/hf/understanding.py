@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
@@ -11,8 +14,11 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from plug.checkpoints.directory import CONFIG_FILE
+from plug.errors import UsageError
 from plug.hf.base import PlugPreTrainedModel, cross_entropy, returns_output
-from plug.hf.config import PlugTransformersConfig
+from plug.hf.config import PlugTransformersConfig, local_path
+from plug.model.configuration import read_config_file
 from plug.model.heads import IGNORE_INDEX, MaskedLMHead
 
 
@@ -66,6 +72,25 @@ class _Classifier(PlugPreTrainedModel):
         r"^mlm_head\.",
         r"^sentence_head\.",
     ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            UsageError: the directory holds another of these classes; its head has the same name,
+                and would be taken for one that it is not.
+        """
+        path = Path(local_path(pretrained_model_name_or_path))
+        if (path / CONFIG_FILE).is_file():
+            saved = read_config_file(path / CONFIG_FILE).get("architectures") or []
+            others = {each.__name__ for each in _Classifier.__subclasses__()} - {cls.__name__}
+            if found := sorted(others.intersection(saved)):
+                raise UsageError(
+                    f"{path} 是 {found[0]}，它的输出层不是 {cls.__name__} 的。"
+                    f"请用 {found[0]}.from_pretrained，或从预训练的模型开始。"
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __init__(self, config: PlugTransformersConfig) -> None:
         super().__init__(config)

@@ -5,7 +5,6 @@ Needs no `modelscope`; `plug.integrations.modelscope` is what its pipelines and 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from plug.checkpoints.directory import (
     CONFIG_FILE,
+    RUN_FILE,
     find_model_directory,
     is_original,
 )
@@ -24,6 +24,7 @@ from plug.checkpoints.weights import check_finite, map_tensors
 from plug.errors import PlugError, UsageError
 from plug.files import new_directory, refuse_used, write_json, write_text
 from plug.finetuning.settings import FinetuneSettings
+from plug.jsonfiles import read_json
 from plug.model.configuration import PlugConfig
 
 CARD_FILE = "README.md"
@@ -35,7 +36,6 @@ ORIGINAL_TRAINING = {  # of the released 27B, whose learning rate would teach a 
 }
 SOURCE_LENGTH, TARGET_LENGTH = 384, 30  # tokens, [CLS] and [SEP] counted; the original's
 EVAL_BATCH_SIZE = 32
-RUN_FILE = "finetuning.json"  # as `plug.finetuning.predict` reads it, which imports transformers
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -144,20 +144,21 @@ def _copy(source: Path, target: Path, progress: Progress) -> None:
         done += path.stat().st_size
         progress(done, total)
     if (run := target / RUN_FILE).is_file():
-        content = json.loads(run.read_text(encoding="utf-8"))
-        for name in ("train", "eval", "output", "model"):  # paths of the machine it ran on
-            content["settings"][name] = Path(content["settings"][name]).name
+        content = read_json(run)
+        try:
+            for name in ("train", "eval", "output", "model"):  # paths of the machine it ran on
+                content["settings"][name] = Path(content["settings"][name]).name
+        except (KeyError, TypeError):
+            raise PlugError(f"{source / RUN_FILE} 已损坏。请重新微调。") from None
         write_json(run, content)
 
 
 def _complete(directory: Path, name: str) -> None:
     """Add what training needs to `configuration.json`, and a model card's head to `README.md`."""
     path = directory / CONFIGURATION_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        task = content["task"]
-    except (ValueError, KeyError, TypeError):
-        raise PlugError(f"{path} 已损坏。请重新转换或微调。") from None
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(task := content.get("task"), str):
+        raise PlugError(f"{path} 没有写明任务（task）。请重新转换或微调。")
     config = PlugConfig.from_file(directory / CONFIG_FILE)
     if task == "text-generation":
         missing = training_sections(config)

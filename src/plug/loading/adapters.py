@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.checkpoints.directory import RUN_FILE
 from plug.checkpoints.headers import read_header, read_places
 from plug.checkpoints.weights import Place, finite, map_tensors, shorten
 from plug.errors import PlugError, UsageError
@@ -33,7 +34,6 @@ from plug.quantization.products import Product
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_KEY = "base"  # of `finetuning.json`: the `fingerprint` of the model that was adapted
-_RUN_FILE = "finetuning.json"
 _PREFIX = "base_model.model."  # of every name in peft's files
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # What peft can do besides and a product of two matrices cannot.
@@ -184,7 +184,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         PlugError: the adapter is of a model of another shape; ``model`` is as it was.
     """
-    check_shapes(adapter, _shapes(model))
+    check_shapes(adapter, shapes_of(model))
     for name, low_rank in adapter.layers.items():
         layer = model.get_submodule(name)
         if isinstance(layer, QuantizedLinear):
@@ -222,6 +222,15 @@ def check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Non
             f"适配器 {adapter.directory} 与模型不符，{len(wrong)} 个权重："
             f"{shorten(wrong[:3])}。请用训练它的那个模型。"
         )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's weights by name, for `check_shapes`."""
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    for name, part in model.named_modules():
+        if isinstance(part, QuantizedLinear):
+            shapes[f"{name}.weight"] = (part.out_features, part.in_features)
+    return shapes
 
 
 def fingerprint(places: Mapping[str, Place]) -> str:
@@ -275,7 +284,7 @@ def _read_config(path: Path) -> tuple[float, bool]:
 
 def _check_base(directory: Path, base: Path) -> None:
     """Refuse an adapter that says it was trained on another model than ``base``."""
-    run = read_json(directory / _RUN_FILE) if (directory / _RUN_FILE).is_file() else {}
+    run = read_json(directory / RUN_FILE) if (directory / RUN_FILE).is_file() else {}
     trained_on = run.get(BASE_KEY) if isinstance(run, dict) else None
     if trained_on is not None and trained_on != fingerprint(read_places(base)):
         settings = run.get("settings")
@@ -291,11 +300,3 @@ def _weight(layer: nn.Module) -> Tensor:
         return layer.dequantized(torch.float32)
     assert isinstance(layer, nn.Linear)
     return layer.weight.detach()
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
-    for name, part in model.named_modules():
-        if isinstance(part, QuantizedLinear):
-            shapes[f"{name}.weight"] = (part.out_features, part.in_features)
-    return shapes

@@ -19,7 +19,8 @@ from plug.distributed import tensor_parallel
 from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.loading.adapters import attach, read_adapter
-from plug.loading.memory import STREAMED_AT_ONCE, Room, check_dtype, check_memory
+from plug.loading.estimate import STREAMED_AT_ONCE, Room
+from plug.loading.memory import check_dtype, check_memory
 from plug.loading.offload import DeviceMap, choose, is_elsewhere, keep_elsewhere, layer_bytes
 from plug.loading.transfer import Part, Transfer
 from plug.model.configuration import PlugConfig

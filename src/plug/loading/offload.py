@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from plug.checkpoints.weights import Place, TensorSpec, check_finite
 from plug.errors import UsageError
-from plug.loading.memory import OVERHEAD_BYTES, STREAMED_AT_ONCE, Room, free_memory
+from plug.loading.estimate import OVERHEAD_BYTES, STREAMED_AT_ONCE, Room
+from plug.loading.memory import free_memory
 from plug.loading.transfer import Begun, Part, Transfer
 from plug.model.plug import Plug
 
@@ -177,7 +178,7 @@ def choose(
     size = layer_bytes(specs)
     weights = sum(spec.num_bytes for spec in specs.values())
     value = specs["embeddings.word_embeddings.weight"].dtype.itemsize
-    need = (room or Room()).need(model.config, weights, value).total
+    need = (room or Room()).need(model.config, weights, value).with_overhead().total
     if need <= free:
         return {}
     here = (free - (need - layers * size) - STREAMED_AT_ONCE * size) // size

@@ -49,18 +49,26 @@ def layer(config: PlugConfig, attentions: int) -> Part:
     return attention * attentions + feed_forward
 
 
-def parts(config: PlugConfig) -> dict[str, Part]:
-    """The model by part; the word table, which the heads share, counts once, in embeddings."""
+def parts(config: PlugConfig, num_labels: int | None = None) -> dict[str, Part]:
+    """The model by part; the word table, which the heads share, counts once, in embeddings.
+
+    Args:
+        config: the shape.
+        num_labels: of a fine-tuned classifier, which has one linear layer in the place of the
+            decoder and the heads; None is the whole model.
+    """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     norm = Part(others=2 * hidden)
     tables = (config.max_position_embeddings + config.type_vocab_size) * hidden
     decoder = layer(config, attentions=2) * config.num_decoder_layers + norm
     mlm_head = _linear(hidden, hidden) + norm + Part(others=vocabulary)
+    is_whole = num_labels is None
+    heads = mlm_head + _linear(hidden, NUM_SENTENCE_CLASSES)
     return {
         "embeddings": Part(((vocabulary, hidden),), tables) + norm,
         "encoder": layer(config, attentions=1) * config.num_hidden_layers + norm,
-        "decoder": decoder if config.num_decoder_layers else Part(),
-        "heads": mlm_head + _linear(hidden, NUM_SENTENCE_CLASSES),
+        "decoder": decoder if config.num_decoder_layers and is_whole else Part(),
+        "heads": heads if num_labels is None else _linear(hidden, num_labels),
     }
 
 
@@ -116,3 +124,18 @@ def step_flops(config: PlugConfig, source_length: int, position: int) -> int:
 def cache_bytes(config: PlugConfig, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values kept for one token, in self- or in cross-attention: 2 D h values."""
     return 2 * config.num_decoder_layers * config.hidden_size * bytes_per_value
+
+
+def training_flops(
+    config: PlugConfig, source_length: int, target_length: int, *, every_parameter: bool
+) -> int:
+    """Operations of a training step on one example of S and T tokens, nothing recomputed.
+
+    A forward pass is `encoder_flops` + `cross_projection_flops` + `step_flops` of each target
+    position. The backward pass computes the gradients of the inputs, which are as many operations,
+    and with ``every_parameter`` those of the weights, as many again. Adapters' own products are
+    left out: under 1% at rank 16.
+    """
+    forward = encoder_flops(config, source_length) + cross_projection_flops(config, source_length)
+    forward += sum(step_flops(config, source_length, p) for p in range(1, target_length + 1))
+    return forward * (3 if every_parameter else 2)

@@ -32,6 +32,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:  # PyTorch's kernels then compute in fp32 by themselves
+            return super().forward(x).to(x.dtype)
         normalized = F.layer_norm(
             x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
         )

@@ -22,6 +22,7 @@ from plug.interrupts import Interrupted, Interrupts, ignore_signals
 from plug.model.plug import Plug
 from plug.pretraining import losses as loss_functions
 from plug.pretraining.batches import Batch, PalmBatches, StructBertBatches, global_batch_tokens
+from plug.pretraining.gradients import Gradients
 from plug.pretraining.optimization import learning_rate_scale
 from plug.pretraining.record import Record
 from plug.pretraining.settings import RunConfig
@@ -51,6 +52,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
         pin_memory=processes.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
+    gradients = Gradients(state.model.named_parameters(), processes.world_size)
     vote = Vote(processes.world_size)
     schedule = _Schedule(config)
     seconds_before = record.seconds_before if record else 0.0
@@ -58,7 +60,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
     tokens_since = state.tokens
     with Interrupts() as interrupts, StepProgress(config.steps, state.step, first) as progress:
         for step, batch in enumerate(loader, start=state.step):
-            means, grad_norm = take_step(state, batch, processes, step)
+            means, grad_norm = take_step(state, gradients, batch, processes, step)
             state.step, state.tokens = (
                 step + 1,
                 state.tokens + global_batch_tokens(batch, config.batch_tokens),
@@ -117,7 +119,7 @@ class _Schedule:
 
 
 def take_step(
-    state: State, batch: Batch, processes: Processes, step: int
+    state: State, gradients: Gradients, batch: Batch, processes: Processes, step: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Take optimiser step number ``step`` (from 0).
 
@@ -130,35 +132,41 @@ def take_step(
     )
     # dropout depends on the step and the process alone, so that a resumed run repeats it
     torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + processes.rank)
+    names, counts = _count(batch, processes)
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    counts = loss_functions.prediction_counts(batch)
-    if processes.world_size > 1:
-        for count in counts.values():
-            dist.all_reduce(count)
-    sums = {name: torch.zeros((), device=device) for name in counts}
-    for part in split(batch, config.micro_batch_tokens):
+    sums = torch.zeros_like(counts)
+    parts = list(split(batch, config.micro_batch_tokens))
+    for number, part in enumerate(parts, start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             part_sums = losses(state.model, part)
-        # a count is 0 where no trigram was free to be shuffled
-        means = [part_sums[name] / counts[name].clamp(min=1) for name in part_sums]
-        torch.stack(means).sum().backward()
-        for name, value in part_sums.items():
-            sums[name] += value.detach()
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    if processes.world_size > 1:
-        waiting = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
-        waiting += [dist.all_reduce(value, async_op=True) for value in sums.values()]
-        for handle in waiting:
-            handle.wait()
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
+        together = torch.stack([part_sums[name] for name in names])
+        gradients.is_last = number == len(parts)
+        (together / counts).sum().backward()
+        sums += together.detach()
+    waiting = dist.all_reduce(sums, async_op=True) if processes.world_size > 1 else None
+    grad_norm = gradients.finish(config.clip_grad_norm)
     warmup = round(config.warmup_fraction * config.steps)
     scale = learning_rate_scale(step, config.steps, warmup, config.schedule)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * scale
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {name: sums[name] / counts[name].clamp(min=1) for name in sums}, grad_norm
+    gradients.clear()
+    if waiting is not None:
+        waiting.wait()
+    return dict(zip(names, (sums / counts).unbind(), strict=True)), grad_norm
+
+
+def _count(batch: Batch, processes: Processes) -> tuple[list[str], Tensor]:
+    """The names of the losses, and the predictions of each in all processes; at least 1.
+
+    A count is 0 where no trigram was free to be shuffled.
+    """
+    counted = loss_functions.prediction_counts(batch)
+    counts = torch.stack(list(counted.values())).float().to(processes.device, non_blocking=True)
+    if processes.world_size > 1:
+        dist.all_reduce(counts)
+    return list(counted), counts.clamp(min=1)
 
 
 def split(batch: Batch, micro_batch_tokens: int) -> Iterator[Batch]:

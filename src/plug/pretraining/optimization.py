@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from plug.errors import UsageError
+from plug.pretraining.muon import Muon
 
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
@@ -41,12 +42,22 @@ def build_optimizers(
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[torch.optim.Optimizer]:
     """Return AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.
 
     Only matrices decay. Muon's update is scaled to the size of AdamW's (`match_rms_adamw`), so one
-    learning rate serves both. Source: Jordan et al. 2024 and arXiv 2502.16982, by
-    `torch.optim.Muon`.
+    learning rate serves both. Source: Jordan et al. 2024 and arXiv 2502.16982.
+
+    Args:
+        model: whose weights are trained.
+        name: of `OPTIMIZERS`.
+        learning_rate: the peak; every step sets its own.
+        betas: of AdamW.
+        weight_decay: of matrices.
+        rank: this process's number.
+        world_size: processes that train copies of the model; they share out Muon's work.
 
     Raises:
         UsageError: ``name`` is not in `OPTIMIZERS`.
@@ -67,8 +78,10 @@ def build_optimizers(
     ]
     if chosen:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 in_layers,
+                rank=rank,
+                world_size=world_size,
                 lr=learning_rate,
                 weight_decay=weight_decay,
                 adjust_lr_fn="match_rms_adamw",

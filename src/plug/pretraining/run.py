@@ -144,6 +144,8 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
         learning_rate=config.learning_rate,
         betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
+        rank=processes.rank,
+        world_size=processes.world_size,
     )
     state = State(stage, config, model, tokenizer, list(optimizers))
     if saved is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plug.checkpoints.directory import (
     CONFIG_FILE,
+    RUN_FILE,
     find_model_directory,
     is_original,
     load_tokenizer,
@@ -18,10 +19,12 @@ from plug.checkpoints.directory import (
     write_configs,
 )
 from plug.checkpoints.headers import locate_weights
+from plug.checkpoints.hub import CONFIGURATION_FILE
 from plug.checkpoints.original import OriginalReader
 from plug.checkpoints.weights import TensorSpec, WeightWriter, map_tensors
 from plug.errors import PlugError
-from plug.files import new_directory, refuse_used
+from plug.files import new_directory, refuse_used, write_json
+from plug.jsonfiles import read_json
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantized_names
@@ -100,6 +103,10 @@ def quantize_directory(
         write_configs(temporary, config, specs, scheme.to_dict())
         if tokenizer is not None:
             tokenizer.save(temporary, model_max_length=config.max_source_length)
+        if (Path(source) / RUN_FILE).is_file():  # fine-tuned: its task, and how ModelScope calls it
+            for name in (RUN_FILE, CONFIGURATION_FILE):
+                if (Path(source) / name).is_file():
+                    write_json(temporary / name, read_json(Path(source) / name))
     return notes
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from modelscope.pipelines.builder import PIPELINES
 
+from plug.checkpoints.directory import RUN_FILE
 from plug.checkpoints.weights import DTYPES
 from plug.errors import UsageError
 from plug.generation.generator import Generator, Piece
 from plug.generation.settings import GenerationSettings
 from plug.integrations.modelscope.base import PlugPipeline, device_of
-from plug.integrations.modelscope_hub import RUN_FILE
 
 OUT_LENGTH = 128  # tokens, where none is given; the original's
 SETTINGS = frozenset(field.name for field in dataclasses.fields(GenerationSettings))

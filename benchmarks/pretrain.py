@@ -1,0 +1,179 @@
+"""Pre-training of the small model: an earlier build and this one in one run, in turn; two cards.
+
+    git worktree add build/before 2753ff1
+    python benchmarks/pretrain.py --before build/before --out benchmarks/results/pretrain.json
+
+Each run is the command of a user (`plug pretrain stage1|stage2`), with its data loading, on the
+same made-up corpus: both builds read the same batches. Rates leave out the first steps, which
+compile. Prints one JSON line, last. `--tiny` shows on a CPU that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import processor
+
+from plug.pretraining.tokens import DomainCounts, write_json
+from plug.tokenization import PlugTokenizer
+
+HERE = Path(__file__).resolve().parent.parent
+WARM = 0.3  # share of the steps that the rates leave out
+TINY = [
+    *("preset=test", "batch_tokens=2048", "micro_batch_tokens=1024", "compile=false"),
+    *("workers=0", "precision=fp32", "learning_rate=1e-2"),
+]
+TINY_SHAPES = {1: "shapes=[[32,0.5],[64,0.5]]", 2: "shapes=[[16,24,0.5],[16,48,0.5]]"}
+
+
+def write_corpus(directory: Path, documents: int, length: int, seed: int = 0) -> None:
+    """Write ids in the format of `plug pretrain data`: chains in which each id has 32 successors.
+
+    So there is something to learn, and builds that compute something else have other losses.
+    """
+    tokenizer = PlugTokenizer.load("plug-mini-zh")
+    rng = np.random.default_rng(seed)
+    first, size = max(tokenizer.special_ids) + 1, tokenizer.vocab_size
+    # Successors are drawn by Zipf's law, so that some ids are frequent, as words are.
+    shares = 1.0 / np.arange(1, size - first + 1)
+    successors = rng.choice(
+        np.arange(first, size, dtype=np.uint16), (size, 32), p=shares / shares.sum()
+    )
+    ids = np.empty((length, documents), dtype=np.uint16)
+    ids[0] = rng.integers(first, size, documents)
+    for position in range(1, length):
+        ids[position] = successors[ids[position - 1], rng.integers(0, 32, documents)]
+    directory.mkdir(parents=True)
+    tokenizer.save(directory)
+    total = documents * length
+    np.save(directory / "chains.tokens.npy", np.ascontiguousarray(ids.T).ravel())
+    np.save(directory / "chains.documents.npy", np.arange(0, total + 1, length))
+    np.save(directory / "chains.sentences.npy", np.arange(0, total, length // 16))
+    counts = DomainCounts("chains", documents, 0, total, total, 0)
+    write_json(
+        directory / "corpus.json",
+        [{name: getattr(counts, name) for name in DomainCounts.__slots__}],
+    )
+
+
+def train(
+    source: Path, stage: int, settings: Sequence[str], output: Path, cards: int = 1
+) -> list[dict[str, float]]:
+    """Run a stage with the code of ``source``; the rows of its log."""
+    launcher = ["-m", "plug"]
+    if cards > 1:
+        launcher = [
+            *("-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={cards}", "-m", "plug"),
+        ]
+    command = [sys.executable, *launcher, "pretrain", f"stage{stage}"]
+    command += ["--config", str(HERE / "configs" / f"mini-stage{stage}.toml")]
+    for setting in [*settings, f'output="{output}"']:
+        command += ["--set", setting]
+    environment = os.environ | {"PYTHONPATH": str(source / "src")}
+    environment.pop("OMP_NUM_THREADS", None)
+    subprocess.run(command, env=environment, check=True)
+    with (output / "log.csv").open(encoding="utf-8") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    shutil.rmtree(output)
+    return rows
+
+
+def rate(rows: list[dict[str, float]]) -> float:
+    """Tokens a second from the first steps' end to the last step."""
+    start = rows[int(WARM * len(rows))]
+    return (rows[-1]["tokens"] - start["tokens"]) / (rows[-1]["seconds"] - start["seconds"])
+
+
+def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
+    """How far the losses of two runs are apart: at most, and at the end on average."""
+    names = [name for name in ("lm", "mlm", "word", "sentence") if name in ours[0]]
+    apart = [
+        [one[name] - other[name] for name in names if name in one]
+        for one, other in zip(ours, theirs, strict=True)
+    ]
+    return {
+        "most": max(abs(value) for row in apart for value in row),
+        "mean_of_last_fifth": max(
+            abs(statistics.mean(values)) for values in zip(*apart[-len(apart) // 5 :], strict=True)
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--before", type=Path, help="a checkout of the earlier build")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--stages", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--two-cards", action="store_true", help="also stage 2 on two cards")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
+    parser.add_argument("--set", nargs="*", default=[], help="more settings of this build")
+    parser.add_argument("--logs", type=Path, help="keep every run's log here")
+    parser.add_argument("--out", type=Path, help="write the result here as well")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "machine": processor(),
+        "steps": arguments.steps,
+        "mini": {},
+    }
+    if torch.cuda.is_available() and not arguments.tiny:
+        result["device"] = torch.cuda.get_device_name()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus"
+        write_corpus(corpus, *((64, 256) if arguments.tiny else (16384, 2048)))
+        settings = [f'corpus="{corpus}"', f"steps={arguments.steps}", 'init_from=""']
+        settings += ["checkpoint_every=1000000", "checkpoint_minutes=0.0"]
+        settings += TINY if arguments.tiny else []
+
+        def run(name: str, stage: int, source: Path, *more: str, cards: int = 1) -> Any:
+            shapes = [TINY_SHAPES[stage]] if arguments.tiny else []
+            given = [*settings, *shapes, *more]
+            given += [] if source != HERE else arguments.set
+            rows = train(source, stage, given, Path(folder) / name, cards)
+            if arguments.logs:
+                arguments.logs.mkdir(parents=True, exist_ok=True)
+                (arguments.logs / f"{name}.json").write_text(json.dumps(rows))
+            print(f"{name}: {rate(rows):,.0f} tokens/s", flush=True)
+            return rows
+
+        for stage in arguments.stages:
+            before = run(f"before-{stage}", stage, arguments.before) if arguments.before else []
+            rows = run(f"now-{stage}", stage, HERE)
+            found: dict[str, Any] = {"tokens_per_s": round(rate(rows))}
+            if before:
+                found["tokens_per_s_before"] = round(rate(before))
+                found["ratio_to_before"] = round(rate(rows) / rate(before), 3)
+                found["losses_apart"] = difference(rows, before)
+            result["mini"][f"stage{stage}"] = found
+            print(json.dumps(result), flush=True)
+        if arguments.two_cards:
+            one = result["mini"]["stage2"]["tokens_per_s"]
+            batch = 2048 if arguments.tiny else 262144
+            result["two_cards"] = {
+                name: round(
+                    rate(run(name, 2, HERE, f"batch_tokens={batch * times}", cards=2)) / one, 3
+                )
+                for name, times in (("same_batch", 1), ("double_batch", 2))
+            }
+    line = json.dumps(result)
+    if arguments.out:
+        arguments.out.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""What a model takes in memory, to write or to be trained. By formula: no device is asked.
+
+Bytes are those of tensors at the peak, as `torch.cuda.max_memory_allocated` counts them. A card
+needs `OVERHEAD_BYTES` more. `docs/devices.md` has predictions beside measurements.
+
+Letters in the formulae: h hidden, f intermediate, V vocabulary, D decoder layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from plug.model.accounting import Part, cache_bytes, layer, parts
+from plug.model.configuration import PlugConfig
+from plug.quantization.scheme import Scheme
+
+TOKENS_AT_ONCE = 16384  # of sources, encoded together at most
+STREAMED_AT_ONCE = 3  # layers that come when needed: the last one, the one at work, the next
+OVERHEAD_BYTES = 512 * 2**20  # libraries' own memory, CUDA graphs, what no allocator can use
+
+
+def weight_bytes(
+    config: PlugConfig, bits: int, bytes_per_value: int = 2, *, num_labels: int | None = None
+) -> int:
+    """Return the bytes of a model's weights, as a directory and a device hold them.
+
+    Args:
+        config: its shape.
+        bits: 32 or 16: of all weights; 8 or 4: of the linear layers of encoder and decoder, as
+            `plug quantize` writes them. The rest, the word table included, stays as it was.
+        bytes_per_value: of that rest.
+        num_labels: as in `parts`.
+
+    Raises:
+        UsageError: 4 bits, and a layer cannot be parted into groups (`Scheme.tensors`).
+    """
+    by_part = parts(config, num_labels)
+    parameters = sum(by_part.values(), Part()).parameters
+    if bits >= 16:
+        return parameters * bits // 8
+    scheme = Scheme.of(bits)
+    matrices = Counter(by_part["encoder"].matrices + by_part["decoder"].matrices)
+    quantized = sum(
+        count * sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors)
+        for (rows, columns), count in matrices.items()
+        for tensors in [scheme.tensors(rows, columns).values()]
+    )
+    plain = parameters - sum(rows * columns * count for (rows, columns), count in matrices.items())
+    return quantized + plain * bytes_per_value
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes on a device at the peak, by what they are for.
+
+    Attributes:
+        weights: as they are kept there.
+        caches: keys and values, while writing.
+        workspace: what comes and goes: the inside of a layer, logits, unpacked weights.
+        gradients: that are there at the peak.
+        optimizer: its states.
+        activations: what the backward pass will read.
+    """
+
+    weights: int
+    caches: int = 0
+    workspace: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.to_dict().values())
+
+    def with_overhead(self) -> Need:
+        """Return what a card must have free for it: `OVERHEAD_BYTES` more in the workspace."""
+        return replace(self, workspace=self.workspace + OVERHEAD_BYTES)
+
+    def to_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def generation_need(
+    config: PlugConfig,
+    *,
+    weights: int,
+    batch_size: int,
+    source_length: int,
+    capacity: int,
+    bytes_per_value: int = 2,
+    bits: int = 16,
+) -> Need:
+    """Return what writing takes.
+
+    Sources are encoded beside the caches: first an encoder layer's inside, (6 h + 2 f) values a
+    token of the `TOKENS_AT_ONCE` at most; then their encoded form, h values a token, and
+    cross-attention keys and values that are not yet in the caches. Besides: four copies of the
+    logits in float32; of a quantised model one unpacked weight, h f, and the word table in 8 bits.
+
+    Args:
+        config: the shape.
+        weights: their bytes, as they are kept.
+        batch_size: texts written together.
+        source_length: tokens of a source.
+        capacity: tokens of a window.
+        bytes_per_value: of activations and caches.
+        bits: of the layers' weights.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    token = cache_bytes(config, bytes_per_value)
+    sources = batch_size * source_length
+    together = min(sources, max(TOKENS_AT_ONCE, source_length))
+    inside = (6 * hidden + 2 * intermediate) * together * bytes_per_value
+    earlier = (sources - together) * token
+    projected = sources * token + hidden * together * bytes_per_value
+    logits = 4 * batch_size * config.vocab_size * 4
+    quantized = 0
+    if bits < 16:
+        quantized = hidden * intermediate * bytes_per_value + config.vocab_size * hidden
+    return Need(
+        weights=weights,
+        caches=batch_size * (source_length + capacity) * token,
+        workspace=max(earlier + inside, projected) + logits + quantized,
+    )
+
+
+def resident_share(config: PlugConfig) -> float:
+    """Return the part of the parameters that a device map keeps on the device at least.
+
+    All but the encoder's layers, and `STREAMED_AT_ONCE` of those.
+    """
+    by_part = {name: part.parameters for name, part in parts(config).items()}
+    streamed = layer(config, attentions=1).parameters * max(
+        0, config.num_hidden_layers - STREAMED_AT_ONCE
+    )
+    return 1 - streamed / sum(by_part.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What writing needs besides the weights, counted in texts and tokens.
+
+    Args:
+        batch_size: texts written together.
+        source_length: tokens of a source, where the model can read so many.
+        capacity: tokens of a window, likewise.
+    """
+
+    batch_size: int = 1
+    source_length: int = 512
+    capacity: int = 384
+
+    def need(self, config: PlugConfig, weights: int, bytes_per_value: int, bits: int = 16) -> Need:
+        """In bytes, with ``weights``."""
+        longest = config.max_position_embeddings
+        return generation_need(
+            config,
+            weights=weights,
+            batch_size=self.batch_size,
+            source_length=min(self.source_length, longest),
+            capacity=min(self.capacity, longest),
+            bytes_per_value=bytes_per_value,
+            bits=bits,
+        )
+
+
+# --- training -------------------------------------------------------------------------------------
+
+_FEW_LABELS = 2  # of a classifier, whose one linear layer is small beside the others
+# Bytes an optimizer keeps for a trained parameter: two moments in float32; in 8 bits with a scale
+# in float32 for 256 of them. A factored second moment is a row and a column. Muon has one momentum
+# for the layers' matrices; AdamW has the rest.
+_STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "muon": 8.0, "adafactor": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """How a model is trained, as far as memory goes.
+
+    Args:
+        batch_size: examples at once.
+        source_length: tokens of each, the longest.
+        target_length: tokens that the decoder writes; 0: the task has no decoder.
+        memory: "full" trains every weight; "lora" and "qlora" small matrices beside them.
+        optimizer: a key of `_STATES`.
+        bits: of the weights as they are kept: 32 or 16, of frozen layers 8 or 4 too.
+        half: activations inside of a layer have 16 bits, by autocast or because the weights do.
+        rank: of the small matrices.
+        recomputed: layers that keep their input alone, the encoder's first ones first.
+        cheap: layers after those that compute norms and GELU again, and no product.
+        accumulates: gradients of several batches are added up.
+        dropout: whether a layer keeps masks.
+        cards: that share weights, gradients and states (FSDP2).
+    """
+
+    batch_size: int
+    source_length: int
+    target_length: int = 0
+    memory: str = "full"
+    optimizer: str = "adamw"
+    bits: int = 32
+    half: bool = True
+    rank: int = 16
+    recomputed: int = 0
+    cheap: int = 0
+    accumulates: bool = False
+    dropout: bool = True
+    cards: int = 1
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a value between the layers: that of the weights in floats."""
+        return 4 if self.bits == 32 else 2
+
+    @property
+    def value(self) -> int:
+        """Bytes of a value inside of a layer."""
+        return 2 if self.half else self.stream
+
+    @property
+    def trains_all(self) -> bool:
+        return self.memory == "full"
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a weight changes as soon as its gradient is there, which is then dropped."""
+        return self.trains_all and self.optimizer == "adafactor"
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A layer or a head in a training step, in bytes.
+
+    Attributes:
+        kept: from its forward to its backward pass, where nothing is recomputed.
+        entry: what is kept in place of that: all of it, or what it is computed from again.
+        forward: more than ``kept`` that it holds in passing.
+        backward: likewise in the backward pass.
+        gradients: that it leaves.
+    """
+
+    kept: int
+    entry: int
+    forward: int
+    backward: int
+    gradients: int
+
+
+def training_need(config: PlugConfig, training: Training) -> Need:
+    """Return what a training step takes, when the optimizer's states are there.
+
+    The step is walked through: forward, each block adds what it keeps; backward, the last block
+    first, a recomputed one adds the rest, and each leaves its gradients in the place of what it
+    kept. The largest sum on the way is the peak.
+
+    Args:
+        config: the model's shape.
+        training: how it is trained.
+
+    Raises:
+        UsageError: 4 bits, and a layer cannot be parted into groups.
+    """
+    num_labels = None if training.target_length else _FEW_LABELS
+    by_part = parts(config, num_labels)
+    weights = weight_bytes(config, training.bits, training.stream, num_labels=num_labels)
+    adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
+    trained = adapters or sum(by_part.values(), Part()).parameters
+    weights = weights // training.cards + 4 * adapters
+    optimizer = int(trained * _STATES[training.optimizer])
+    if training.optimizer == "muon":
+        optimizer -= 4 * (by_part["encoder"] + by_part["decoder"]).matrix_parameters
+    optimizer //= training.cards
+    if training.is_fused:  # the word table is used at both ends of the step
+        all_gradients = training.stream * config.vocab_size * config.hidden_size
+    else:
+        all_gradients = (4 if adapters else training.stream) * trained // training.cards
+
+    blocks = list(_blocks(config, training))
+    scale = all_gradients / max(1, sum(block.gradients for block in blocks))
+    left = sum(block.entry for block in blocks)
+    best = Need(weights, optimizer=optimizer, gradients=all_gradients)
+    gradients = float(all_gradients if training.accumulates else 0)
+    held = 0
+    for block in blocks:
+        held += block.entry
+        inside = block.kept - block.entry + block.forward
+        best = _larger(best, weights, optimizer, int(gradients), held, inside)
+    for block in reversed(blocks):
+        inside = block.kept - block.entry + block.backward
+        best = _larger(best, weights, optimizer, int(gradients), left, inside)
+        left -= block.entry
+        if not training.accumulates:
+            gradients += block.gradients * scale
+    return best
+
+
+def _larger(
+    best: Need, weights: int, optimizer: int, gradients: int, activations: int, workspace: int
+) -> Need:
+    need = Need(
+        weights,
+        workspace=workspace,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+    )
+    return max(best, need, key=lambda each: each.total)
+
+
+def _adapter_parameters(by_part: dict[str, Part], training: Training) -> int:
+    """A (rank, in) and a (out, rank) beside each matrix of encoder and decoder."""
+    matrices = by_part["encoder"].matrices + by_part["decoder"].matrices
+    return training.rank * sum(rows + columns for rows, columns in matrices)
+
+
+def _blocks(config: PlugConfig, training: Training) -> Iterator[_Block]:
+    """The step's blocks in the order of the forward pass."""
+    source = training.batch_size * training.source_length
+    target = training.batch_size * training.target_length
+    yield _embedding(config, training, source)
+    for index in range(config.num_hidden_layers):
+        yield _layer_block(config, training, index, source)
+    if not target:
+        return
+    yield _embedding(config, training, target)
+    yield _projection(config, training, source)
+    for index in range(config.num_decoder_layers):
+        yield _layer_block(config, training, config.num_hidden_layers + index, target, crossed=True)
+    yield _head(config, training, target)
+
+
+def _inputs(training: Training, uses: int) -> int:
+    """Bytes of a value that ``uses`` linear layers multiply, as it is kept for their gradients.
+
+    Under autocast each of them makes a copy in 16 bits of an input in float32.
+    """
+    return training.value * (uses if training.stream > training.value else 1)
+
+
+def _layer_block(
+    config: PlugConfig, training: Training, index: int, tokens: int, *, crossed: bool = False
+) -> _Block:
+    """One layer over ``tokens``; a decoder's has cross-attention, whose keys `_projection` keeps.
+
+    Kept for each token: the input of each norm, its output as the products' input, queries, keys,
+    values, what attention gave (and a float32 for each head), `fc1`'s output, GELU's output, and a
+    byte for each value of a dropout mask.
+    """
+    hidden, inner, value = config.hidden_size, config.intermediate_size, training.value
+    mask = hidden if training.dropout else 0
+    norm = training.stream * hidden
+    own = norm + _inputs(training, 3) * hidden + 4 * value * hidden
+    cross = norm + _inputs(training, 1) * hidden + 2 * value * hidden
+    mixing = own + 4 * config.num_attention_heads + mask
+    if crossed:
+        mixing += cross + 4 * config.num_attention_heads + mask
+    feeding = norm + _inputs(training, 1) * hidden + 2 * value * inner + mask
+    kept = mixing + feeding
+    again = _inputs(training, 3) * hidden + _inputs(training, 1) * hidden + value * inner
+    if crossed:
+        again += _inputs(training, 1) * hidden
+    entry = kept
+    if index < training.recomputed:
+        entry = norm
+    elif index < training.recomputed + training.cheap:
+        entry = kept - again
+    part = layer(config, attentions=2 if crossed else 1)
+    copies = 2 * part.matrix_parameters if _casts(training) else 0
+    adapters = 0
+    if not training.trains_all:
+        adapters = tokens * 2 * training.rank * (10 if crossed else 6)
+    largest = hidden * inner
+    weight_gradient = largest * (6 if _casts(training) else training.value)
+    unpacked = largest * value if training.bits < 16 else 0
+    passing = tokens * (training.stream * hidden + value * hidden + value * inner)
+    return _Block(
+        kept=tokens * kept + copies + adapters,
+        entry=tokens * entry + (copies + adapters if entry == kept else 0),
+        forward=tokens * training.stream * hidden + unpacked,
+        backward=passing + (weight_gradient if training.trains_all else unpacked),
+        gradients=0 if training.is_fused else part.parameters,
+    )
+
+
+def _casts(training: Training) -> bool:
+    """Whether autocast makes copies of trained weights in 16 bits."""
+    return training.trains_all and training.stream > training.value
+
+
+def _embedding(config: PlugConfig, training: Training, tokens: int) -> _Block:
+    """The sum that the norm reads, and a dropout mask; the final norm of the half keeps as much."""
+    hidden = config.hidden_size
+    kept = tokens * hidden * (2 * training.stream + (1 if training.dropout else 0))
+    return _Block(kept, kept, tokens * hidden * training.stream, 0, 0)
+
+
+def _projection(config: PlugConfig, training: Training, tokens: int) -> _Block:
+    """Keys and values of the encoder's output for each of the decoder's layers."""
+    hidden, layers = config.hidden_size, config.num_decoder_layers
+    inputs = _inputs(training, 2 * layers)
+    kept = tokens * hidden * (2 * layers * training.value + inputs)
+    copies = layers * 2 * 2 * hidden * hidden if _casts(training) else 0
+    return _Block(kept + copies, kept + copies, 0, 2 * tokens * hidden * training.value, 0)
+
+
+def _head(config: PlugConfig, training: Training, tokens: int) -> _Block:
+    """Logits over the vocabulary, their logarithms of probabilities in float32, two gradients."""
+    logits = tokens * config.vocab_size
+    table = config.vocab_size * config.hidden_size
+    copy = 2 * table if _casts(training) else 0
+    gradient = table * (6 if _casts(training) else training.value) if training.trains_all else 0
+    return _Block(
+        kept=4 * logits + copy,
+        entry=4 * logits + copy,
+        forward=(4 + training.value) * logits,
+        backward=(4 + 4) * logits + gradient,
+        gradients=table if training.trains_all else 0,
+    )

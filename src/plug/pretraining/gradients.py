@@ -1,0 +1,107 @@
+"""The gradients of a model in a few flat buffers, summed over the processes during backward.
+
+Each process has a whole copy of the model. One large all-reduce a bucket replaces one a weight, and
+runs while backward computes the gradients of the layers below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_ELEMENTS = 2**23  # 32 MB in float32: large enough for NVLink's full speed
+
+
+class Gradients:
+    """Make ``parameter.grad`` views into flat buffers, and sum these over the processes.
+
+    All processes sum the buckets in one order. That is the order in which backward fills them:
+    layers from the last to the first, then what heads and both inputs share.
+
+    Args:
+        parameters: by name, those that are trained.
+        world_size: processes that hold a copy each.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], world_size: int) -> None:
+        named = [(name, p) for name, p in parameters if p.requires_grad]
+        layers = [p for name, p in named if ".layers." in name]
+        others = [p for name, p in named if ".layers." not in name]
+        self._world_size = world_size
+        self.is_last = True  # whether this backward pass is the last before the step
+        self._filled: set[nn.Parameter] = set()
+        self._buckets = [_Bucket(each) for each in _parted([*reversed(layers), *reversed(others)])]
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._note)
+        self.clear()
+
+    def clear(self) -> None:
+        """Set all gradients to zero, and give every weight its view again."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+            for parameter, view in bucket.views.items():
+                parameter.grad = view
+            bucket.missing, bucket.work = len(bucket.views), None
+        self._filled.clear()
+        self._next = 0
+        self.is_last = True
+
+    def finish(self, max_norm: float) -> Tensor:
+        """Wait for the sums, clip their norm to ``max_norm``, and return the norm before that.
+
+        Weights that no loss depended on have ``grad`` None until `clear`, so that optimisers pass
+        them over.
+        """
+        self._sum(self._buckets[self._next :])
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+        norms = [torch.linalg.vector_norm(bucket.flat) for bucket in self._buckets]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for bucket in self._buckets:
+            bucket.flat.mul_(scale)
+        for parameter in self._bucket_of.keys() - self._filled:
+            parameter.grad = None
+        return norm
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        self._filled.add(parameter)
+        if not self.is_last:
+            return
+        self._bucket_of[parameter].missing -= 1
+        ready = self._next
+        while ready < len(self._buckets) and not self._buckets[ready].missing:
+            ready += 1
+        self._sum(self._buckets[self._next : ready])
+        self._next = ready
+
+    def _sum(self, buckets: list[_Bucket]) -> None:
+        if self._world_size > 1:
+            for bucket in buckets:
+                bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+
+
+class _Bucket:
+    """Weights whose gradients lie one after another in ``flat``."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = parameters[0].new_zeros(sum(sizes))
+        pieces = self.flat.split(sizes)
+        self.views = {p: piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)}
+        self.missing = len(parameters)
+        self.work: dist.Work | None = None
+
+
+def _parted(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    parts: list[list[nn.Parameter]] = [[]]
+    for parameter in parameters:
+        if sum(p.numel() for p in parts[-1]) + parameter.numel() > BUCKET_ELEMENTS and parts[-1]:
+            parts.append([])
+        parts[-1].append(parameter)
+    return parts
