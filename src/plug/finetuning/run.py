@@ -58,7 +58,7 @@ from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, save_adapter
 from plug.finetuning.predict import read_run, write_predictions
-from plug.finetuning.recomputation import layers_of, recompute_layers
+from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
@@ -258,6 +258,8 @@ def prepare(model: Any, settings: FinetuneSettings) -> Any:
         model = adapt(model, settings)
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
+    if settings.optimizer == "adafactor":
+        recompute_cheap_parts(model)
     return model
 
 
