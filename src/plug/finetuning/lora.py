@@ -38,7 +38,7 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     """
     scheme = read_scheme(directory / CONFIG_FILE)
     mode = settings.memory
-    if mode != "full" and importlib.util.find_spec("peft") is None:
+    if settings.is_adapter and importlib.util.find_spec("peft") is None:
         raise UsageError(
             f'--memory {mode} 要用 peft，但它没有安装。请运行：pip install "plug-zh[lora]"'
         )
