@@ -31,8 +31,17 @@ def recompute_layers(model: nn.Module, count: int) -> None:
     """
     for index, layer in enumerate(layers_of(model)):
         switched = cast(Any, layer)  # a `GradientCheckpointingLayer` of transformers
-        switched.gradient_checkpointing = index < count
-        switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if hasattr(switched, "recomputed"):  # of `plug.finetuning.adapted_layers`
+            switched.recomputed = index < count
+        else:
+            switched.gradient_checkpointing = index < count
+            switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Return whether a layer keeps its input alone."""
+    of_transformers = getattr(layer, "gradient_checkpointing", False)
+    return bool(getattr(layer, "recomputed", of_transformers))
 
 
 def recompute_cheap_parts(model: nn.Module) -> None:
@@ -66,7 +75,7 @@ class _CheapParts:
         layer.forward = self
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        if not torch.is_grad_enabled() or self.layer.gradient_checkpointing:
+        if not torch.is_grad_enabled() or is_recomputed(self.layer):
             return self.forward(*args, **options)
         with saved_tensors_hooks(self._pack, _unpack):
             try:
@@ -75,7 +84,7 @@ class _CheapParts:
                 self.made.clear()
 
     def _note(self, part: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if torch.is_grad_enabled() and not self.layer.gradient_checkpointing:
+        if torch.is_grad_enabled() and not is_recomputed(self.layer):
             recipe = _Recipe(partial(part.forward, inputs[0].detach()))
             self.made[output.untyped_storage().data_ptr()] = recipe, output
 
