@@ -28,5 +28,14 @@ def recompute_layers(model: nn.Module, count: int) -> None:
     """
     for index, layer in enumerate(layers_of(model)):
         switched = cast(Any, layer)  # a `GradientCheckpointingLayer` of transformers
-        switched.gradient_checkpointing = index < count
-        switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if hasattr(switched, "recomputed"):  # of `plug.finetuning.adapted_layers`
+            switched.recomputed = index < count
+        else:
+            switched.gradient_checkpointing = index < count
+            switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Return whether a layer keeps its input alone."""
+    of_transformers = getattr(layer, "gradient_checkpointing", False)
+    return bool(getattr(layer, "recomputed", of_transformers))

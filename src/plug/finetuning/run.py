@@ -54,10 +54,11 @@ from plug.files import (
     write_json,
     write_text,
 )
+from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
 from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
-from plug.finetuning.lora import adapt, check_base, save_adapter
+from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
 from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_layers
@@ -173,6 +174,7 @@ def _run(
     decision = decide(settings, _case(config, directory, task, features, chosen))
     settings = decision.settings
     check_base(settings, directory)
+    multiplies_in_fp8(settings, chosen)
     if is_main and decision.told:
         print(decision.told, file=sys.stderr)  # noqa: T201
     set_seed(settings.seed)
@@ -185,7 +187,7 @@ def _run(
         from_scratch=settings.from_scratch,
         dtype=torch.bfloat16 if half else torch.float32,
     )
-    model = prepare(model, settings)
+    model = prepare(model, settings, chosen)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
         kept = {"settings": settings.to_dict(), **_asked(asked, settings)}
@@ -269,10 +271,12 @@ def _run(
     return FinetuneResult(output, evaluation.metrics, facts)
 
 
-def prepare(model: Any, settings: FinetuneSettings) -> Any:
+def prepare(model: Any, settings: FinetuneSettings, device: torch.device) -> Any:
     """Return a loaded model as it is trained: with adapters, and layers that are recomputed."""
     if settings.is_adapter:
         model = adapt(model, settings)
+        if device.type == "cuda" and settings.precision == "bf16":
+            adapt_layers(model, in_fp8=multiplies_in_fp8(settings, device))
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
     return model

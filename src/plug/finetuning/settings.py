@@ -199,6 +199,12 @@ class FinetuneSettings:
         False, Bool(), "LoRA 加上每个输出的模长（DoRA）。",
         "also learn the norm of each output's weights (DoRA, arXiv:2402.09353); slower",
     )  # fmt: skip
+    quantized_products: str = option(
+        "auto", Choice(("auto", "fp8", "bf16")),
+        "qlora 在 GPU 上用什么精度乘：fp8（快，要 H100 一类的显卡）或 bf16；auto 看显卡。",
+        "what `qlora` multiplies in on a GPU: FP8, forward and backward, which needs a card of "
+        "compute capability 9.0, or bf16; auto: FP8 where the card has it",
+    )  # fmt: skip
     gradient_accumulation_steps: int = option(
         1, Int(1, 65_536),
         "每几批更新一次权重：每步的例子是 batch_size 乘以它。",
@@ -229,6 +235,10 @@ class FinetuneSettings:
             raise UsageError(f"label_smoothing 不能用于阅读理解，{self.task} 是。请去掉它。")
         if self.memory == "full" and (self.rslora or self.dora):
             raise UsageError("rslora 和 dora 要与 --memory lora 或 qlora 一起用。")
+        if self.quantized_products == "fp8" and self.memory != "qlora":
+            raise UsageError(
+                f"quantized_products=fp8 要与 --memory qlora 一起用，现在是 {self.memory}。"
+            )
         if self.optimizer == "adafactor":
             self._check_fused()
         if self.is_adapter and (self.fgm or self.from_scratch):
