@@ -62,7 +62,7 @@ from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
 from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
-from plug.finetuning.recomputation import layers_of, recompute_layers
+from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharded_state import check_is_sharded
 from plug.finetuning.sharding import (
@@ -310,6 +310,8 @@ def prepare(model: Any, settings: FinetuneSettings, device: torch.device) -> Any
             adapt_layers(model, in_fp8=multiplies_in_fp8(settings, device))
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
+    if settings.optimizer == "adafactor":
+        recompute_cheap_parts(model)
     return model
 
 
