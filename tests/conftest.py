@@ -285,6 +285,23 @@ def peak_bytes() -> Callable[..., int]:
     return measure
 
 
+@pytest.fixture
+def kept_bytes() -> Callable[..., int]:
+    """`kept_bytes(action, *tensors)`: the bytes that an action leaves alive with its result."""
+
+    def measure(action: Callable[[], object], *tensors: Any) -> int:
+        alive = _Alive()
+        alive.add(tensors)
+        before = alive.now
+        with alive:
+            result = action()
+            kept = alive.now - before
+        del result
+        return kept
+
+    return measure
+
+
 class Ran(NamedTuple):
     status: int
     out: str

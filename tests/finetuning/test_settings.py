@@ -92,7 +92,7 @@ def test_a_command_gives_the_settings_that_it_was_made_from() -> None:
         "precision": "fp32", "from_scratch": True, "model": "a model",
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "recomputed_layers": 2,
         "lora_rank": 3,
-        "lora_alpha": 4.0, "lora_dropout": 0.2,
+        "lora_alpha": 4.0, "lora_dropout": 0.2, "quantized_products": "bf16",
         "optimizer": "adamw8bit",
     }  # fmt: skip
     of_lora = {"memory", "rslora", "dora"}  # they exclude others of these

@@ -75,7 +75,12 @@ class Generation(Kind[GenerationExample, TokenIds]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[TokenIds]:
-        generator = Generator(as_plug(model), self.tokenizer, graphs=False)
+        generator = Generator(
+            as_plug(model),
+            self.tokenizer,
+            graphs=False,
+            stacks_weights=isinstance(model, Plug),  # else it is being trained
+        )
         settings = GenerationSettings(
             out_length=self.target_length, do_sample=False, num_beams=self.num_beams
         )

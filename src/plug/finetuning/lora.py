@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from plug.checkpoints.directory import CONFIG_FILE
@@ -38,7 +39,7 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     """
     scheme = read_scheme(directory / CONFIG_FILE)
     mode = settings.memory
-    if mode != "full" and importlib.util.find_spec("peft") is None:
+    if settings.is_adapter and importlib.util.find_spec("peft") is None:
         raise UsageError(
             f'--memory {mode} 要用 peft，但它没有安装。请运行：pip install "plug-zh[lora]"'
         )
@@ -54,6 +55,29 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
             f" --model {settings.model} --bits 4 --to 新目录，再用 --model 新目录；"
             "或用 --memory lora。"
         )
+
+
+def multiplies_in_fp8(settings: FinetuneSettings, device: torch.device) -> bool:
+    """Return whether quantised weights are multiplied in FP8.
+
+    Raises:
+        UsageError: it was asked for, and the card or the other settings do not allow it.
+    """
+    wanted = settings.quantized_products
+    if wanted == "bf16" or (wanted == "auto" and settings.memory != "qlora"):
+        return False
+    can = False
+    if device.type == "cuda" and settings.precision == "bf16":
+        from plug.kernels.packed_linear import has_fp8
+
+        can = has_fp8(device)
+    if wanted == "fp8" and not can:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        raise UsageError(
+            f"quantized_products=fp8 要能乘 FP8 的显卡（计算能力 9.0 以上）和 precision=bf16，"
+            f"这里是 {name}、{settings.precision}。请改用 quantized_products=auto 或 bf16。"
+        )
+    return can
 
 
 def adapt(model: Any, settings: FinetuneSettings) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import byref
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,14 +27,24 @@ from plug.generation.cpu_choice import (
 )
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel, with_products
-from plug.kernels.cpu.build import Layer, Norm, Product, Shape, library
+from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
 from plug.kernels.cpu.products import CpuProduct
+from plug.loading import adapters
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
 from plug.quantization.products import Product as ProductFunction
 from plug.quantization.scheme import Scheme
+
+# The products of a layer, in the order in which `step.cpp` has them.
+_PRODUCTS = (
+    *(f"self_attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "cross_attention.q_proj",
+    "cross_attention.out_proj",
+    "feed_forward.fc1",
+    "feed_forward.fc2",
+)
 
 
 class CpuModel(PlainModel):
@@ -62,9 +73,11 @@ class CpuModel(PlainModel):
             for_plain = _as_it_is
         elif scheme_of(model) is None and fastest_source() == BFLOAT16:
             for_plain = _in_bfloat16
-        self._encoder = with_products(model.encoder, self._product_of, for_plain)
+        self._encoder = with_products(
+            model.encoder, self._product_of, for_plain, self._adapters, "encoder."
+        )
         self._project_encoder = with_products(
-            model.decoder, self._product_of, self._product_of
+            model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
         ).project_encoder
 
     def _prepare_decoder(self, model: Plug) -> None:
@@ -77,6 +90,8 @@ class CpuModel(PlainModel):
         self._eps = config.layer_norm_eps
         self._kept: list[object] = []  # what the structures below point to
         self._layers = [self._layer(layer) for layer in model.decoder.layers]
+        self._parts: ctypes.Array[LowRank] | None = None
+        self._parts_version = 0
         self._final_norm = self._norm(model.decoder.final_norm)
         self._head_product = self._head(model)
         self._layers_of: WeakKeyDictionary[DecoderCache, ctypes.Array[Layer]] = WeakKeyDictionary()
@@ -107,9 +122,37 @@ class CpuModel(PlainModel):
             which.data_ptr(),
             where.data_ptr(),
             cache.source_lengths.data_ptr(),
+            self._adapters_of(rows),
             logits.data_ptr(),
         )
         return logits
+
+    def _adapters_of(self, rows: int) -> Any:
+        """What the rows of this step use besides the weights; None is nothing."""
+        stack = self._adapters
+        if stack is None or not stack.is_used:
+            return None
+        count = stack.count
+        if self._parts is None or self._parts_version != stack.version:
+            self._matrices: list[Tensor] = []
+            self._parts = (LowRank * (len(self._layers) * len(_PRODUCTS) * count))()
+            for index in range(len(self._layers)):
+                for product, name in enumerate(_PRODUCTS):
+                    for number, adapter in stack.adapters.items():
+                        found = adapter.layers.get(f"decoder.layers.{index}.{name}")
+                        if found is not None:
+                            place = (index * len(_PRODUCTS) + product) * count + number
+                            self._parts[place] = self._low_rank(found)
+            self._parts_version = stack.version
+        choice = stack.choice
+        numbers = torch.full((rows,), choice) if isinstance(choice, int) else choice.contiguous()
+        self._numbers = numbers  # kept while the step runs
+        return byref(Adapters(self._parts, numbers.data_ptr(), count))
+
+    def _low_rank(self, found: adapters.LowRank) -> LowRank:
+        a, b = found.a.contiguous(), found.b.t().contiguous()
+        self._matrices += [a, b]
+        return LowRank(a.data_ptr(), b.data_ptr(), len(a))
 
     def _layers_with(self, cache: DecoderCache) -> ctypes.Array[Layer]:
         """The layers, with the addresses of the cache's buffers."""

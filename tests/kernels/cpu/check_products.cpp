@@ -94,7 +94,7 @@ struct Case {
 int check(Pool& pool, int64_t bits, int64_t rows, int64_t out, int64_t in) {
   const Case each(bits, rows, out, in);
   const Product product = each.product();
-  const auto nothing = [](float*, int64_t, int64_t) {};
+  const auto nothing = [](int, int64_t, int64_t) {};
   std::vector<float> together(rows * out), alone(out);
   float* y = together.data();
   multiply(pool, &product, 1, each.x.data(), &y, rows, nothing);

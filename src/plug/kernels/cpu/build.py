@@ -169,6 +169,22 @@ class Layer(ctypes.Structure):
     ]
 
 
+class LowRank(ctypes.Structure):
+    """What an adapter adds to a product: a (rank, in) and b (rank, out), float32."""
+
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+
+
+class Adapters(ctypes.Structure):
+    """The adapters of a step, as `step.cpp` has them."""
+
+    _fields_ = [
+        ("parts", ctypes.POINTER(LowRank)),
+        ("numbers", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    ]
+
+
 class Shape(ctypes.Structure):
     """Sizes of a step, as `step.cpp` has them."""
 
@@ -182,6 +198,6 @@ class Shape(ctypes.Structure):
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     found.plug_multiply.argtypes = [ctypes.c_int, pointer, pointer, pointer, count]
-    found.plug_step.argtypes = [ctypes.c_int, *[pointer] * 5, count, *[pointer] * 4]
+    found.plug_step.argtypes = [ctypes.c_int, *[pointer] * 5, count, *[pointer] * 5]
     found.plug_multiply.restype = found.plug_step.restype = None
     return found

@@ -446,7 +446,7 @@ inline void outputs(const Product& p, const Rows& ready, const float* x, float* 
   }
 }
 
-// x (rows, in) and y (rows, out) of each product, which share x; `after` gets the outputs that are done.
+// x (rows, in) and y (rows, out) of each product, which share x; `after` gets a product's number and the outputs that are done.
 template <typename After>
 inline void multiply(Pool& pool, const Product* products, int count, const float* x, float* const* y, int64_t rows,
                      const After& after) {
@@ -463,7 +463,7 @@ inline void multiply(Pool& pool, const Product* products, int count, const float
     while (chunk < first[i]) --i;
     const int64_t from = (chunk - first[i]) * OUTPUTS_AT_ONCE, to = std::min(from + OUTPUTS_AT_ONCE, products[i].out);
     outputs(products[i], ready, x, y[i], rows, from, to);
-    after(y[i], from, to);
+    after(i, from, to);
   });
 }
 

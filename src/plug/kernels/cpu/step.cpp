@@ -24,6 +24,21 @@ struct Layer {
   const float *source_keys, *source_values;    // (rows, heads, source_capacity, head_dim)
 };
 
+// What an adapter adds to a product: b times (a times x), with a (rank, in) and b (rank, out). Rank 0: nothing.
+struct LowRank {
+  const float *a, *b;
+  int64_t rank;
+};
+
+constexpr int PRODUCTS = 8;  // of a layer, in the order of its fields
+
+// The adapters that rows use besides the weights.
+struct Adapters {
+  const LowRank* parts;    // (layers, PRODUCTS, count)
+  const int64_t* numbers;  // of each row's adapter, below count
+  int64_t count;
+};
+
 struct Shape {
   int64_t hidden, heads, head_dim, capacity, source_capacity, layers;
   double eps;
@@ -64,10 +79,50 @@ void gelu(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = 0.5f * values[i] * (1 + erf_of(values[i] * SQRT_HALF));
 }
 
-constexpr auto NOTHING = [](float*, int64_t, int64_t) {};
+constexpr auto NOTHING = [](int, int64_t, int64_t) {};
+
+// The low-rank parts of several products of the same rows, for each row by its own adapter.
+class Added {
+ public:
+  // Computes a times x; `first` is the number of the first of `count` products of a layer.
+  Added(Pool& pool, const Adapters* adapters, int64_t layer, int first, int count, const float* x, int64_t in, int64_t tokens,
+        const int64_t* rows)
+      : adapters_(adapters), tokens_(tokens), rows_(rows) {
+    if (!adapters_) return;
+    parts_ = adapters_->parts + (layer * PRODUCTS + first) * adapters_->count;
+    for (int64_t i = 0; i < count * adapters_->count; ++i) width_ = std::max(width_, parts_[i].rank);
+    inner_.resize(count * tokens * width_);
+    pool.run(count * tokens, [&](int64_t i) {
+      const LowRank& part = of(i / tokens, i % tokens);
+      for (int64_t r = 0; r < part.rank; ++r) inner_[i * width_ + r] = dot(part.a + r * in, x + i % tokens * in, in);
+    });
+  }
+
+  // Adds b times that to outputs [from, to) of product `index`, whose y is (tokens, out).
+  void operator()(int index, float* y, int64_t out, int64_t from, int64_t to) const {
+    for (int64_t n = 0; adapters_ && n < tokens_; ++n) {
+      const LowRank& part = of(index, n);
+      for (int64_t r = 0; r < part.rank; ++r) {
+        const float by = inner_[(index * tokens_ + n) * width_ + r];
+        const float* b = part.b + r * out;
+        for (int64_t o = from; o < to; ++o) y[n * out + o] += by * b[o];
+      }
+    }
+  }
+
+ private:
+  const LowRank& of(int64_t index, int64_t n) const { return parts_[index * adapters_->count + adapters_->numbers[rows_[n]]]; }
+
+  const Adapters* adapters_;
+  int64_t tokens_, width_ = 0;
+  const int64_t* rows_;
+  const LowRank* parts_ = nullptr;
+  std::vector<float> inner_;
+};
 
 void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final_norm, const Product& head, float* hidden,
-          int64_t tokens, const int64_t* rows, const int64_t* positions, const int32_t* source_lengths, float* logits) {
+          int64_t tokens, const int64_t* rows, const int64_t* positions, const int32_t* source_lengths, const Adapters* adapters,
+          float* logits) {
   const int64_t width = shape.hidden, heads = shape.heads, head_dim = shape.head_dim, inner = heads * head_dim;
   std::vector<float> normalized(tokens * width), query(tokens * inner), key(tokens * inner), value(tokens * inner),
       context(tokens * inner), change(tokens * width), wide(tokens * layers[0].fc1.out);
@@ -75,11 +130,20 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
     for (int64_t n = 0; n < tokens; ++n)
       normalize(hidden + n * width, by, width, shape.eps, normalized.data() + n * width);
   };
-  const auto multiply_one = [&](const Product& product, const float* x, float* y) {
-    multiply(pool, &product, 1, x, &y, tokens, NOTHING);
+  int64_t index = 0;  // of the layer
+  // `which`: the number of the first product among those of a layer.
+  const auto multiply_some = [&](int which, const Product* products, int count, const float* x, float* const* y, const auto& after) {
+    const Added added(pool, adapters, index, which, count, x, products[0].in, tokens, rows);
+    multiply(pool, products, count, x, y, tokens, [&](int i, int64_t from, int64_t to) {
+      added(i, y[i], products[i].out, from, to);
+      after(i, from, to);
+    });
   };
-  const auto add = [&](const Product& product, const float* x) {
-    multiply_one(product, x, change.data());
+  const auto multiply_one = [&](int which, const Product& product, const float* x, float* y) {
+    multiply_some(which, &product, 1, x, &y, NOTHING);
+  };
+  const auto add = [&](int which, const Product& product, const float* x) {
+    multiply_one(which, product, x, change.data());
     for (int64_t i = 0; i < tokens * width; ++i) hidden[i] += change[i];
   };
   const auto attend_all = [&](const float* keys, const float* values, int64_t capacity, const auto& count) {
@@ -90,11 +154,11 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
       }
     });
   };
-  for (int64_t index = 0; index < shape.layers; ++index) {
+  for (; index < shape.layers; ++index) {
     const Layer& layer = layers[index];
     norm(layer.self_norm);
     float* const parts[] = {query.data(), key.data(), value.data()};
-    multiply(pool, layer.query_key_value, 3, normalized.data(), parts, tokens, NOTHING);
+    multiply_some(0, layer.query_key_value, 3, normalized.data(), parts, NOTHING);
     // All new positions join the cache before any attends, each to those up to its own.
     for (int64_t n = 0; n < tokens; ++n)
       for (int64_t h = 0; h < heads; ++h) {
@@ -103,20 +167,20 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
         std::copy_n(value.data() + own, head_dim, layer.values + at);
       }
     attend_all(layer.keys, layer.values, shape.capacity, [&](int64_t n) { return positions[n] + 1; });
-    add(layer.out, context.data());
+    add(3, layer.out, context.data());
     norm(layer.cross_norm);
-    multiply_one(layer.source_query, normalized.data(), query.data());
+    multiply_one(4, layer.source_query, normalized.data(), query.data());
     attend_all(layer.source_keys, layer.source_values, shape.source_capacity, [&](int64_t n) { return source_lengths[rows[n]]; });
-    add(layer.source_out, context.data());
+    add(5, layer.source_out, context.data());
     norm(layer.feed_forward_norm);
     float* y = wide.data();
-    multiply(pool, &layer.fc1, 1, normalized.data(), &y, tokens, [&](float* done, int64_t from, int64_t to) {
-      for (int64_t n = 0; n < tokens; ++n) gelu(done + n * layer.fc1.out + from, to - from);
+    multiply_some(6, &layer.fc1, 1, normalized.data(), &y, [&](int, int64_t from, int64_t to) {
+      for (int64_t n = 0; n < tokens; ++n) gelu(y + n * layer.fc1.out + from, to - from);
     });
-    add(layer.fc2, wide.data());
+    add(7, layer.fc2, wide.data());
   }
   norm(final_norm);
-  multiply_one(head, normalized.data(), logits);
+  multiply(pool, &head, 1, normalized.data(), &logits, tokens, NOTHING);
 }
 
 }  // namespace
@@ -151,13 +215,14 @@ void plug_multiply(int threads, const plug::Product* product, const float* x, fl
   plug::multiply(pool_of(threads), product, 1, x, &y, rows, plug::NOTHING);
 }
 
-// hidden (tokens, hidden), the embedded tokens, is overwritten; token n is at positions[n] of text rows[n]; logits
-// (tokens, vocabulary).
+// hidden (tokens, hidden), the embedded tokens, is overwritten; token n is at positions[n] of text rows[n]; adapters may be
+// null; logits (tokens, vocabulary).
 void plug_step(int threads, const plug::Shape* shape, const plug::Layer* layers, const plug::Norm* final_norm,
                const plug::Product* head, float* hidden, int64_t tokens, const int64_t* rows, const int64_t* positions,
-               const int32_t* source_lengths, float* logits) {
+               const int32_t* source_lengths, const plug::Adapters* adapters, float* logits) {
   const std::lock_guard<std::mutex> lock(mutex);
-  plug::step(pool_of(threads), *shape, layers, *final_norm, *head, hidden, tokens, rows, positions, source_lengths, logits);
+  plug::step(pool_of(threads), *shape, layers, *final_norm, *head, hidden, tokens, rows, positions, source_lengths, adapters,
+             logits);
 }
 
 // 0 if products in 32, 16, 8 and 4 bits of a weight that is 1 everywhere are what they should be.
