@@ -8,6 +8,7 @@ more than the arithmetic does. Sources are read by the modules of the encoder, w
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import is_sharded
+from plug.generation.cpu_choice import (
+    BFLOAT16,
+    KERNELS,
+    PYTORCH,
+    fastest_source,
+    fastest_step,
+    in_bfloat16,
+)
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel, with_products
 from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
@@ -25,6 +34,7 @@ from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.products import Product as ProductFunction
 from plug.quantization.scheme import Scheme
 
 # The products of a layer, in the order in which `step.cpp` has them.
@@ -50,18 +60,21 @@ class CpuModel(PlainModel):
         words = model.embeddings.word_embeddings.weight
         if words.device.type != "cpu" or words.dtype != torch.float32 or is_sharded(model):
             return False
-        found = library()
-        # FBGEMM is better than plain loops where there is no AVX-512; it has no product in which a
-        # text of a quantised model does not depend on its batch.
-        return found is not None and (
-            found.plug_instructions() == 512 or scheme_of(model) is not None
-        )
+        if library() is None:
+            return False
+        # PyTorch has no products in which a text of a quantised model does not depend on its batch.
+        return scheme_of(model) is not None or fastest_step(CpuModel) == KERNELS
 
     def _prepare_encoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._products: dict[nn.Module, CpuProduct] = {}
+        for_plain: Callable[[nn.Linear], ProductFunction] = self._product_of
+        if scheme_of(model) is None and fastest_source() == PYTORCH:
+            for_plain = _as_it_is
+        elif scheme_of(model) is None and fastest_source() == BFLOAT16:
+            for_plain = _in_bfloat16
         self._encoder = with_products(
-            model.encoder, self._product_of, self._product_of, self._adapters, "encoder."
+            model.encoder, self._product_of, for_plain, self._adapters, "encoder."
         )
         self._project_encoder = with_products(
             model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
@@ -196,8 +209,19 @@ class CpuModel(PlainModel):
         return found.product
 
 
+def _as_it_is(linear: nn.Linear) -> ProductFunction:
+    return linear
+
+
+def _in_bfloat16(linear: nn.Linear) -> ProductFunction:
+    return in_bfloat16(linear.weight, linear.bias) if _fits(linear.weight) else linear
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether bfloat16 holds float32 weights without loss, as all that were saved in it."""
+    return torch.equal(weight.bfloat16().float(), weight)
+
+
 def _plain(weight: Tensor, bias: Tensor | None) -> CpuProduct:
-    """In bfloat16 where it holds the weights without loss, as all that were saved in it."""
     weight = weight.detach()
-    in_bfloat16 = weight.bfloat16()
-    return CpuProduct(in_bfloat16 if torch.equal(in_bfloat16.float(), weight) else weight, bias)
+    return CpuProduct(weight.bfloat16() if _fits(weight) else weight, bias)
