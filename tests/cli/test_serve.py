@@ -23,6 +23,9 @@ import pytest
         (["--root-path", "plug/"], "root_path='plug/' 应以 / 开头"),
         (["--max-num-seqs", "0"], "max_num_seqs=0"),
         (["--model", "nowhere"], "nowhere"),
+        (["--adapter", "x"], "--adapter x 应写成 名字=目录"),
+        (["--adapter", "x=nowhere"], "--adapter nowhere 不是适配器的目录"),
+        (["--adapter", "a=x", "--finetuned", "a=y"], "有两个模型都叫 a"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -107,9 +107,9 @@ def test_the_first_to_come_are_the_first_to_be_written(
     joined: list[int] = []
     encode = generator.prepared.encode
 
-    def spy(sources: list[list[int]]) -> Any:
+    def spy(sources: list[list[int]], numbers: list[int]) -> Any:
         joined.extend(source[1] for source in sources)
-        return encode(sources)
+        return encode(sources, numbers)
 
     generator.prepared.encode = spy  # type: ignore[method-assign, assignment]
     settings = GenerationSettings(out_length=6, min_length=6)
@@ -119,6 +119,44 @@ def test_the_first_to_come_are_the_first_to_be_written(
         request.result()
 
     assert joined == [generator.tokenizer.encode(text)[0] for text in characters]
+
+
+@pytest.mark.parametrize(
+    ("limit", "texts", "groups"),
+    [
+        (10, ["山上有座庙"] * 2 + ["今天天气"] * 2, [2, 2]),  # a prompt's tokens count once
+        (14, ["山上有座庙", "今天天气", "我去看花"], [2, 1]),
+        (5, ["山上有座庙", "今天天气"], [1, 1]),  # longer than the limit: alone
+        (None, ["山上有座庙", "今天天气", "我去看花"], [3]),
+    ],
+)
+def test_a_step_encodes_no_more_than_so_many_tokens(
+    limit: int | None,
+    texts: list[str],
+    groups: list[int],
+    generator: Generator,
+    hold: threading.Event,
+) -> None:
+    joined: list[int] = []
+    encode = generator.prepared.encode
+
+    def spy(sources: list[list[int]], numbers: list[int]) -> Any:
+        joined.append(len(sources))
+        return encode(sources, numbers)
+
+    generator.prepared.encode = spy  # type: ignore[method-assign, assignment]
+    settings = GenerationSettings(out_length=6, min_length=6)
+    hold.clear()
+    with AsyncEngine(generator, rows=5, max_num_batched_tokens=limit) as engine:
+        first = engine.submit("庙", settings)
+        wait_until(lambda: not engine._waiting)
+        requests = [engine.submit(text, settings, seed=3) for text in texts]
+        hold.set()
+        results = [request.result() for request in [first, *requests]]
+        expected = generator(texts, settings, seed=3)
+
+    assert joined == [1, *groups, len(texts)]
+    assert [each.text for each in results[1:]] == [each.text for each in expected]
 
 
 def test_too_many_waiting_are_refused_and_the_others_go_on(
@@ -340,7 +378,7 @@ def test_the_generator_serves_other_calls_meanwhile(
     endless.cancel()
 
 
-@pytest.mark.parametrize("name", ["rows", "max_waiting", "capacity"])
+@pytest.mark.parametrize("name", ["rows", "max_waiting", "capacity", "max_num_batched_tokens"])
 def test_a_size_out_of_range_is_refused(name: str, generator: Generator) -> None:
     with pytest.raises(UsageError, match=f"{name}=0"):
         AsyncEngine(generator, **{name: 0})

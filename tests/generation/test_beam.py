@@ -19,7 +19,8 @@ def search(
     prepared: PreparedModel, sources: list[list[int]], num_beams: int = 5, **options: Any
 ) -> list[Hypothesis]:
     size = beam_size(sources, num_beams, options["max_length"])
-    return beam_search(ModelRunner(prepared, size), sources, num_beams=num_beams, **options)
+    *_, found = beam_search(ModelRunner(prepared, size), sources, num_beams=num_beams, **options)
+    return found
 
 
 def log_probabilities(model: Plug, source: list[int], written: list[int]) -> torch.Tensor:

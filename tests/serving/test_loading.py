@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from typing import Any
 import openai
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import plug
 from plug.errors import UsageError
 from plug.finetuning.kind import make_kind
 from plug.generation.generator import Generator
+from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
-from plug.serving.loading import load_model, named_directories
+from plug.serving.loading import load_model, load_models, named_directories
+from plug.serving.settings import ServeSettings
 from plug.tokenization import PlugTokenizer
 
 pytest.importorskip("transformers")
@@ -255,8 +259,87 @@ def test_models_are_loaded_and_unloaded_while_the_server_runs(
         assert client.post("/v1/models/unload", {"name": "base"})[0] == 404
 
 
+@pytest.fixture(scope="module")
+def adapter_directory(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`adapter_directory(name, seed, **config)`: an adapter of `base`, as peft saves it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shapes = {n: x.shape for n, x in load(base).named_parameters() if n.endswith("fc1.weight")}
+
+    def make(name: str, seed: int, run: dict[str, Any] | None = None, **config: Any) -> Path:
+        (folder / name).mkdir()
+        torch.manual_seed(seed)
+        tensors = {}
+        for weight, (out, inputs) in shapes.items():
+            place = f"base_model.model.{weight.removesuffix('.weight')}"
+            tensors[f"{place}.lora_A.weight"] = torch.randn(2, inputs)
+            tensors[f"{place}.lora_B.weight"] = torch.randn(out, 2)
+            if config.get("use_dora"):
+                tensors[f"{place}.lora_magnitude_vector"] = torch.rand(out)
+        config = {"peft_type": "LORA", "lora_alpha": 2, "r": 2} | config
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / name / "adapter_model.safetensors")
+        if run is not None:
+            (folder / name / "finetuning.json").write_text(json.dumps(run))
+        return folder / name
+
+    return make
+
+
+def test_adapters_share_a_server(
+    base: Path, adapter_directory: Callable[..., Path], serving: Callable[..., Any]
+) -> None:
+    """Each text is what `plug generate --adapter` writes; adapters come and go at run time."""
+    lengths = {"source_length": 32, "target_length": 8, "num_beams": 2}
+    run = {"settings": {"task": "generation"} | lengths, "labels": [], "label_names": {}}
+    one, two, asks = (
+        adapter_directory(name, seed, given)
+        for name, seed, given in (("one", 1, None), ("two", 2, None), ("asks", 3, run))
+    )
+    dora = adapter_directory("dora", 4, use_dora=True)
+    models_dir = str(one.parent)
+    settings = ServeSettings(max_num_seqs=3, models_dir=models_dir)
+    models, loader = load_models(
+        "base", base, {}, {"one": str(one), "asks": str(asks)}, settings, device=CPU, dtype=None
+    )
+    body = {"prompt": "今天天气", "max_tokens": 20, "seed": 3}
+    expected = {
+        name: Generator(base, adapter=path)("今天天气", out_length=20, seed=3).text
+        for name, path in (("base", None), ("one", one), ("two", two))
+    }
+    with serving(models, models_dir=models_dir) as client:
+        client.service._loader = loader
+        assert client.post("/v1/completions", {**body, "model": "two"})[0] == 404
+        status, described, _ = client.post("/v1/models/load", {"name": "two"})
+        assert (status, set(described["capabilities"])) == (200, {"generate", "tokenize"})
+        texts: dict[str, str] = {}
+
+        def ask(name: str) -> None:
+            _, answer, _ = client.post("/v1/completions", {**body, "model": name})
+            texts[name] = answer["choices"][0]["text"]
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        question = {"answer": "花", "context": "看花", "model": "asks"}
+        _, answer, _ = client.post("/v1/questions", question)
+        refused = client.post("/v1/models/load", {"name": "dora"})
+        assert client.post("/v1/models/unload", {"name": "two"})[0] == 200
+        assert client.post("/v1/completions", {**body, "model": "two"})[0] == 404
+        ask("one")
+
+    assert texts == expected
+    assert len(set(texts.values())) == 3
+    asked = plug.Predictor(base, adapter=asks).predict_text("花", "看花")
+    assert answer["data"][0]["question"] == asked["prediction"]
+    assert refused[0] == 400
+    assert "DoRA" in refused[1]["error"]["message"]
+    assert dora.is_dir()
+
+
 def test_names_and_directories_of_the_command_line() -> None:
-    assert named_directories(["a=x", "b=y=z"]) == {"a": "x", "b": "y=z"}
+    assert named_directories("--finetuned", ["a=x", "b=y=z"]) == {"a": "x", "b": "y=z"}
     for wrong in (["a"], ["=x"], ["a="], ["a=x", "a=y"]):
         with pytest.raises(UsageError, match="finetuned"):
-            named_directories(wrong)
+            named_directories("--finetuned", wrong)

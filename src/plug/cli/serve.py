@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from plug.cli.convert import Precision
 from plug.cli.options import Device, Model, options_from
-from plug.errors import PlugError, UsageError
+from plug.errors import PlugError
 from plug.serving.settings import ServeSettings
 from plug.shipped import SHIPPED_MODEL
 
@@ -24,6 +23,13 @@ def serve(
     finetuned: Annotated[
         list[str] | None,
         typer.Option(help="名字=目录：再加一个微调过的模型；可重复。", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="名字=目录：再加一个 --model 的 LoRA 适配器，与它同批写作；可重复。",
+            show_default=False,
+        ),
     ] = None,
     *,
     settings: ServeSettings,
@@ -42,23 +48,20 @@ def serve(
         ) from None
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
-    from plug.serving.loading import limit_memory, load_model, named_directories
+    from plug.serving.loading import limit_memory, load_models, named_directories
 
     name = served_model_name or Path(model).expanduser().resolve().name
-    directories = {name: model}
-    for other, directory in named_directories(finetuned or ()).items():
-        if other == name:
-            raise UsageError(f"--finetuned 的名字 {other} 与 --model 的相同。请换一个。")
-        directories[other] = directory
     place = find_device(device)
     limit_memory(place, settings.gpu_memory_utilization)
-    load = functools.partial(
-        load_model,
-        rows=settings.max_num_seqs,
+    models, load = load_models(
+        name,
+        model,
+        named_directories("--finetuned", finetuned or ()),
+        named_directories("--adapter", adapter or ()),
+        settings,
         device=place,
         dtype=None if dtype is None else DTYPES[dtype],
     )
-    models = [load(each, path) for each, path in directories.items()]
     run(models, settings, load, _say_where)
 
 

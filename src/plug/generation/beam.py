@@ -8,7 +8,7 @@ beams count as hypotheses, ended or not. The best score of all hypotheses so far
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +47,11 @@ def beam_search(
     min_length: int = 5,
     length_penalty: float = 0.6,
     allow: Allow | None = None,
-) -> list[Hypothesis]:
-    """Return the best hypothesis of each source.
+    adapter: int = 0,
+) -> Iterator[list[Hypothesis]]:
+    """Yield an empty list a step, and at last the best hypothesis of each source.
+
+    Whoever reads it may stop between two steps, by dropping the iterator.
 
     Args:
         runner: with room for `beam_size`; nobody else uses it meanwhile.
@@ -59,6 +62,7 @@ def beam_search(
         length_penalty: exponent alpha of ((5 + n) / 6) ^ alpha, n tokens long.
         allow: given logits (rows, vocab) and what each row has written (rows, n), returns the
             logits with -inf for what may not come next.
+        adapter: number of the adapter in use (`AdapterStack`).
 
     Raises:
         UsageError: ``allow`` forbids every token, or the logits are not numbers.
@@ -74,7 +78,7 @@ def beam_search(
     # All beams of a text begin alike, so at first only one of them is alive.
     total = torch.full((len(sources), num_beams), float("-inf"), device=device)
     total[:, 0] = 0
-    runner.start(sources, copies=num_beams)
+    runner.start(sources, copies=num_beams, adapter=adapter)
     last = [config.decoder_start_token_id] * len(written)
     for step in range(max_length):
         logits = runner.logits(last, [step] * len(last))
@@ -111,10 +115,11 @@ def beam_search(
         else:
             runner.reorder(origin.tolist(), step + 1, sources=False)
         last = written[:, -1].tolist()
+        yield []
     best = [max(found, key=lambda each: each.score) for found in hypotheses]
     if any(math.isnan(each.score) for each in best):
         raise UsageError(NO_TOKEN_MESSAGE)
-    return best
+    yield best
 
 
 def write_by_beams(
@@ -122,19 +127,22 @@ def write_by_beams(
     sources: Sequence[Sequence[int]],
     settings: GenerationSettings,
     banned: Sequence[int],
-) -> list[tuple[list[int], FinishReason]]:
-    """Return the ids and the end of each text, by `beam_search` with the options of ``settings``.
+    adapter: int = 0,
+) -> Iterator[list[tuple[list[int], FinishReason]]]:
+    """Yield an empty list a step, and at last the ids and the end of each text.
 
-    What follows the first [SEP] of a hypothesis is dropped.
+    By `beam_search` with the options of ``settings``. What follows the first [SEP] of a hypothesis
+    is dropped.
 
     Args:
         runner: as in `beam_search`.
         sources: as in `beam_search`.
         settings: with ``num_beams``.
         banned: ids never to write; in mode "original" every id is allowed.
+        adapter: as in `beam_search`.
     """
     config = runner.prepared.config
-    found = beam_search(
+    steps = beam_search(
         runner,
         sources,
         num_beams=settings.num_beams,
@@ -142,7 +150,12 @@ def write_by_beams(
         min_length=BEAM_MIN_LENGTH if settings.min_length is None else settings.min_length,
         length_penalty=settings.length_penalty,
         allow=_allow(settings, config, banned),
+        adapter=adapter,
     )
+    found: list[Hypothesis] = []
+    for found in steps:
+        if not found:
+            yield []
     written: list[tuple[list[int], FinishReason]] = []
     for hypothesis in found:
         token_ids = [
@@ -153,7 +166,7 @@ def write_by_beams(
             written.append((token_ids[: token_ids.index(config.eos_token_id)], "stop"))
         else:
             written.append((token_ids, "length"))
-    return written
+    yield written
 
 
 def _allow(settings: GenerationSettings, config: PlugConfig, banned: Sequence[int]) -> Allow:

@@ -1,29 +1,50 @@
 """`CpuModel`: a step of the decoder in one call of `kernels/cpu`, for float32 on a CPU.
 
-Sources are read by `PlainModel`. A step of a small model is a few milliseconds, of which PyTorch's
-functions, one by one, would take more than the arithmetic does.
+A step of a small model is a few milliseconds, of which PyTorch's functions, one by one, would take
+more than the arithmetic does. Sources are read by the modules of the encoder, with products of
+`kernels/cpu`: they are long enough for that.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import is_sharded
+from plug.generation.cpu_choice import (
+    BFLOAT16,
+    KERNELS,
+    PYTORCH,
+    fastest_source,
+    fastest_step,
+    in_bfloat16,
+)
 from plug.generation.kv_cache import DecoderCache
-from plug.generation.plain_model import PlainModel
-from plug.kernels.cpu.build import Layer, Norm, Product, Shape, library
+from plug.generation.plain_model import PlainModel, with_products
+from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
 from plug.kernels.cpu.products import CpuProduct
+from plug.loading import adapters
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
-from plug.quantization.products import fits_halves
+from plug.quantization.products import Product as ProductFunction
 from plug.quantization.scheme import Scheme
+
+# The products of a layer, in the order in which `step.cpp` has them.
+_PRODUCTS = (
+    *(f"self_attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "cross_attention.q_proj",
+    "cross_attention.out_proj",
+    "feed_forward.fc1",
+    "feed_forward.fc2",
+)
 
 
 class CpuModel(PlainModel):
@@ -39,12 +60,25 @@ class CpuModel(PlainModel):
         words = model.embeddings.word_embeddings.weight
         if words.device.type != "cpu" or words.dtype != torch.float32 or is_sharded(model):
             return False
-        found = library()
-        # FBGEMM is better than plain loops where there is no AVX-512; it has no product in which a
-        # text of a quantised model does not depend on its batch.
-        return found is not None and (
-            found.plug_instructions() == 512 or scheme_of(model) is not None
+        if library() is None:
+            return False
+        # PyTorch has no products in which a text of a quantised model does not depend on its batch.
+        return scheme_of(model) is not None or fastest_step(CpuModel) == KERNELS
+
+    def _prepare_encoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._products: dict[nn.Module, CpuProduct] = {}
+        for_plain: Callable[[nn.Linear], ProductFunction] = self._product_of
+        if scheme_of(model) is None and fastest_source() == PYTORCH:
+            for_plain = _as_it_is
+        elif scheme_of(model) is None and fastest_source() == BFLOAT16:
+            for_plain = _in_bfloat16
+        self._encoder = with_products(
+            model.encoder, self._product_of, for_plain, self._adapters, "encoder."
         )
+        self._project_encoder = with_products(
+            model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
+        ).project_encoder
 
     def _prepare_decoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
@@ -56,6 +90,8 @@ class CpuModel(PlainModel):
         self._eps = config.layer_norm_eps
         self._kept: list[object] = []  # what the structures below point to
         self._layers = [self._layer(layer) for layer in model.decoder.layers]
+        self._parts: ctypes.Array[LowRank] | None = None
+        self._parts_version = 0
         self._final_norm = self._norm(model.decoder.final_norm)
         self._head_product = self._head(model)
         self._layers_of: WeakKeyDictionary[DecoderCache, ctypes.Array[Layer]] = WeakKeyDictionary()
@@ -86,9 +122,37 @@ class CpuModel(PlainModel):
             which.data_ptr(),
             where.data_ptr(),
             cache.source_lengths.data_ptr(),
+            self._adapters_of(rows),
             logits.data_ptr(),
         )
         return logits
+
+    def _adapters_of(self, rows: int) -> Any:
+        """What the rows of this step use besides the weights; None is nothing."""
+        stack = self._adapters
+        if stack is None or not stack.is_used:
+            return None
+        count = stack.count
+        if self._parts is None or self._parts_version != stack.version:
+            self._matrices: list[Tensor] = []
+            self._parts = (LowRank * (len(self._layers) * len(_PRODUCTS) * count))()
+            for index in range(len(self._layers)):
+                for product, name in enumerate(_PRODUCTS):
+                    for number, adapter in stack.adapters.items():
+                        found = adapter.layers.get(f"decoder.layers.{index}.{name}")
+                        if found is not None:
+                            place = (index * len(_PRODUCTS) + product) * count + number
+                            self._parts[place] = self._low_rank(found)
+            self._parts_version = stack.version
+        choice = stack.choice
+        numbers = torch.full((rows,), choice) if isinstance(choice, int) else choice.contiguous()
+        self._numbers = numbers  # kept while the step runs
+        return byref(Adapters(self._parts, numbers.data_ptr(), count))
+
+    def _low_rank(self, found: adapters.LowRank) -> LowRank:
+        a, b = found.a.contiguous(), found.b.t().contiguous()
+        self._matrices += [a, b]
+        return LowRank(a.data_ptr(), b.data_ptr(), len(a))
 
     def _layers_with(self, cache: DecoderCache) -> ctypes.Array[Layer]:
         """The layers, with the addresses of the cache's buffers."""
@@ -120,14 +184,19 @@ class CpuModel(PlainModel):
         return Norm(*(each.data_ptr() for each in tensors))
 
     def _product(self, linear: nn.Module) -> Product:
-        if isinstance(linear, QuantizedLinear):
-            found = linear.cpu_product()
-            assert found is not None, "ask `can_run` first"
-        else:
-            assert isinstance(linear, nn.Linear)
-            found = _plain(linear.weight, linear.bias)
-        self._kept.append(found)
-        return found.product
+        return self._product_of(linear).product
+
+    def _product_of(self, linear: nn.Module) -> CpuProduct:
+        """The product of a linear layer; one copy of its weight serves reading and steps."""
+        if linear not in self._products:
+            if isinstance(linear, QuantizedLinear):
+                found = linear.cpu_product()
+                assert found is not None, "ask `can_run` first"
+            else:
+                assert isinstance(linear, nn.Linear)
+                found = _plain(linear.weight, linear.bias)
+            self._products[linear] = found
+        return self._products[linear]
 
     def _head(self, model: Plug) -> Product:
         """The product with the word table; in a quantised model with its copy in 8 bits."""
@@ -140,7 +209,19 @@ class CpuModel(PlainModel):
         return found.product
 
 
+def _as_it_is(linear: nn.Linear) -> ProductFunction:
+    return linear
+
+
+def _in_bfloat16(linear: nn.Linear) -> ProductFunction:
+    return in_bfloat16(linear.weight, linear.bias) if _fits(linear.weight) else linear
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether bfloat16 holds float32 weights without loss, as all that were saved in it."""
+    return torch.equal(weight.bfloat16().float(), weight)
+
+
 def _plain(weight: Tensor, bias: Tensor | None) -> CpuProduct:
-    """In float16 where that loses nothing: half as much is read."""
     weight = weight.detach()
-    return CpuProduct(weight.half() if fits_halves(weight) else weight, bias)
+    return CpuProduct(weight.bfloat16() if _fits(weight) else weight, bias)

@@ -25,11 +25,12 @@ from plug.distributed.tensor_parallel import (
     is_sharded,
     vocabulary_shard,
 )
+from plug.generation.adapter_stack import AdapterStack
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.one_shot import OneShot
-from plug.kernels.packed_linear import PackedLinear
+from plug.kernels.packed_linear import Added, PackedLinear
 from plug.kernels.rows import Fp8Rows, add_norm, add_norm_fp8, embed
 from plug.loading.estimate import TOKENS_AT_ONCE
 from plug.loading.offload import StreamedLayers
@@ -46,10 +47,13 @@ class FusedModel:
     Args:
         model: with a decoder, in float16 or bfloat16 (and integers), on CUDA. Its weights are
             stacked and, with 8 bits, the encoder's become FP8.
+        adapters: what rows may use besides the weights; not with layers that are kept elsewhere,
+            nor with a shard of a model.
     """
 
-    def __init__(self, model: Plug) -> None:
+    def __init__(self, model: Plug, adapters: AdapterStack | None = None) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
+        self._adapters = adapters
         config = model.config
         self._device = model.embeddings.word_embeddings.weight.device
         self._pad = config.pad_token_id
@@ -62,11 +66,17 @@ class FusedModel:
         self._encoder_layers: Iterable[_EncoderLayer] = (
             layers.each(_EncoderLayer)
             if isinstance(layers, StreamedLayers)
-            else [_EncoderLayer(layer) for layer in layers]
+            else [
+                _EncoderLayer(layer, _names(adapters, f"encoder.layers.{index}."))
+                for index, layer in enumerate(layers)
+            ]
         )
         self._encoder_norms = [model.encoder.final_norm] * model.encoder.final_norm_passes
         self._decoder_layers = [
-            _DecoderLayer(cast(DecoderLayer, layer), one_shot) for layer in model.decoder.layers
+            _DecoderLayer(
+                cast(DecoderLayer, layer), one_shot, _names(adapters, f"decoder.layers.{index}.")
+            )
+            for index, layer in enumerate(model.decoder.layers)
         ]
         self._decoder_norm = model.decoder.final_norm
         self._head = _head(model)
@@ -75,17 +85,30 @@ class FusedModel:
 
     # --- sources ----------------------------------------------------------------------------------
 
-    def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+    def encode(
+        self, sources: Sequence[Sequence[int]], numbers: Sequence[int] = ()
+    ) -> list[list[KeyValue]]:
         """As `PlainModel.encode`."""
         found: list[list[KeyValue]] = []
         group: list[Sequence[int]] = []
         for source in [*sources, None]:
             if group and (source is None or sum(map(len, group)) + len(source) > TOKENS_AT_ONCE):
+                self._use_adapters(numbers[len(found) : len(found) + len(group)], group)
                 found += self._encode_together(group)
                 group = []
             if source is not None:
                 group.append(source)
         return found
+
+    def _use_adapters(self, numbers: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        """Have each token of ``sources`` use the adapter of its source."""
+        if self._adapters is None:
+            return
+        if len(set(numbers)) < 2:
+            self._adapters.use(numbers[0] if numbers else 0)
+        else:
+            each = [number for number, source in zip(numbers, sources, strict=True) for _ in source]
+            self._adapters.use(torch.tensor(each, device=self._device))
 
     def read(self, sources: Sequence[Sequence[int]]) -> Tensor:
         """The encoder's output for one source after the other, (tokens, hidden)."""
@@ -153,6 +176,8 @@ class FusedModel:
         """
         rows = len(token_ids)
         columns = positions.t().contiguous()
+        if self._adapters is not None:
+            self._adapters.repeat(len(columns))
         # No kernel of this step has made the positions, or will put a token where others look.
         early = len(columns) == 1 and columns.data_ptr() == positions.data_ptr()
         hidden = embed(token_ids.t().contiguous().view(-1), columns.view(-1), self._embeddings)
@@ -194,35 +219,59 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
+At = Callable[..., Added | None]  # names of linear layers -> what is added to their product
+
+
+def _names(adapters: AdapterStack | None, prefix: str) -> At:
+    if adapters is None:
+        return lambda *_: None
+    return lambda *names: adapters.at(*(prefix + name for name in names))
+
+
 class _EncoderLayer:
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, at: At = lambda *_: None) -> None:
         layer = cast(EncoderLayer, module)
+        attention, feed_forward = layer.attention, layer.feed_forward
         self.attention_norm = layer.attention_norm
-        self.query_key_value = _query_key_value(layer.attention, for_sources=True)
-        self.out = _row_parallel(layer.attention.out_proj, None, for_sources=True)
+        self.query_key_value = _query_key_value(attention, "attention", at, for_sources=True)
+        self.out = _row_parallel(
+            attention.out_proj, None, at("attention.out_proj"), for_sources=True
+        )
         self.feed_forward_norm = layer.feed_forward_norm
-        self.fc1 = PackedLinear(layer.feed_forward.fc1, for_sources=True)
-        self.fc2 = _row_parallel(layer.feed_forward.fc2, None, for_sources=True)
+        self.fc1 = PackedLinear(feed_forward.fc1, for_sources=True, added=at("feed_forward.fc1"))
+        self.fc2 = _row_parallel(feed_forward.fc2, None, at("feed_forward.fc2"), for_sources=True)
 
 
 class _DecoderLayer:
-    def __init__(self, layer: DecoderLayer, one_shot: OneShot | None) -> None:
-        own, cross = layer.self_attention, layer.cross_attention
+    def __init__(self, layer: DecoderLayer, one_shot: OneShot | None, at: At) -> None:
+        own, cross, feed_forward = layer.self_attention, layer.cross_attention, layer.feed_forward
         self.self_attention_norm = layer.self_attention_norm
-        self.query_key_value = _query_key_value(own)
-        self.out = _row_parallel(own.out_proj, one_shot, follows_attention=True)
+        self.query_key_value = _query_key_value(own, "self_attention", at)
+        self.out = _row_parallel(
+            own.out_proj, one_shot, at("self_attention.out_proj"), follows_attention=True
+        )
         self.cross_attention_norm = layer.cross_attention_norm
-        self.source_query = PackedLinear(cross.q_proj)
-        self.source_key_value = PackedLinear(cross.k_proj, cross.v_proj, for_sources=True)
-        self.source_out = _row_parallel(cross.out_proj, one_shot, follows_attention=True)
+        self.source_query = PackedLinear(cross.q_proj, added=at("cross_attention.q_proj"))
+        self.source_key_value = PackedLinear(
+            cross.k_proj,
+            cross.v_proj,
+            for_sources=True,
+            added=at("cross_attention.k_proj", "cross_attention.v_proj"),
+        )
+        self.source_out = _row_parallel(
+            cross.out_proj, one_shot, at("cross_attention.out_proj"), follows_attention=True
+        )
         self.feed_forward_norm = layer.feed_forward_norm
-        self.fc1 = PackedLinear(layer.feed_forward.fc1)
-        self.fc2 = _row_parallel(layer.feed_forward.fc2, one_shot)
+        self.fc1 = PackedLinear(feed_forward.fc1, added=at("feed_forward.fc1"))
+        self.fc2 = _row_parallel(feed_forward.fc2, one_shot, at("feed_forward.fc2"))
 
 
-def _query_key_value(attention: Attention, *, for_sources: bool = False) -> PackedLinear:
+def _query_key_value(
+    attention: Attention, name: str, at: At, *, for_sources: bool = False
+) -> PackedLinear:
     layers = attention.q_proj, attention.k_proj, attention.v_proj
-    return PackedLinear(*layers, for_sources=for_sources)
+    added = at(*(f"{name}.{each}_proj" for each in "qkv"))
+    return PackedLinear(*layers, for_sources=for_sources, added=added)
 
 
 class _RowParallelLinear(PackedLinear):
@@ -249,13 +298,17 @@ class _RowParallelLinear(PackedLinear):
 def _row_parallel(
     layer: nn.Module,
     one_shot: OneShot | None,
+    added: Added | None,
     *,
     for_sources: bool = False,
     follows_attention: bool = False,
 ) -> PackedLinear:
     if not isinstance(layer, RowParallelLinear):
         return PackedLinear(
-            cast(nn.Linear, layer), for_sources=for_sources, follows_attention=follows_attention
+            cast(nn.Linear, layer),
+            for_sources=for_sources,
+            follows_attention=follows_attention,
+            added=added,
         )
     made = _RowParallelLinear(
         cast(nn.Linear, layer.shard), for_sources=for_sources, follows_attention=follows_attention

@@ -36,6 +36,7 @@ from plug.generation.window import (
     prompt_limit,
     window_length,
 )
+from plug.loading.adapters import Adapter
 from plug.loading.estimate import Room
 from plug.loading.load import load
 from plug.loading.offload import DeviceMap
@@ -89,7 +90,7 @@ class Piece:
 
     Attributes:
         index: of the result, as in the list that a call of the `Generator` returns.
-        text: what was added to its text; "" in the last piece.
+        text: what was added to its text; "" in the last piece, and between two steps of beams.
         result: in the last piece of a text, otherwise None.
     """
 
@@ -117,6 +118,8 @@ class Generator:
         adapter: as `plug.load` takes it; not with a `Plug`.
         reuse_bytes: bytes of encoded prompts to keep, so that the same prompt begins at once next
             time; 0 keeps none. None is 128 MiB on a CPU, else 0.
+        stacks_weights: as in `PreparedModel`.
+        takes_adapters: `add_adapter` may be called; texts with different adapters share a batch.
 
     Raises:
         UsageError: no such model or device, an encoder alone, a tokenizer that does not fit, or
@@ -137,6 +140,8 @@ class Generator:
         device_map: DeviceMap | None = None,
         adapter: str | Path | None = None,
         reuse_bytes: int | None = None,
+        takes_adapters: bool = False,
+        stacks_weights: bool = True,
     ) -> None:
         if reuse_bytes is not None:
             check_int("reuse_bytes", reuse_bytes, 0)
@@ -167,7 +172,13 @@ class Generator:
         if reuse_bytes is None:
             reuse_bytes = REUSE_BYTES if on.type == "cpu" else 0
         with explain_out_of_memory(on, room.batch_size):
-            self.prepared = PreparedModel(model.eval(), graphs=graphs, reuse_bytes=reuse_bytes)
+            self.prepared = PreparedModel(
+                model.eval(),
+                graphs=graphs,
+                reuse_bytes=reuse_bytes,
+                takes_adapters=takes_adapters,
+                stacks_weights=stacks_weights,
+            )
         self.is_sharded = is_sharded(model)
         self._calls = 0  # running now; counted for sharded models alone
         self._idle: deque[ModelRunner] = deque(maxlen=1)  # of the last call, for the next
@@ -201,11 +212,13 @@ class Generator:
         batch_size: int = 8,
         allow_special_tokens: bool = False,
         on_text: OnText | None = None,
+        adapter: int = 0,
         **changes: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """Continue a text, or each of several; arguments and results as in `generate`.
 
-        A text may also be a list of token ids without [CLS] and [SEP].
+        A text may also be a list of token ids without [CLS] and [SEP]. ``adapter`` is a number that
+        `add_adapter` returned.
         """
         results: dict[int, GenerationResult] = {}
         for piece in self.stream(
@@ -214,6 +227,7 @@ class Generator:
             seed=seed,
             batch_size=batch_size,
             allow_special_tokens=allow_special_tokens,
+            adapter=adapter,
             **changes,
         ):
             if piece.text and on_text is not None:
@@ -231,12 +245,14 @@ class Generator:
         seed: int | Listed[int] | None = None,
         batch_size: int = 8,
         allow_special_tokens: bool = False,
+        adapter: int = 0,
         **changes: Any,
     ) -> Iterator[Piece]:
         """Return an iterator of the texts' pieces as they are written; arguments as in `generate`.
 
         Arguments are checked at once. No lock is held between two pieces: other calls may be made
-        meanwhile, from the same thread too. The iterator may be dropped at any time.
+        meanwhile, from the same thread too. The iterator may be dropped at any time: with beams
+        there is a piece without text after each step, so that the search ends there.
         """
         settings = GenerationSettings.of(settings, **changes)
         window = self.window(settings)
@@ -251,7 +267,8 @@ class Generator:
         if (count := settings.num_return_sequences) > 1:
             prompts = [prompt for prompt in prompts for _ in range(count)]
             seeds = [(each + number) % 2**63 for each in seeds for number in range(count)]
-        return self._stream(prompts, seeds, window, settings, batch_size)
+        self.check_adapter(adapter)
+        return self._stream(prompts, seeds, window, settings, batch_size, adapter)
 
     def _stream(
         self,
@@ -260,6 +277,7 @@ class Generator:
         window: int,
         settings: GenerationSettings,
         batch_size: int,
+        adapter: int,
     ) -> Iterator[Piece]:
         if self.is_sharded:
             if self._calls:
@@ -272,7 +290,7 @@ class Generator:
             write = self._search if settings.num_beams > 1 else self._write
             for first in range(0, len(prompts), batch_size):
                 part = slice(first, first + batch_size)
-                yield from write(prompts[part], seeds[part], window, settings, first)
+                yield from write(prompts[part], seeds[part], window, settings, first, adapter)
         finally:
             self._calls = 0
 
@@ -283,6 +301,7 @@ class Generator:
         window: int,
         settings: GenerationSettings,
         first: int,
+        adapter: int,
     ) -> Iterator[Piece]:
         """Write one batch; results are numbered from ``first``."""
         began = time.perf_counter()
@@ -292,7 +311,7 @@ class Generator:
             pieces.append(Piece(index, text))
 
         sequences = [
-            self.sequence(prompt, window, settings, seed, partial(add, index))
+            self.sequence(prompt, window, settings, seed, partial(add, index), adapter)
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True), first)
         ]
         numbers = {sequence: index for index, sequence in enumerate(sequences, first)}
@@ -321,15 +340,23 @@ class Generator:
         window: int,  # noqa: ARG002  # as in _write
         settings: GenerationSettings,
         first: int,
+        adapter: int,
     ) -> Iterator[Piece]:
-        """As `_write`, by beam search: each text comes whole."""
+        """As `_write`, by beam search: an empty piece a step, then each text whole."""
         began = time.perf_counter()
         sources = [frame(prompt, self.config) for prompt in prompts]
         size = beam_size(sources, settings.num_beams, settings.out_length)
         runner = self._runner(size)
-        with explain_out_of_memory(self.prepared.device, len(prompts)):
-            found = write_by_beams(runner, sources, settings, self._banned)
-        self._give_back(runner)
+        steps = write_by_beams(runner, sources, settings, self._banned, adapter)
+        found: list[tuple[list[int], FinishReason]] = []
+        try:
+            while not found:
+                with explain_out_of_memory(self.prepared.device, len(prompts)):
+                    found = next(steps)
+                if not found:
+                    yield Piece(first, "")
+        finally:
+            self._give_back(runner)
         for index, (token_ids, finish_reason) in enumerate(found):
             detokenizer = Detokenizer(self.tokenizer)
             for token_id in token_ids:
@@ -369,6 +396,7 @@ class Generator:
         settings: GenerationSettings,
         seed: int,
         on_text: Callable[[str], None] | None = None,
+        adapter: int = 0,
     ) -> Sequence:
         """Return a new sequence for a scheduler, which tells ``on_text`` each piece of its text."""
         return Sequence(
@@ -382,7 +410,41 @@ class Generator:
                 stop=settings.stop,
                 min_length=settings.min_length or 0,
             ),
+            adapter=adapter,
         )
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Have texts written with a LoRA adapter too, beside those without; return its number.
+
+        From any thread, also while texts are written.
+
+        Args:
+            adapter: of this model, as `plug.loading.adapters.read_adapter` reads it.
+
+        Raises:
+            UsageError: it is DoRA or has a head, or this generator takes none.
+            PlugError: it is of a model of another shape.
+        """
+        if self.prepared.adapters is None:
+            raise UsageError(
+                "这个 Generator 不接受适配器。请用 Generator(…, takes_adapters=True)。"
+            )
+        with self.prepared.lock:
+            return self.prepared.adapters.add(adapter)
+
+    def remove_adapter(self, number: int) -> None:
+        """Drop an adapter; a text under way that uses it goes on without one."""
+        self.check_adapter(number)
+        if number:
+            assert self.prepared.adapters is not None
+            with self.prepared.lock:
+                self.prepared.adapters.remove(number)
+
+    def check_adapter(self, number: int) -> None:
+        """Raise a `UsageError` unless ``number`` is 0 or an adapter's."""
+        adapters = self.prepared.adapters
+        if number and (adapters is None or number not in adapters.adapters):
+            raise UsageError(f"没有编号为 {number} 的适配器。请用 add_adapter 返回的编号。")
 
     def window(self, settings: GenerationSettings) -> int:
         """Return how many tokens are written from one encoding.

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from plug.device import explain_out_of_memory, has_kernels
+from plug.distributed.fully_sharded import is_fully_sharded
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
+from plug.generation.adapter_stack import AdapterStack
 from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
-from plug.generation.plain_model import PlainModel
+from plug.generation.plain_model import PlainModel, ShardedModel
 from plug.generation.sampling import Plan, Sampler, log_probabilities
 from plug.generation.scheduler import NO_CHOICE, StepPlan
 from plug.generation.sequence import TokenLogprobs
@@ -52,15 +54,27 @@ class PreparedModel:
         graphs: on CUDA, capture each step that comes again as a graph. Not worth it for many texts
             of different length at once, where sequences leave at nearly every step.
         reuse_bytes: bytes of encoded sources kept for when they come again (`EncoderCache`).
+        takes_adapters: adapters may be added to `adapters`, for texts that ask for them.
+        stacks_weights: weights may be moved, several into one tensor (`FusedModel`). Not where they
+            are also trained and saved: `transformers` would copy each that is part of another.
 
     Attributes:
+        adapters: None where none are taken.
         lock: held while the device works for one of the runners, never while a caller's code runs.
 
     Raises:
         UsageError: the model is an encoder alone.
     """
 
-    def __init__(self, model: Plug, *, graphs: bool = True, reuse_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: Plug,
+        *,
+        graphs: bool = True,
+        reuse_bytes: int = 0,
+        takes_adapters: bool = False,
+        stacks_weights: bool = True,
+    ) -> None:
         if model.decoder is None:
             raise UsageError(
                 "这个模型只有编码器（num_decoder_layers=0，预训练第一阶段的产物），不能写作。"
@@ -69,26 +83,48 @@ class PreparedModel:
         self.config = model.config
         self.device = model.embeddings.word_embeddings.weight.device
         self.uses_graphs = graphs and self.device.type == "cuda"
-        self.model = _prepare(model, GRAPH_GRANULARITY if self.uses_graphs else 1)
+        self.adapters = AdapterStack(model) if takes_adapters else None
+        granularity = GRAPH_GRANULARITY if self.uses_graphs else 1
+        self.model = _prepare(model, granularity, self.adapters, stacks_weights)
         self.encoder_cache = EncoderCache(reuse_bytes)
         self.lock = threading.RLock()
 
-    def encode(self, sources: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+    def encode(
+        self, sources: Sequence[Sequence[int]], numbers: Sequence[int] = ()
+    ) -> list[list[KeyValue]]:
         """Return what decoding needs of each source, as `PlainModel.encode`; to be read only."""
-        return self.encoder_cache.encode(sources, self.model.encode)
+        if not any(numbers):
+            return self.encoder_cache.encode(sources, self.model.encode)
+        # An adapter makes another source of the same ids.
+        numbered = [
+            [-number, *ids] if number else ids for number, ids in zip(numbers, sources, strict=True)
+        ]
+
+        def encode(missing: Sequence[Sequence[int]]) -> list[list[KeyValue]]:
+            return self.model.encode(
+                [ids[1:] if ids[0] < 0 else ids for ids in missing],
+                [max(0, -ids[0]) for ids in missing],
+            )
+
+        return self.encoder_cache.encode(numbered, encode)
 
 
-def _prepare(model: Plug, granularity: int) -> PlainModel | FusedModel:
+def _prepare(
+    model: Plug, granularity: int, adapters: AdapterStack | None, stacks_weights: bool
+) -> PlainModel | FusedModel:
+    if is_fully_sharded(model):
+        return ShardedModel(model, granularity)
     if has_adapters(model):
-        return PlainModel(model, granularity)
+        return PlainModel(model, granularity, adapters)
     words = model.embeddings.word_embeddings.weight
-    if has_kernels(words.device) and words.dtype in (torch.float16, torch.bfloat16):
+    is_half = words.dtype in (torch.float16, torch.bfloat16)
+    if stacks_weights and has_kernels(words.device) and is_half:
         from plug.generation.fused_model import FusedModel  # imports Triton
 
-        return FusedModel(model)
+        return FusedModel(model, adapters)
     if CpuModel.can_run(model):
-        return CpuModel(model)
-    return PlainModel(model, granularity)
+        return CpuModel(model, adapters=adapters)
+    return PlainModel(model, granularity, adapters)
 
 
 class Size(NamedTuple):
@@ -141,10 +177,14 @@ class ModelRunner:
         )
         self._tokens = torch.zeros(size.slots, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
-        # For each slot the number of drafted tokens, then these.
         self._encoder_seconds = 0.0
         self._encodings: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        # For each slot the number of drafted tokens, then these.
         self._drafts = self._tokens.new_zeros(size.slots, 1 + MAX_LOOKUP_TOKENS)
+        # Of each slot the adapter's number; and what the host knows of them.
+        self._adapters, self._numbers = torch.zeros_like(self._tokens), [0] * size.slots
+        self._adapters_version = 0
+        self._adapter = 0  # of all slots in step
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         # The graphs of a runner share their memory.
         self._pool = torch.cuda.graph_pool_handle() if prepared.uses_graphs else None
@@ -169,11 +209,12 @@ class ModelRunner:
             self._arrange(plan)
             cache = self.cache
             assert cache is not None, "the first step of a sequence has it encoded"
+            adapters = self._use_adapters([each.adapter for each in plan.sequences])
             # More slots than there are sequences may be decoded, so that few graphs are needed.
             # Nobody reads what those write.
             rows = min(self._rounded(len(plan.sequences)), self.size.slots)
             choice = self._sampler.plan(plan.steps, rows, plan.drafted)
-            key = self._graph_key(choice, plan.drafted, plan.length)
+            key = self._graph_key(choice, plan.drafted, plan.length), adapters is not None
             if key in self._graphs:
                 captured, chosen = self._graphs[key]
                 captured.replay()
@@ -181,6 +222,8 @@ class ModelRunner:
                 # A new graph's step runs twice: for its result, and to be captured.
                 for graph in (None, torch.cuda.CUDAGraph()) if prepared.uses_graphs else (None,):
                     with self._capture(graph):
+                        if self.prepared.adapters is not None:
+                            self.prepared.adapters.use(0 if adapters is None else adapters[:rows])
                         fed, positions = self._fed(rows, plan.drafted)
                         logits = model.decode(fed, positions, plan.length, cache)
                         output = self._choose(logits, choice, plan.drafted)
@@ -237,7 +280,9 @@ class ModelRunner:
         # Last: a copy from the host waits for the GPU, which should not wait for the host in turn.
         if plan.due:
             with self._timed():
-                self._encode(plan.due, [plan.sequences[slot].source for slot in plan.due])
+                due = [plan.sequences[slot] for slot in plan.due]
+                sources, numbers = [s.source for s in due], [s.adapter for s in due]
+                self._encode(plan.due, sources, numbers)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -253,9 +298,27 @@ class ModelRunner:
             yield
             self._encoder_seconds += time.perf_counter() - began
 
-    def _encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+    def _use_adapters(self, numbers: list[int]) -> Tensor | None:
+        """Return the numbers of all slots, on the device; None where the first ones are all 0."""
+        adapters = self.prepared.adapters
+        if adapters is None:
+            return None
+        if adapters.version != self._adapters_version:
+            self.close()  # the graphs hold the matrices of before
+            self._adapters_version = adapters.version
+        if not any(numbers):
+            return None
+        numbers = numbers + [0] * (self.size.slots - len(numbers))
+        if numbers != self._numbers:
+            self._adapters.copy_(torch.tensor(numbers))
+            self._numbers = numbers
+        return self._adapters
+
+    def _encode(
+        self, slots: Sequence[int], sources: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> None:
         """Encode sources, ids with [CLS] and [SEP], for these slots, whose past is dropped."""
-        encoded = self.prepared.encode(sources)
+        encoded = self.prepared.encode(sources, numbers)
         for slot, key_values in zip(slots, encoded, strict=True):
             if self.cache is None:  # made here, where the heads of this process are known
                 self.cache = DecoderCache(
@@ -372,15 +435,17 @@ class ModelRunner:
     # --- all slots in step, for beams -------------------------------------------------------------
 
     @torch.inference_mode()
-    def start(self, sources: Sequence[Sequence[int]], copies: int = 1) -> None:
+    def start(self, sources: Sequence[Sequence[int]], copies: int = 1, adapter: int = 0) -> None:
         """Encode sources, ids with [CLS] and [SEP], for the first slots.
 
         Args:
             sources: of the texts.
             copies: slots for each source, one after the other.
+            adapter: number of the one that all slots use, until the next start.
         """
+        self._adapter = adapter
         with self.prepared.lock:
-            self._encode(range(len(sources)), sources)
+            self._encode(range(len(sources)), sources, [adapter] * len(sources))
             if copies > 1:
                 slots = [slot for slot in range(len(sources)) for _ in range(copies)]
                 self.reorder(slots, 0, sources=True)
@@ -402,6 +467,8 @@ class ModelRunner:
                 torch.tensor(values, device=prepared.device)[:, None]
                 for values in (token_ids, positions)
             )
+            if prepared.adapters is not None:
+                prepared.adapters.use(self._adapter)
             return prepared.model.decode(fed, where, max(positions) + 1, self.cache)[:, 0]
 
     @torch.inference_mode()

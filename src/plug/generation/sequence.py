@@ -48,6 +48,7 @@ class Sequence:
         steps_in_window: those since the last encoding.
         is_due: the encoder must read ``source`` before the next step.
         lookup: where its drafts come from; None without prompt lookup.
+        adapter: number of the adapter that it is written with (`AdapterStack`); 0 is none.
     """
 
     prompt: abc.Sequence[int]
@@ -66,6 +67,7 @@ class Sequence:
     steps_in_window: int = 0
     is_due: bool = True
     lookup: PromptLookup | None = None
+    adapter: int = 0
 
     def __post_init__(self) -> None:
         self.source = self.rules.first_source(self.prompt)

@@ -8,7 +8,7 @@ the arithmetic: cuBLAS in half precision, or FP8 where the weight is quantised a
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,19 @@ _SHAPES = {
 _PREFETCH = {16: (2**15, 2**16), 8: (2**15, 2**15), 4: (2**13, 2**15)}
 
 
+class Added(Protocol):
+    """What is added to a product, for each row something else; `plug.generation.adapter_stack`."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is added in this pass, to this product or to others."""
+        ...
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``y`` (rows, out), the product with ``x`` (rows, in), with all added."""
+        ...
+
+
 class PackedLinear:
     """Computes x W^T + b for one linear layer, or for several with the same input, stacked.
 
@@ -47,6 +60,7 @@ class PackedLinear:
         for_sources: it will multiply many rows. 8-bit weights become FP8 for good, where the card
             has that.
         follows_attention: in a decoding step, attention comes right before it.
+        added: what is added to each product.
     """
 
     def __init__(
@@ -54,7 +68,9 @@ class PackedLinear:
         *layers: nn.Linear | QuantizedLinear,
         for_sources: bool = False,
         follows_attention: bool = False,
+        added: Added | None = None,
     ) -> None:
+        self._added = added
         self._bits = 16
         if isinstance(layers[0], QuantizedLinear):
             self._bits = layers[0].scheme.bits
@@ -84,17 +100,24 @@ class PackedLinear:
         """Multiply rows (rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
         if isinstance(x, Fp8Rows):
             return self._multiply_fp8(x)
-        if self._takes(x):
-            return self._skinny(x, wide=wide)
-        out = self._many_rows(x)
+        out = self._skinny(x, wide=wide) if self._takes(x) else self._many_rows(x)
+        if self._has_added:
+            assert self._added is not None
+            out = self._added(x, out)
         return out.float() if wide else out
+
+    @property
+    def _has_added(self) -> bool:
+        return self._added is not None and self._added.is_used
 
     def wants_fp8(self, x: Tensor) -> bool:
         """Return whether rows of the shape of ``x`` will be multiplied in FP8."""
-        return self._in_fp8 and not self._takes(x)
+        return self._in_fp8 and not self._takes(x) and not self._has_added
 
     def after(self, first: PackedLinear, x: Tensor | Fp8Rows) -> Tensor:
         """Compute a feed-forward layer: ``first``, the exact GELU, then this."""
+        if self._has_added:
+            return self(gelu_(first(x)))
         if isinstance(x, Tensor):
             if first._takes(x):
                 return self(first._skinny(x, gelu=True))

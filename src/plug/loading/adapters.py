@@ -184,7 +184,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         PlugError: the adapter is of a model of another shape; ``model`` is as it was.
     """
-    check_shapes(adapter, _shapes(model))
+    check_shapes(adapter, shapes_of(model))
     for name, low_rank in adapter.layers.items():
         layer = model.get_submodule(name)
         if isinstance(layer, QuantizedLinear):
@@ -222,6 +222,15 @@ def check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> Non
             f"适配器 {adapter.directory} 与模型不符，{len(wrong)} 个权重："
             f"{shorten(wrong[:3])}。请用训练它的那个模型。"
         )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's weights by name, for `check_shapes`."""
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    for name, part in model.named_modules():
+        if isinstance(part, QuantizedLinear):
+            shapes[f"{name}.weight"] = (part.out_features, part.in_features)
+    return shapes
 
 
 def fingerprint(places: Mapping[str, Place]) -> str:
@@ -291,11 +300,3 @@ def _weight(layer: nn.Module) -> Tensor:
         return layer.dequantized(torch.float32)
     assert isinstance(layer, nn.Linear)
     return layer.weight.detach()
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
-    for name, part in model.named_modules():
-        if isinstance(part, QuantizedLinear):
-            shapes[f"{name}.weight"] = (part.out_features, part.in_features)
-    return shapes

@@ -194,7 +194,6 @@ class Training:
         half: activations inside of a layer have 16 bits, by autocast or because the weights do.
         rank: of the small matrices.
         recomputed: layers that keep their input alone, the encoder's first ones first.
-        cheap: layers after those that compute norms and GELU again, and no product.
         accumulates: gradients of several batches are added up.
         dropout: whether a layer keeps masks.
         cards: that share weights, gradients and states (FSDP2).
@@ -209,7 +208,6 @@ class Training:
     half: bool = True
     rank: int = 16
     recomputed: int = 0
-    cheap: int = 0
     accumulates: bool = False
     dropout: bool = True
     cards: int = 1
@@ -232,6 +230,11 @@ class Training:
     def is_fused(self) -> bool:
         """Whether a weight changes as soon as its gradient is there, which is then dropped."""
         return self.trains_all and self.optimizer == "adafactor"
+
+    @property
+    def own_passes(self) -> bool:
+        """Whether layers with adapters train by `finetuning/adapted_layers.py`."""
+        return not self.trains_all and self.half
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,42 +352,46 @@ def _layer_block(
 ) -> _Block:
     """One layer over ``tokens``; a decoder's has cross-attention, whose keys `_projection` keeps.
 
-    Kept for each token: the input of each norm, its output as the products' input, queries, keys,
-    values, what attention gave (and a float32 for each head), `fc1`'s output, GELU's output, and a
-    byte for each value of a dropout mask.
+    Bytes of a token: the input of each norm; queries, keys, values, what attention gave, with a
+    float32 for each head; `fc1`'s output; what the products read, which norms and GELU gave; masks
+    of dropout. Adapters in 16 bits (`finetuning/adapted_layers.py`) and fused steps
+    (`finetuning/recomputation.py`) compute the products' inputs again. Those adapters draw masks
+    again too; other adapters (peft's own layers) keep their inputs after dropout.
     """
     hidden, inner, value = config.hidden_size, config.intermediate_size, training.value
-    mask = hidden if training.dropout else 0
-    norm = training.stream * hidden
-    own = norm + _inputs(training, 3) * hidden + 4 * value * hidden
-    cross = norm + _inputs(training, 1) * hidden + 2 * value * hidden
-    mixing = own + 4 * config.num_attention_heads + mask
-    if crossed:
-        mixing += cross + 4 * config.num_attention_heads + mask
-    feeding = norm + _inputs(training, 1) * hidden + 2 * value * inner + mask
-    kept = mixing + feeding
-    again = _inputs(training, 3) * hidden + _inputs(training, 1) * hidden + value * inner
-    if crossed:
-        again += _inputs(training, 1) * hidden
-    entry = kept
-    if index < training.recomputed:
-        entry = norm
-    elif index < training.recomputed + training.cheap:
-        entry = kept - again
-    part = layer(config, attentions=2 if crossed else 1)
-    copies = 2 * part.matrix_parameters if _casts(training) else 0
-    adapters = 0
+    attentions, products = (2, 10) if crossed else (1, 6)
+    norms = (attentions + 1) * training.stream * hidden
+    results = (4 + 2 * (attentions - 1)) * value * hidden + value * inner
+    results += 4 * config.num_attention_heads * attentions
+    reads = (_inputs(training, 3) + _inputs(training, 1) * attentions) * hidden + value * inner
+    masks = (attentions + 1) * hidden if training.dropout else 0
+    thin = 0
     if not training.trains_all:
-        adapters = tokens * 2 * training.rank * (10 if crossed else 6)
+        thin = value * training.rank * products
+        if training.own_passes:
+            reads = masks = 0
+        else:
+            reads = (4 + 1) * (inner + hidden * (products - 1))
+    whole = tokens * (norms + results + reads + masks + thin)
+
+    part = layer(config, attentions)
+    copies = 2 * part.matrix_parameters if _casts(training) else 0
+    again = tokens * reads if training.is_fused else 0
+    kept, entry = whole + copies, whole + copies - again
+    if index < training.recomputed:
+        entry, again = tokens * training.stream * hidden, 0
+
+    # At fc2, where most is there: the gradients of the layer's output, of that without dropout, and
+    # of what fc2 read; an unpacked weight, or the gradient of one.
+    passing = tokens * ((training.stream + value) * hidden + value * inner)
     largest = hidden * inner
-    weight_gradient = largest * (6 if _casts(training) else training.value)
     unpacked = largest * value if training.bits < 16 else 0
-    passing = tokens * (training.stream * hidden + value * hidden + value * inner)
+    weight_gradient = largest * (6 if _casts(training) else value) if training.trains_all else 0
     return _Block(
-        kept=tokens * kept + copies + adapters,
-        entry=tokens * entry + (copies + adapters if entry == kept else 0),
-        forward=tokens * training.stream * hidden + unpacked,
-        backward=passing + (weight_gradient if training.trains_all else unpacked),
+        kept=kept - again,
+        entry=entry,
+        forward=tokens * (training.stream * hidden + (value * inner if again else 0)) + unpacked,
+        backward=passing + (tokens * value * inner if again else 0) + unpacked + weight_gradient,
         gradients=0 if training.is_fused else part.parameters,
     )
 
@@ -395,10 +402,15 @@ def _casts(training: Training) -> bool:
 
 
 def _embedding(config: PlugConfig, training: Training, tokens: int) -> _Block:
-    """The sum that the norm reads, and a dropout mask; the final norm of the half keeps as much."""
-    hidden = config.hidden_size
-    kept = tokens * hidden * (2 * training.stream + (1 if training.dropout else 0))
-    return _Block(kept, kept, tokens * hidden * training.stream, 0, 0)
+    """The sum that the norm reads, and a dropout mask; what the half's final norm reads.
+
+    Beside adapters the embeddings are frozen and keep nothing.
+    """
+    kept = training.stream
+    if training.trains_all:
+        kept += training.stream + (1 if training.dropout else 0)
+    kept *= tokens * config.hidden_size
+    return _Block(kept, kept, tokens * config.hidden_size * training.stream, 0, 0)
 
 
 def _projection(config: PlugConfig, training: Training, tokens: int) -> _Block:

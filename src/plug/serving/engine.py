@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from plug.errors import PlugError
@@ -21,12 +22,21 @@ class Engine:
     Args:
         generator: the model.
         rows: texts written at once; beams come on top, one request at a time.
+        max_num_batched_tokens: as in `AsyncEngine`.
     """
 
-    def __init__(self, generator: Generator, rows: int) -> None:
+    def __init__(
+        self, generator: Generator, rows: int, max_num_batched_tokens: int | None = None
+    ) -> None:
         self.generator = generator
-        self._engine = AsyncEngine(generator, rows=rows, max_waiting=_NO_BOUND)
+        self._engine = AsyncEngine(
+            generator,
+            rows=rows,
+            max_waiting=_NO_BOUND,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self._beams = ThreadPoolExecutor(1, thread_name_prefix="plug-beams")
+        self._closed = threading.Event()
 
     @property
     def is_alive(self) -> bool:
@@ -37,20 +47,36 @@ class Engine:
         return self._engine.stats
 
     def submit(
-        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        seed: int,
+        listener: Listener,
+        adapter: int = 0,
     ) -> Handle:
-        """As `TextEngine.submit`."""
+        """As `TextEngine.submit`, with an adapter of the generator."""
         if settings.num_beams > 1:
-            return self._submit_beams(prompt, settings, seed, listener)
+            return self._submit_beams(prompt, settings, seed, listener, adapter)
         return self._engine.submit(
-            list(prompt), settings, seed=seed, listener=lambda news: _tell(listener, news)
+            list(prompt),
+            settings,
+            seed=seed,
+            listener=lambda news: _tell(listener, news),
+            adapter=adapter,
         )
 
     def _submit_beams(
-        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        seed: int,
+        listener: Listener,
+        adapter: int,
     ) -> Handle:
         self.generator.window(settings)  # refuses what this model cannot do
-        work = self._beams.submit(self._search, prompt, settings, seed)
+        self.generator.check_adapter(adapter)
+        cancelled = threading.Event()
+        work = self._beams.submit(self._search, prompt, settings, seed, cancelled, adapter)
 
         def done(future: Future[GenerationResult]) -> None:
             try:
@@ -64,27 +90,64 @@ class Engine:
                 listener(End(result.finish_reason))
 
         work.add_done_callback(done)
-        return _Beams(work.cancel)
+        return _Beams(work, cancelled)
 
     def _search(
-        self, prompt: Sequence[int], settings: GenerationSettings, seed: int
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        seed: int,
+        cancelled: threading.Event,
+        adapter: int,
     ) -> GenerationResult:
-        [result] = self.generator([list(prompt)], settings, seed=seed)
-        return result
+        pieces = self.generator.stream([list(prompt)], settings, seed=seed, adapter=adapter)
+        for piece in pieces:
+            if piece.result is not None:
+                return piece.result
+            if cancelled.is_set() or self._closed.is_set():
+                break
+        raise CancelledError
 
     def close(self) -> None:
+        self._closed.set()
         self._beams.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
 
 
-class _Beams:
-    """A beam search; it can be cancelled while it waits."""
+class AdaptedEngine:
+    """`Engine` with one of its adapters, as a `TextEngine`; it shares each step with the others.
 
-    def __init__(self, cancel: Callable[[], bool]) -> None:
-        self._cancel = cancel
+    Args:
+        engine: whose generator has the adapter.
+        number: of the adapter.
+    """
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self._engine = engine
+        self._number = number
+
+    def submit(
+        self, prompt: Sequence[int], settings: GenerationSettings, seed: int, listener: Listener
+    ) -> Handle:
+        """As `TextEngine.submit`."""
+        return self._engine.submit(prompt, settings, seed, listener, self._number)
+
+    def close(self) -> None:
+        """Drop the adapter; the engine goes on."""
+        self._engine.generator.remove_adapter(self._number)
+
+
+class _Beams:
+    """A beam search that waits or runs."""
+
+    def __init__(self, work: Future[GenerationResult], cancelled: threading.Event) -> None:
+        self._work = work
+        self._cancelled = cancelled
 
     def cancel(self) -> None:
-        self._cancel()
+        """End it: at once if it waits, else after its step."""
+        self._cancelled.set()
+        self._work.cancel()
 
 
 def _tell(listener: Listener, news: Progress) -> None:

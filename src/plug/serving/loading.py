@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from plug.finetuning.predict import kind_of
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import prompt_limit, window_length
+from plug.loading.adapters import is_adapter, read_adapter
 from plug.loading.estimate import Room
 from plug.loading.load import load
 from plug.model.configuration import PlugConfig
-from plug.serving.engine import Engine
+from plug.serving.engine import AdaptedEngine, Engine
 from plug.serving.models import Capability, ServedModel
+from plug.serving.service import Loader
+from plug.serving.settings import ServeSettings
 from plug.tokenization import PlugTokenizer
 from plug.zero_shot.encoder import TextEncoder
 
@@ -34,6 +37,62 @@ _CAPABILITIES: dict[str, Capability] = {  # class of the model -> what its predi
 }
 
 
+def load_models(
+    name: str,
+    directory: str | Path,
+    finetuned: Mapping[str, str],
+    adapters: Mapping[str, str],
+    settings: ServeSettings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> tuple[list[ServedModel], Loader]:
+    """The models that a server starts with, and what loads others while it runs.
+
+    Args:
+        name: of the first model.
+        directory: of the first model, which adapters are for.
+        finetuned: directories of more models, by their names.
+        adapters: directories of LoRA adapters of the first model, by their names.
+        settings: of the server.
+        device: as in `load_model`, as is the next.
+        dtype: see ``device``.
+
+    Raises:
+        UsageError: as `load_model` and `load_adapter`; two have one name, or an adapter is none.
+        PlugError: as these.
+    """
+    names = [name, *finetuned, *adapters]
+    for each in names:
+        if names.count(each) > 1:
+            raise UsageError(f"有两个模型都叫 {each}。请给它们不同的名字。")
+    for each in adapters.values():
+        if not is_adapter(each):
+            raise UsageError(
+                f"--adapter {each} 不是适配器的目录：里面应有 adapter_config.json，"
+                "没有 config.json。完整的模型请用 --finetuned。"
+            )
+    rows, encoded = settings.max_num_seqs, settings.max_num_batched_tokens
+    base = load_model(
+        name,
+        directory,
+        rows=rows,
+        device=device,
+        dtype=dtype,
+        max_num_batched_tokens=encoded,
+        takes_adapters=bool(adapters) or settings.models_dir is not None,
+    )
+
+    def load(name: str, own: str | Path) -> ServedModel:
+        if is_adapter(own):
+            return load_adapter(name, own, base, directory, rows=rows, device=device)
+        return load_model(
+            name, own, rows=rows, device=device, dtype=dtype, max_num_batched_tokens=encoded
+        )
+
+    return [base, *(load(*each) for each in (*finetuned.items(), *adapters.items()))], load
+
+
 def load_model(
     name: str,
     directory: str | Path,
@@ -41,6 +100,8 @@ def load_model(
     rows: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    max_num_batched_tokens: int | None = None,
+    takes_adapters: bool = False,
 ) -> ServedModel:
     """A model of any kind: a directory with `finetuning.json` does what it was fine-tuned for.
 
@@ -52,6 +113,8 @@ def load_model(
         rows: texts written at once.
         device: where it runs.
         dtype: of a pre-trained model's weights, as in `plug.load`.
+        max_num_batched_tokens: as in `AsyncEngine`.
+        takes_adapters: `load_adapter` may follow.
 
     Raises:
         UsageError: there is no such model.
@@ -63,17 +126,20 @@ def load_model(
     tokenizer = PlugTokenizer.load(found)
     model = load(found, device=device, dtype=dtype, room=Room(batch_size=rows))
     if model.config.num_decoder_layers:
-        served = serve_plug(name, Generator(model, tokenizer), rows)
+        generator = Generator(model, tokenizer, takes_adapters=takes_adapters)
+        served = serve_plug(name, generator, rows, max_num_batched_tokens)
     else:
         served = _empty(name, tokenizer, model.config)
     served.encoder = TextEncoder(model, tokenizer)
     return served
 
 
-def serve_plug(name: str, generator: Generator, rows: int) -> ServedModel:
+def serve_plug(
+    name: str, generator: Generator, rows: int, max_num_batched_tokens: int | None = None
+) -> ServedModel:
     """A model that writes by ``generator``; arguments as in `load_model`."""
     served = _empty(name, generator.tokenizer, generator.config)
-    engine = Engine(generator, rows)
+    engine = Engine(generator, rows, max_num_batched_tokens)
     served.engine = engine
     served.window_tokens = window_length(generator.config, GenerationSettings())
     served.encode_prompt = lambda text: generator.encode(text, allow_special_tokens=False)
@@ -83,14 +149,59 @@ def serve_plug(name: str, generator: Generator, rows: int) -> ServedModel:
     return served
 
 
+def load_adapter(
+    name: str,
+    directory: str | Path,
+    base: ServedModel,
+    base_directory: str | Path,
+    *,
+    rows: int,
+    device: torch.device,
+) -> ServedModel:
+    """A LoRA adapter as a model of its own. One that writes shares weights and steps with ``base``.
+
+    One with a head for a task of understanding gets a copy of the encoder, with the adapter in it.
+
+    Args:
+        name: what clients call it.
+        directory: of `plug finetune --memory lora`, or of peft.
+        base: loaded with ``takes_adapters``.
+        base_directory: where ``base`` was loaded from.
+        rows: as in `load_model`, as is the next.
+        device: see ``rows``.
+
+    Raises:
+        UsageError: it is of another model or of a kind that cannot be served.
+        PlugError: it is damaged.
+    """
+    found, own = find_model_directory(base_directory), Path(directory).expanduser()
+    kind = kind_of(found, adapter=own) if (own / RUN_FILE).is_file() else None
+    if kind is not None and not isinstance(kind, Generation):
+        return _load_finetuned(name, found, rows, device, own)
+    adapter = read_adapter(own, found)
+    if not isinstance(base.engine, Engine):
+        raise UsageError(f"模型 {base.name} 不能写作，适配器 {own} 用不上。请换 --model。")
+    engine = base.engine
+    adapted = AdaptedEngine(engine, engine.generator.add_adapter(adapter))
+    served = _empty(name, base.tokenizer, engine.generator.config)
+    served.engine = adapted
+    served.window_tokens = base.window_tokens
+    served.encode_prompt = base.encode_prompt
+    served.check_alive = base.check_alive
+    served.on_close = adapted.close
+    if isinstance(kind, Generation):
+        _ask_questions(served, kind)
+    return served
+
+
 def limit_memory(device: torch.device, share: float) -> None:
     """Let this process use no more than ``share`` of a card's memory."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-def named_directories(values: Sequence[str]) -> dict[str, str]:
-    """`NAME=DIRECTORY` of the command line, as a mapping.
+def named_directories(option: str, values: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIRECTORY` of an option of the command line, as a mapping.
 
     Raises:
         UsageError: a value has another form, or a name comes twice.
@@ -99,9 +210,9 @@ def named_directories(values: Sequence[str]) -> dict[str, str]:
     for value in values:
         name, _, directory = value.partition("=")
         if not name or not directory:
-            raise UsageError(f"--finetuned {value} 应写成 名字=目录，如 news=runs/tnews。")
+            raise UsageError(f"{option} {value} 应写成 名字=目录，如 news=runs/tnews。")
         if name in found:
-            raise UsageError(f"--finetuned 的名字 {name} 重复。请给它们不同的名字。")
+            raise UsageError(f"{option} 的名字 {name} 重复。请给它们不同的名字。")
         found[name] = directory
     return found
 
@@ -115,16 +226,22 @@ def _empty(name: str, tokenizer: PlugTokenizer, config: PlugConfig) -> ServedMod
     )
 
 
-def _load_finetuned(name: str, directory: Path, rows: int, device: torch.device) -> ServedModel:
-    kind = kind_of(directory)
-    model = load_plain(kind, directory, device)
+def _ask_questions(served: ServedModel, kind: Generation) -> None:
+    served.question = lambda parts: kind.sources([kind.example(parts)])[0]
+    served.question_settings = GenerationSettings(
+        out_length=kind.target_length, do_sample=False, num_beams=kind.num_beams
+    )
+    served.tuned_for = "questions"
+
+
+def _load_finetuned(
+    name: str, directory: Path, rows: int, device: torch.device, adapter: Path | None = None
+) -> ServedModel:
+    kind = kind_of(directory, adapter=adapter)
+    model = load_plain(kind, directory, device, adapter)
     if isinstance(kind, Generation):
         served = serve_plug(name, Generator(model, kind.tokenizer), rows)
-        served.question = lambda parts: kind.sources([kind.example(parts)])[0]
-        served.question_settings = GenerationSettings(
-            out_length=kind.target_length, do_sample=False, num_beams=kind.num_beams
-        )
-        served.tuned_for = "questions"
+        _ask_questions(served, kind)
         return served
     served = _empty(name, kind.tokenizer, PlugConfig.from_file(directory / CONFIG_FILE))
     served.tuned_for = _CAPABILITIES[kind.model_class]

@@ -71,6 +71,13 @@ class ServeSettings:
         "同时写的段数，与 vLLM 的同名选项相同。",
         "texts written at once, as in vLLM",
     )  # fmt: skip
+    max_num_batched_tokens: int | None = option(
+        None, Int(1, 1_000_000),
+        "一步里最多编码多少个输入词元；小则首字快、正在写的不停顿，大则总的快。",
+        "source tokens encoded in one step; the others wait for the next, so that what runs is not "
+        "held up by all sources that came together",
+        unset=("CPU 上 256，显卡上 4096", "256 on a CPU, 4096 on a GPU"),
+    )  # fmt: skip
     gpu_memory_utilization: float = option(
         0.9, Float(0.01, 1),
         "显存里本进程可以用的比例，与 vLLM 的同名选项相同；CPU 上无效。",

@@ -13,13 +13,14 @@ from plug.quantization.scheme import Scheme
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
 # (out, in): no multiples of a vector or a tile; 4 bits want whole groups.
-SHAPES = [(1, 128), (7, 384), (77, 128), (64, 1280)]
+SHAPES = [(1, 128), (7, 384), (77, 128), (64, 1280), (150, 4352)]
+ODD_SHAPES = [(1, 1), (5, 3), (17, 63), (33, 65), (67, 131)]  # not for 4 bits
 
 
 def weight_in(bits: int, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors that `CpuProduct` takes, and the weight that they stand for in float64."""
     if bits >= 16:
-        plain = weight.half() if bits == 16 else weight
+        plain = weight.bfloat16() if bits == 16 else weight
         return {"weight": plain}, plain.double()
     scheme = Scheme.of(bits)
     tensors = scheme.quantize(weight)
@@ -35,9 +36,12 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return ((groups / scale).round() * scale).flatten(-2).double()
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-@pytest.mark.parametrize(("out", "inputs"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize(
+    ("bits", "out", "inputs"),
+    [(bits, *shape) for bits in (32, 16, 8, 4) for shape in SHAPES]
+    + [(bits, *shape) for bits in (32, 16, 8) for shape in ODD_SHAPES],
+)
+@pytest.mark.parametrize("rows", [1, 3, 4, 9, 70])
 def test_a_product_is_that_of_float64(bits: int, out: int, inputs: int, rows: int) -> None:
     torch.manual_seed(0)
     tensors, exact = weight_in(bits, torch.randn(out, inputs))
@@ -45,18 +49,29 @@ def test_a_product_is_that_of_float64(bits: int, out: int, inputs: int, rows: in
 
     found = CpuProduct(bias=bias, **tensors)(x)
 
-    expected = rounded(x, bits) @ exact.T + bias
     # Float32 sums; an input that lies between two integers may fall to either (one in thousands).
     size = 1e-5 if bits >= 16 else 2e-3
-    assert ((found - expected).norm() / expected.norm()) < size
+    errors = [
+        (found - expected).norm() / expected.norm()
+        for inputs_as_read in (
+            [x.double(), x.bfloat16().double()] if bits == 16 else [rounded(x, bits)]
+        )
+        for expected in [inputs_as_read @ exact.T + bias]
+    ]
+    assert (
+        min(errors) < size
+    )  # 16 bits: rows are rounded only where pairs of bfloat16 are multiplied
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_there_are(bits: int) -> None:
+@pytest.mark.parametrize("inputs", [384, 2176, 6400])  # 3, 17 and 50 groups
+def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_there_are(
+    bits: int, inputs: int
+) -> None:
     torch.manual_seed(0)
-    tensors, _ = weight_in(bits, torch.randn(70, 384))
+    tensors, _ = weight_in(bits, torch.randn(70, inputs))
     multiply = CpuProduct(bias=torch.randn(70), **tensors)
-    x = torch.randn(33, 384) * torch.logspace(-3, 3, 33)[:, None]
+    x = torch.randn(75, inputs) * torch.logspace(-3, 3, 75)[:, None]
 
     together = multiply(x)
 

@@ -26,7 +26,7 @@ from plug.files import BusyError, new_file
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("step.cpp", "products.h", "pool.h")
+_SOURCES = ("step.cpp", "products.h", "lanes.h", "functions.h", "pool.h")
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums must not be contracted differently in tiles of one row and of four: equal rows, equal bits.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL | None:
             return None
         logger.warning("首次使用：为这台机器的处理器编译矩阵乘法，几秒钟，只此一次。")
         try:
-            _build_once([compiler, *_FLAGS, _native()], target)
+            _build_once([compiler, *_FLAGS, *_target()], target)
         except (OSError, PlugError) as error:
             logger.warning("没能编译（%s），用 PyTorch 的乘法，量化模型会慢一些。", error)
             return None
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL | None:
 
 def library_file() -> Path:
     """Where the library is kept: a name for each version of the sources and each processor."""
-    content = hashlib.sha256("\n".join([*_FLAGS, _native(), *_processor()]).encode())
+    content = hashlib.sha256("\n".join([*_FLAGS, *_target(), *_processor()]).encode())
     for name in _SOURCES:
         content.update((_FOLDER / name).read_bytes())
     own = os.environ.get("XDG_CACHE_HOME")
@@ -72,8 +72,12 @@ def library_file() -> Path:
     return folder / "plug" / f"cpu-{content.hexdigest()[:16]}.so"
 
 
-def _native() -> str:
-    return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+def _target() -> list[str]:
+    """Flags that name the processor: the one at hand, or the one in `PLUG_CPU_TARGET`."""
+    name = os.environ.get("PLUG_CPU_TARGET", "native")
+    if platform.machine() in ("arm64", "aarch64"):
+        return [f"-mcpu={name}"]
+    return [f"-march={name}", "-mprefer-vector-width=512"]
 
 
 def _build_once(command: list[str], target: Path) -> None:
@@ -165,6 +169,22 @@ class Layer(ctypes.Structure):
     ]
 
 
+class LowRank(ctypes.Structure):
+    """What an adapter adds to a product: a (rank, in) and b (rank, out), float32."""
+
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+
+
+class Adapters(ctypes.Structure):
+    """The adapters of a step, as `step.cpp` has them."""
+
+    _fields_ = [
+        ("parts", ctypes.POINTER(LowRank)),
+        ("numbers", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    ]
+
+
 class Shape(ctypes.Structure):
     """Sizes of a step, as `step.cpp` has them."""
 
@@ -178,6 +198,6 @@ class Shape(ctypes.Structure):
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     found.plug_multiply.argtypes = [ctypes.c_int, pointer, pointer, pointer, count]
-    found.plug_step.argtypes = [ctypes.c_int, *[pointer] * 5, count, *[pointer] * 4]
+    found.plug_step.argtypes = [ctypes.c_int, *[pointer] * 5, count, *[pointer] * 5]
     found.plug_multiply.restype = found.plug_step.restype = None
     return found

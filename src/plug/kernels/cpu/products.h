@@ -1,48 +1,58 @@
-// Products of float32 rows with weights in 16, 8 and 4 bits, on a CPU.
+// Products of float32 rows with weights in 32, 16, 8 and 4 bits, on a CPU.
 //
 //   y[row][o] = sum over i of x[row][i] * weight[o][i] + bias[o]
 //
-// 32, 16 bits: float32 or float16 weights, float32 everything else.
+// 32 bits: float32 everywhere.
+// 16 bits: bfloat16 weights, float32 sums; where the processor multiplies pairs of bfloat16, the row is rounded to it.
 // 8 bits:  the row is rounded to int8 by its own largest value; sums are exact in int32.
 // 4 bits:  each group of 128 inputs of the row is rounded so; sums of a group are exact, groups are added in float32.
 //
-// Weights are read as the model's files hold them (docs/quantization.md), so they may stay mapped. What a row becomes
-// depends on that row alone, to the last bit: a tile of one row and one of four add in the same order.
+// Weights in 8 and 4 bits are read as the model's files hold them (docs/quantization.md), so they may stay mapped: one row
+// streams them, several rows share a tile that is turned so that outputs lie side by side. Weights in 32 and 16 bits
+// are copies that lie so from the start (`products.py`). What a row becomes depends on that row alone, to the last bit: one
+// row and many add in the same order.
 //
-// Names: R rows and O outputs of a tile; K inputs; G groups.
+// Names: R rows and V vectors of 16 outputs of a tile; G groups of a row.
 
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "lanes.h"
 #include "pool.h"
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#define PLUG_AVX512 1
-#include <immintrin.h>
-#endif
 
 namespace plug {
 
-constexpr int64_t GROUP = 128;
-constexpr int64_t OUTPUTS_AT_ONCE = 32;  // what a thread takes at a time
+constexpr int64_t OUTPUTS_AT_ONCE = 64;  // what a thread takes at a time
+constexpr int64_t ROWS_TOGETHER = 64;    // that share a tile of integers
+constexpr int64_t ROWS_ONE_BY_ONE = 3;   // up to so many, turning a tile costs more than reading its weights again
+constexpr int INTEGER_ROWS = TILE == 16 ? 8 : 4, INTEGER_VECTORS = TILE / INTEGER_ROWS;
+constexpr int64_t TILE_OUTPUTS = INTEGER_VECTORS * LANES;
 
 // --- rows in 8 bits ----------------------------------------------------------------------------------------------------
 
+// Adding it leaves an integer in the last bits of a float, rounded to even.
+constexpr float TO_INTEGER = 12582912.0f;
+
 // `count` values to int8 by their largest; the scale, and the sum of the integers.
 inline float round_values(const float* x, int64_t count, int8_t* q, int32_t* sum) {
-  float largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i]));
+  uint32_t largest_bits = 0;  // floats without their sign are ordered as integers are
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    largest_bits = std::max(largest_bits, bits & 0x7fffffffu);
+  }
+  float largest;
+  std::memcpy(&largest, &largest_bits, 4);
   const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
   int32_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t value = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
+    const float moved = x[i] * inverse + TO_INTEGER;
+    int32_t value;
+    std::memcpy(&value, &moved, 4);
     q[i] = static_cast<int8_t>(value);
-    total += value;
+    total += q[i];
   }
   *sum = total;
   return scale;
@@ -60,203 +70,26 @@ inline void order_for_nibbles(const int8_t* q, int8_t* ordered) {
     }
 }
 
-inline int64_t padded(int64_t in) { return (in + 63) / 64 * 64; }
+// To bfloat16, ties to even. NaN stays NaN.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return static_cast<uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded) >> 16);
+}
 
-struct Rows {  // rounded rows
-  std::vector<int8_t> q;
-  std::vector<float> scale;   // a row (8 bits) or a row and group (4 bits)
-  std::vector<float> summed;  // 4 bits: scale times the sum of the group's integers
-  std::vector<int32_t> sum;   // 8 bits: the sum of the row's integers
+inline int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+struct Rows {  // made ready for the products with weights of some bits
+  std::vector<float> x;        // 32, 16 bits: with one zero more where the inputs are odd
+  std::vector<uint16_t> half;  // 16 bits, where pairs are multiplied
+  std::vector<int8_t> q;       // 8 bits: padded with zeros to whole groups; 4 bits: see `one_row_4`
+  std::vector<float> scale;    // a row (8 bits) or a row and group, with zeros to whole vectors (4 bits)
+  std::vector<float> summed;   // 4 bits: scale times the sum of the group's integers, likewise
+  std::vector<int32_t> sum;    // 8 bits: the sum of the row's integers
 };
 
-inline float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
 // --- tiles -------------------------------------------------------------------------------------------------------------
-
-#ifdef PLUG_AVX512
-
-#define UNROLL _Pragma("GCC unroll 8")
-
-inline __m512 load(const float* weight, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, weight); }
-inline __m512 load(const uint16_t* weight, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, weight)); }
-
-template <int R, int O, typename Weight>
-inline void tile_float(const Weight* weight, const float* x, int64_t K, float (*y)[O]) {
-  __m512 sums[R][O];
-  UNROLL for (auto& row : sums)
-    UNROLL for (auto& sum : row) sum = _mm512_setzero_ps();
-  const int64_t whole = K & ~int64_t{15};
-  for (int64_t k = 0; k < whole; k += 16) {
-    __m512 inputs[R];
-    UNROLL for (int r = 0; r < R; ++r) inputs[r] = _mm512_loadu_ps(x + r * K + k);
-    UNROLL for (int o = 0; o < O; ++o) {
-      const __m512 w = load(weight + o * K + k, 0xffff);
-      UNROLL for (int r = 0; r < R; ++r) sums[r][o] = _mm512_fmadd_ps(inputs[r], w, sums[r][o]);
-    }
-  }
-  if (whole < K) {
-    const __mmask16 mask = (1u << (K - whole)) - 1;
-    UNROLL for (int o = 0; o < O; ++o) {
-      const __m512 w = load(weight + o * K + whole, mask);
-      UNROLL for (int r = 0; r < R; ++r)
-        sums[r][o] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + r * K + whole), w, sums[r][o]);
-    }
-  }
-  UNROLL for (int r = 0; r < R; ++r)
-    UNROLL for (int o = 0; o < O; ++o) y[r][o] = _mm512_reduce_add_ps(sums[r][o]);
-}
-
-template <int R, int O>
-inline void tile_8(const int8_t* weight, const int8_t* q, int64_t K, int64_t width, int32_t (*y)[O]) {
-  // The product of unsigned with signed bytes: weights get 128 added, which `linear` takes off again.
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i sums[R][O];
-  UNROLL for (auto& row : sums)
-    UNROLL for (auto& sum : row) sum = _mm512_setzero_si512();
-  for (int64_t k = 0; k < K; k += 64) {
-    const __mmask64 mask = K - k < 64 ? (uint64_t{1} << (K - k)) - 1 : ~uint64_t{0};
-    __m512i inputs[R];
-    UNROLL for (int r = 0; r < R; ++r) inputs[r] = _mm512_loadu_si512(q + r * width + k);
-    UNROLL for (int o = 0; o < O; ++o) {
-      const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, weight + o * K + k), flip);
-      UNROLL for (int r = 0; r < R; ++r) sums[r][o] = _mm512_dpbusd_epi32(sums[r][o], w, inputs[r]);
-    }
-  }
-  UNROLL for (int r = 0; r < R; ++r)
-    UNROLL for (int o = 0; o < O; ++o) y[r][o] = _mm512_reduce_add_epi32(sums[r][o]);
-}
-
-inline __m512 widen_bfloat16(const uint16_t* bits, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bits)), 16));
-}
-
-inline float group_terms(const uint16_t* scale, const uint16_t* center, const float* row_scale, const float* summed, int64_t G,
-                         float* factors) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t g = 0; g < G; g += 16) {
-    const __mmask16 mask = G - g < 16 ? (1u << (G - g)) - 1 : 0xffff;
-    const __m512 s = widen_bfloat16(scale + g, mask);
-    _mm512_mask_storeu_ps(factors + g, mask, _mm512_mul_ps(s, _mm512_maskz_loadu_ps(mask, row_scale + g)));
-    const __m512 shift = _mm512_fnmadd_ps(_mm512_set1_ps(8), s, widen_bfloat16(center + g, mask));
-    sum = _mm512_fmadd_ps(shift, _mm512_maskz_loadu_ps(mask, summed + g), sum);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-template <int R, int O>
-inline void tile_4(const uint8_t* weight, const float* factors, const int8_t* q, int64_t G, float (*y)[O]) {
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512 sums[R][O];
-  UNROLL for (auto& row : sums)
-    UNROLL for (auto& sum : row) sum = _mm512_setzero_ps();
-  for (int64_t g = 0; g < G; ++g) {
-    __m512i first[R], second[R];
-    UNROLL for (int r = 0; r < R; ++r) {
-      first[r] = _mm512_loadu_si512(q + (r * G + g) * GROUP);
-      second[r] = _mm512_loadu_si512(q + (r * G + g) * GROUP + GROUP / 2);
-    }
-    UNROLL for (int o = 0; o < O; ++o) {
-      const __m512i packed = _mm512_loadu_si512(weight + (o * G + g) * (GROUP / 2));
-      const __m512i even = _mm512_and_si512(packed, low);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
-      UNROLL for (int r = 0; r < R; ++r) {
-        __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, first[r]);
-        dot = _mm512_dpbusd_epi32(dot, odd, second[r]);
-        sums[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factors[(r * O + o) * G + g]), sums[r][o]);
-      }
-    }
-  }
-  UNROLL for (int r = 0; r < R; ++r)
-    UNROLL for (int o = 0; o < O; ++o) y[r][o] = _mm512_reduce_add_ps(sums[r][o]);
-}
-
-#else  // what the compiler makes of it for AVX2, NEON, …
-
-inline float widened(float weight) { return weight; }
-
-inline float widened(uint16_t bits) {  // float16
-#if defined(__FLT16_MANT_DIG__)
-  _Float16 value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
-#else
-  const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-  uint32_t wide = magnitude << 13;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  value *= 0x1p112f;  // the exponent's bias: 127 - 15
-  if (magnitude >= 0x7c00u) value = magnitude == 0x7c00u ? INFINITY : NAN;
-  std::memcpy(&wide, &value, 4);
-  wide |= sign;
-  std::memcpy(&value, &wide, 4);
-  return value;
-#endif
-}
-
-template <int R, int O, typename Weight>
-inline void tile_float(const Weight* weight, const float* x, int64_t K, float (*y)[O]) {
-  for (int o = 0; o < O; ++o) {
-    float sums[R][16] = {};
-    for (int64_t k = 0; k < K; k += 16) {
-      const int lanes = static_cast<int>(std::min<int64_t>(16, K - k));
-      for (int lane = 0; lane < lanes; ++lane) {
-        const float w = widened(weight[o * K + k + lane]);
-        for (int r = 0; r < R; ++r) sums[r][lane] += x[r * K + k + lane] * w;
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      y[r][o] = 0;
-      for (float sum : sums[r]) y[r][o] += sum;
-    }
-  }
-}
-
-template <int R, int O>
-inline void tile_8(const int8_t* weight, const int8_t* q, int64_t K, int64_t width, int32_t (*y)[O]) {
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < K; ++k) sum += (int32_t{weight[o * K + k]} + 128) * q[r * width + k];
-      y[r][o] = sum;
-    }
-}
-
-inline float group_terms(const uint16_t* scale, const uint16_t* center, const float* row_scale, const float* summed, int64_t G,
-                         float* factors) {
-  float sum = 0;
-  for (int64_t g = 0; g < G; ++g) {
-    const float s = from_bfloat16(scale[g]);
-    factors[g] = s * row_scale[g];
-    sum += (from_bfloat16(center[g]) - 8 * s) * summed[g];
-  }
-  return sum;
-}
-
-template <int R, int O>
-inline void tile_4(const uint8_t* weight, const float* factors, const int8_t* q, int64_t G, float (*y)[O]) {
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) {
-      float sum = 0;
-      for (int64_t g = 0; g < G; ++g) {
-        const uint8_t* packed = weight + (o * G + g) * (GROUP / 2);
-        const int8_t* inputs = q + (r * G + g) * GROUP;
-        int32_t dot = 0;
-        for (int i = 0; i < GROUP / 2; ++i)
-          dot += (packed[i] & 15) * inputs[i] + (packed[i] >> 4) * inputs[GROUP / 2 + i];
-        sum += static_cast<float>(dot) * factors[(r * O + o) * G + g];
-      }
-      y[r][o] = sum;
-    }
-}
-
-#endif
-
-// --- products ----------------------------------------------------------------------------------------------------------
 
 struct Product {
   int64_t bits;
@@ -267,115 +100,359 @@ struct Product {
   int64_t out, in;
 };
 
-// Tiles of O outputs and one or four rows over outputs [from, to) and all rows.
-template <int O, typename Tile>
-inline void tiles(int64_t from, int64_t to, int64_t rows, const Tile& tile) {
-  for (int64_t o = from; o < to; o += O) {
-    int64_t r = 0;
-    if constexpr (O == 2)
-      for (; r + 8 <= rows; r += 8) tile.template operator()<8>(r, o);
-    for (; r + 4 <= rows; r += 4) tile.template operator()<4>(r, o);
-    for (; r < rows; ++r) tile.template operator()<1>(r, o);
-  }
+// act<R>(row) for all rows, R at a time.
+template <int R, typename Act>
+inline void by_rows(int64_t rows, const Act& act, int64_t row = 0) {
+  for (; row + R <= rows; row += R) act.template operator()<R>(row);
+  if constexpr (R > 1) by_rows<R / 2>(rows, act, row);
 }
 
-template <int O, typename Weight>
-void outputs_float(const Product& p, const float* x, float* y, int64_t rows, int64_t from, int64_t to) {
-  tiles<O>(from, to, rows, [&]<int R>(int64_t r, int64_t o) {
-    float found[R][O];
-    tile_float<R, O>(static_cast<const Weight*>(p.weight) + o * p.in, x + r * p.in, p.in, found);
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < O; ++j) y[(r + i) * p.out + o + j] = found[i][j] + (p.bias ? p.bias[o + j] : 0);
-  });
+inline void put(float* y, const Floats& values, const float* bias, int64_t count) {
+  float lanes[LANES];
+  store(lanes, values);
+  for (int64_t i = 0; i < count; ++i) y[i] = lanes[i] + (bias ? bias[i] : 0);
 }
 
-template <int O>
-void outputs_8(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
-  const int64_t width = padded(p.in);
-  const float* scale = static_cast<const float*>(p.scale);
-  tiles<O>(from, to, rows, [&]<int R>(int64_t r, int64_t o) {
-    int32_t found[R][O];
-    tile_8<R, O>(static_cast<const int8_t*>(p.weight) + o * p.in, x.q.data() + r * width, p.in, width, found);
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < O; ++j) {
-        const float sum = static_cast<float>(found[i][j] - 128 * x.sum[r + i]);
-        y[(r + i) * p.out + o + j] = sum * (x.scale[r + i] * scale[o + j]) + (p.bias ? p.bias[o + j] : 0);
-      }
-  });
-}
-
-template <int O>
-void outputs_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
-  const int64_t G = p.in / GROUP;
-  static thread_local std::vector<float> own;
-  std::vector<float>& factors = own;  // of each row, output and group: the weights' scale times the inputs'
-  factors.resize(8 * O * G);
-  tiles<O>(from, to, rows, [&]<int R>(int64_t r, int64_t o) {
-    float found[R][O], shifts[R][O];
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < O; ++j) {
-        const int64_t at = (o + j) * G, row = (r + i) * G;
-        shifts[i][j] = group_terms(static_cast<const uint16_t*>(p.scale) + at, static_cast<const uint16_t*>(p.center) + at,
-                                   x.scale.data() + row, x.summed.data() + row, G, factors.data() + (i * O + j) * G);
-      }
-    tile_4<R, O>(static_cast<const uint8_t*>(p.weight) + o * (p.in / 2), factors.data(), x.q.data() + r * p.in, G, found);
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < O; ++j)
-        y[(r + i) * p.out + o + j] = found[i][j] + shifts[i][j] + (p.bias ? p.bias[o + j] : 0);
-  });
-}
-
-// The rows that `product` multiplies, made ready once for several weights of the same `bits`.
-inline void make_ready(Rows& ready, int bits, const float* x, int64_t rows, int64_t in) {
-  if (bits == 8) {
-    const int64_t width = padded(in);
-    ready.q.assign(rows * width, 0);
-    ready.scale.resize(rows);
-    ready.sum.resize(rows);
-    for (int64_t r = 0; r < rows; ++r)
-      ready.scale[r] = round_values(x + r * in, in, ready.q.data() + r * width, &ready.sum[r]);
-  } else if (bits == 4) {
-    const int64_t groups = rows * (in / GROUP);
-    ready.q.resize(groups * GROUP);
-    ready.scale.resize(groups);
-    ready.summed.resize(groups);
-    for (int64_t i = 0; i < groups; ++i) {
-      int8_t q[GROUP];
-      int32_t sum;
-      ready.scale[i] = round_values(x + i * GROUP, GROUP, q, &sum);
-      ready.summed[i] = ready.scale[i] * static_cast<float>(sum);
-      order_for_nibbles(q, ready.q.data() + i * GROUP);
+// Weights (out / 16, in, 16), float32.
+template <int R, int V>
+inline void tile(const float* weight, int64_t block, const float* x, int64_t in, Floats (&sums)[R][V]) {
+  for (int64_t k = 0; k < in; ++k) {
+    Floats w[V];
+    UNROLL for (int v = 0; v < V; ++v) w[v] = load(weight + v * block + k * LANES);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const Floats input = all(x[r * in + k]);
+      UNROLL for (int v = 0; v < V; ++v) sums[r][v] = multiply_add(w[v], input, sums[r][v]);
     }
   }
 }
 
-// Outputs [from, to) of all rows. Four outputs share what is read of four rows; a single row streams its weights.
-inline void outputs(const Product& p, const Rows& ready, const float* x, float* y, int64_t rows, int64_t from, int64_t to) {
-  const int64_t whole = rows < 4 ? from : from + (to - from) / 4 * 4;
-  if (p.bits == 32) {
-    outputs_float<4, float>(p, x, y, rows, from, whole);
-    outputs_float<1, float>(p, x, y, rows, whole, to);
-  } else if (p.bits == 16) {
-    outputs_float<4, uint16_t>(p, x, y, rows, from, whole);
-    outputs_float<1, uint16_t>(p, x, y, rows, whole, to);
-  } else if (p.bits == 8) {
-    outputs_8<4>(p, ready, y, rows, from, whole);
-    outputs_8<1>(p, ready, y, rows, whole, to);
-  } else {
-    // Eight rows share what is unpacked, as long as they fit the first cache together.
-    const bool wide = rows >= 8 && p.in <= 2048;
-    wide ? outputs_4<2>(p, ready, y, rows, from, whole) : outputs_4<4>(p, ready, y, rows, from, whole);
-    outputs_4<1>(p, ready, y, rows, whole, to);
+// Weights (out / 16, in / 2, 16, 2), bfloat16.
+template <int R, int V>
+inline void tile(const uint16_t* weight, int64_t block, const float* x, int64_t in, Floats (&sums)[R][V]) {
+  for (int64_t k = 0; k < in; k += 2) {
+    UNROLL for (int v = 0; v < V; ++v) {
+      const Floats first = first_of_pairs(weight + v * block + k * LANES), second = second_of_pairs(weight + v * block + k * LANES);
+      UNROLL for (int r = 0; r < R; ++r) {
+        sums[r][v] = multiply_add(first, all(x[r * in + k]), sums[r][v]);
+        sums[r][v] = multiply_add(second, all(x[r * in + k + 1]), sums[r][v]);
+      }
+    }
   }
 }
 
-// x (rows, in) and y (rows, out) of each product, which share x; `after` gets the outputs that are done.
+#ifdef PLUG_PAIRS
+template <int R, int V>
+inline void tile(const uint16_t* weight, int64_t block, const uint16_t* x, int64_t in, Floats (&sums)[R][V]) {
+  for (int64_t k = 0; k < in; k += 2)
+    UNROLL for (int v = 0; v < V; ++v) UNROLL for (int r = 0; r < R; ++r)
+      sums[r][v] = dot_pairs(sums[r][v], weight + v * block + k * LANES, x + r * in + k);
+}
+#endif
+
+template <int R, int V, typename Weight, typename Input>
+inline void outputs_float(const Product& p, const Weight* weight, const Input* x, int64_t in, float* y, int64_t from, int64_t to) {
+  const int64_t block = in * LANES;
+  Floats sums[R][V];
+  UNROLL for (auto& row : sums) UNROLL for (auto& sum : row) sum = zero();
+  tile<R, V>(weight + from / LANES * block, block, x, in, sums);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      const int64_t o = from + v * LANES;
+      put(y + r * p.out + o, sums[r][v], p.bias ? p.bias + o : nullptr, std::min<int64_t>(LANES, to - o));
+    }
+}
+
+// Outputs [from, to) in 32 or 16 bits; `from` is a multiple of 16.
+template <typename Weight, typename Input>
+void outputs_float(const Product& p, const Input* x, float* y, int64_t rows, int64_t from, int64_t to) {
+  const Weight* weight = static_cast<const Weight*>(p.weight);
+  const int64_t in = sizeof(Weight) == 2 ? rounded_up(p.in, 2) : p.in;
+  by_rows<TILE == 16 ? 8 : 4>(rows, [&]<int R>(int64_t r) {
+    constexpr int V = std::min(4, TILE / R);
+    int64_t o = from;
+    for (; o + (V - 1) * LANES < to; o += V * LANES) outputs_float<R, V>(p, weight, x + r * in, in, y + r * p.out, o, to);
+    for (; o < to; o += LANES) outputs_float<R, 1>(p, weight, x + r * in, in, y + r * p.out, o, to);
+  });
+}
+
+inline float scaled(const Product& p, const Rows& x, int32_t dot, int64_t row, int64_t o) {
+  const float sum = static_cast<float>(dot - FLIP * x.sum[row]);
+  return sum * (x.scale[row] * static_cast<const float*>(p.scale)[o]) + (p.bias ? p.bias[o] : 0);
+}
+
+inline void one_row_8(const Product& p, const Rows& x, int64_t row, float* y, int64_t from, int64_t to) {
+  const int8_t *weight = static_cast<const int8_t*>(p.weight), *q = x.q.data() + row * rounded_up(p.in, GROUP);
+  int32_t found[16];
+  for (int64_t o = from; o < to; o += 16) {
+    const int64_t count = std::min<int64_t>(16, to - o);
+    if (count == 16) byte_dots(weight + o * p.in, q, p.in, found);
+    else
+      for (int64_t i = 0; i < count; ++i) found[i] = byte_dot(weight + (o + i) * p.in, q, p.in);
+    for (int64_t i = 0; i < count; ++i) y[o + i] = scaled(p, x, found[i], row, o + i);
+  }
+}
+
+// The sum over groups of dot * (weights' scale * row's scale) + shift * summed, where shift is center - 8 scale: a weight is
+// center + scale (integer - 8). Lane i has groups i, i + 16, …
+inline void add_groups(Floats& sum, const Floats& dots, const Floats& scale, const Floats& shift, const Floats& row_scale, const Floats& summed) {
+  sum = multiply_add(dots, multiply(scale, row_scale), sum);
+  sum = multiply_add(shift, summed, sum);
+}
+inline Floats shift_of(const Floats& center, const Floats& scale) { return multiply_add(all(-8), scale, center); }
+
+// Each row of x.q has 16 groups more: it begins again, so that any 16 groups of weights that follow each other find theirs.
+inline void one_row_4(const Product& p, const Rows& x, int64_t row, float* y, int64_t from, int64_t to) {
+  const int64_t G = p.in / GROUP;
+  const int8_t* q = x.q.data() + row * (G + LANES) * GROUP;
+  const float* row_scale = x.scale.data() + row * rounded_up(G, LANES);
+  const float* summed = x.summed.data() + row * rounded_up(G, LANES);
+  static thread_local std::vector<int32_t> own;
+  std::vector<int32_t>& dots = own;
+  const int64_t at_once = std::max<int64_t>(1, 256 / G);
+  dots.resize(at_once * G + LANES);
+  for (int64_t begin = from; begin < to; begin += at_once) {
+    const int64_t end = std::min(begin + at_once, to), count = (end - begin) * G;
+    const uint8_t* weight = static_cast<const uint8_t*>(p.weight) + begin * G * (GROUP / 2);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) nibble_dots(weight + i * (GROUP / 2), q + i % G * GROUP, dots.data() + i);
+    for (; i < count; ++i) dots[i] = nibble_dot(weight + i * (GROUP / 2), q + i % G * GROUP);
+    for (int64_t o = begin; o < end; ++o) {
+      Floats sum = zero();
+      for (int64_t g = 0; g < G; g += LANES) {
+        // What is read behind the row's last group counts nothing: `row_scale` and `summed` are 0 there.
+        const int64_t left = std::min<int64_t>(p.out * G - (o * G + g), LANES);
+        const Floats scale = load_some(static_cast<const uint16_t*>(p.scale) + o * G + g, left);
+        const Floats center = load_some(static_cast<const uint16_t*>(p.center) + o * G + g, left);
+        add_groups(sum, to_floats(load_ints(dots.data() + (o - begin) * G + g)), scale, shift_of(center, scale), load(row_scale + g),
+                   load(summed + g));
+      }
+      y[o] = sum_of(sum) + (p.bias ? p.bias[o] : 0);
+    }
+  }
+}
+
+// 128 inputs of TILE_OUTPUTS weights: each `dot` takes four inputs of 16 outputs.
+struct Tile {
+  alignas(64) uint32_t fours[INTEGER_VECTORS][GROUP / 4][LANES];
+};
+
+// Of 8 bits: inputs [k, k + 128) of `outputs` rows, zeros where there are fewer.
+inline void fill_8(Tile& tile, const int8_t* weight, int64_t in, int64_t k, int64_t outputs) {
+  for (int v = 0; v < INTEGER_VECTORS; ++v)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t begin = k + 64 * half, rows = std::clamp<int64_t>(outputs - v * LANES, 0, LANES);
+      const int64_t bytes = std::clamp<int64_t>(in - begin, 0, 64);
+      uint32_t(*to)[LANES] = tile.fours[v] + 16 * half;
+      transpose(reinterpret_cast<const uint8_t*>(weight) + v * LANES * in + begin, in, rows, bytes, to);
+      for (int word = 0; word < 16; ++word)
+        for (int i = 0; i < LANES; ++i) to[word][i] ^= FLIP * 0x01010101u;
+    }
+}
+
+inline void fill_4(Tile& tile, const uint8_t* weight, int64_t stride, int64_t outputs) {
+  for (int v = 0; v < INTEGER_VECTORS; ++v) {
+    const int64_t rows = std::clamp<int64_t>(outputs - v * LANES, 0, LANES);
+    uint32_t(*to)[LANES] = tile.fours[v];
+    transpose(weight + v * LANES * stride, stride, rows, GROUP / 2, to);
+    for (int word = 0; word < 16; ++word)
+      for (int i = 0; i < LANES; ++i) {
+        to[word + 16][i] = to[word][i] >> 4 & 0x0f0f0f0fu;
+        to[word][i] &= 0x0f0f0f0fu;
+      }
+  }
+}
+
+template <int R>
+inline void dots(const Tile& tile, const int8_t* x, int64_t stride, Ints (&sums)[R][INTEGER_VECTORS]) {
+  for (int64_t four = 0; four < GROUP / 4; ++four) {
+    Bytes weights[INTEGER_VECTORS];
+    UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v) weights[v] = load_bytes(tile.fours[v][four]);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const Bytes inputs = all_fours(x + r * stride + 4 * four);
+      UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v) sums[r][v] = dot(sums[r][v], weights[v], inputs);
+    }
+  }
+}
+
+// Scales, or centers, of TILE_OUTPUTS outputs and the 32 groups from g on, as vectors of outputs.
+using Turned = float[2 * LANES][TILE_OUTPUTS];
+
+struct Scratch {  // of a thread
+  Tile tile;
+  Turned scales, centers;
+  alignas(64) int32_t sums_8[ROWS_TOGETHER][TILE_OUTPUTS];
+  // Sums of groups g, g + 16, …, each in its own: for one row they are the lanes of `add_groups`.
+  alignas(64) float sums_4[LANES][ROWS_TOGETHER][TILE_OUTPUTS];
+};
+
+inline void many_rows_8(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
+  const int64_t width = rounded_up(p.in, GROUP);
+  static thread_local Scratch own;
+  Tile& tile = own.tile;
+  auto& sums = own.sums_8;
+  for (int64_t first = 0; first < rows; first += ROWS_TOGETHER)
+    for (int64_t o = from; o < to; o += TILE_OUTPUTS) {
+      const int64_t here = std::min(ROWS_TOGETHER, rows - first), outputs = std::min(TILE_OUTPUTS, to - o);
+      for (int64_t k = 0; k < p.in; k += GROUP) {
+        fill_8(tile, static_cast<const int8_t*>(p.weight) + o * p.in, p.in, k, outputs);
+        by_rows<INTEGER_ROWS>(here, [&]<int R>(int64_t r) {
+          Ints found[R][INTEGER_VECTORS];
+          UNROLL for (int i = 0; i < R; ++i) UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v)
+            found[i][v] = k ? load_ints(sums[r + i] + v * LANES) : zero_ints();
+          dots<R>(tile, x.q.data() + (first + r) * width + k, width, found);
+          UNROLL for (int i = 0; i < R; ++i) UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v)
+            store_ints(sums[r + i] + v * LANES, found[i][v]);
+        });
+      }
+      for (int64_t r = 0; r < here; ++r)
+        for (int64_t i = 0; i < outputs; ++i) y[(first + r) * p.out + o + i] = scaled(p, x, sums[r][i], first + r, o + i);
+    }
+}
+
+inline void turn(Turned& turned, const void* of, int64_t G, int64_t o, int64_t g, int64_t outputs) {
+  const uint16_t* values = static_cast<const uint16_t*>(of) + o * G + g;
+  alignas(64) uint32_t words[LANES][LANES];
+  for (int v = 0; v < INTEGER_VECTORS; ++v) {
+    const int64_t rows = std::clamp<int64_t>(outputs - v * LANES, 0, LANES), bytes = std::min<int64_t>(2 * (G - g), 64);
+    transpose(reinterpret_cast<const uint8_t*>(values + v * LANES * G), 2 * G, rows, bytes, words);
+    for (int word = 0; 4 * word < bytes; ++word) {
+      store(turned[2 * word] + v * LANES, first_of_pairs(reinterpret_cast<const uint16_t*>(words[word])));
+      store(turned[2 * word + 1] + v * LANES, second_of_pairs(reinterpret_cast<const uint16_t*>(words[word])));
+    }
+  }
+}
+
+inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
+  const int64_t G = p.in / GROUP, kept = std::min<int64_t>(G, LANES), width = rounded_up(G, LANES);
+  static thread_local Scratch own;
+  Tile& tile = own.tile;
+  auto& sums = own.sums_4;
+  for (int64_t first = 0; first < rows; first += ROWS_TOGETHER)
+    for (int64_t o = from; o < to; o += TILE_OUTPUTS) {
+      const int64_t here = std::min(ROWS_TOGETHER, rows - first), outputs = std::min(TILE_OUTPUTS, to - o);
+      for (int64_t g = 0; g < G; ++g) {
+        if (g % (2 * LANES) == 0) {
+          turn(own.scales, p.scale, G, o, g, outputs);
+          turn(own.centers, p.center, G, o, g, outputs);
+        }
+        fill_4(tile, static_cast<const uint8_t*>(p.weight) + (o * G + g) * (GROUP / 2), G * (GROUP / 2), outputs);
+        Floats scale[INTEGER_VECTORS], shift[INTEGER_VECTORS];
+        for (int v = 0; v < INTEGER_VECTORS; ++v) {
+          scale[v] = load(own.scales[g % (2 * LANES)] + v * LANES);
+          shift[v] = shift_of(load(own.centers[g % (2 * LANES)] + v * LANES), scale[v]);
+        }
+        by_rows<INTEGER_ROWS>(here, [&]<int R>(int64_t r) {
+          Ints found[R][INTEGER_VECTORS];
+          UNROLL for (auto& row : found) UNROLL for (auto& each : row) each = zero_ints();
+          const int64_t row = first + r;
+          dots<R>(tile, x.q.data() + (row * G + g) * GROUP, G * GROUP, found);
+          UNROLL for (int i = 0; i < R; ++i) {
+            const Floats row_scale = all(x.scale[(row + i) * width + g]), summed = all(x.summed[(row + i) * width + g]);
+            UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v) {
+              float* at = sums[g % LANES][r + i] + v * LANES;
+              Floats sum = g < LANES ? zero() : load(at);
+              add_groups(sum, to_floats(found[i][v]), scale[v], shift[v], row_scale, summed);
+              store(at, sum);
+            }
+          }
+        });
+      }
+      for (int64_t r = 0; r < here; ++r)
+        for (int v = 0; v * LANES < outputs; ++v) {
+          for (int64_t step = LANES / 2; step; step /= 2)  // as `sum_of`
+            for (int64_t i = 0; i < step && i + step < kept; ++i) {
+              float* at = sums[i][r] + v * LANES;
+              store(at, add(load(at), load(sums[i + step][r] + v * LANES)));
+            }
+          const int64_t begin = o + v * LANES;
+          put(y + (first + r) * p.out + begin, load(sums[0][r] + v * LANES), p.bias ? p.bias + begin : nullptr,
+              std::min<int64_t>(LANES, to - begin));
+        }
+    }
+}
+
+// --- products ----------------------------------------------------------------------------------------------------------
+
+inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r, int64_t in, bool one_by_one) {
+  if (bits == 16) {
+    const int64_t width = rounded_up(in, 2);
+#ifdef PLUG_PAIRS
+    for (int64_t i = 0; i < in; ++i) ready.half[r * width + i] = to_bfloat16(x[i]);
+#else
+    std::copy_n(x, in, ready.x.data() + r * width);
+#endif
+  } else if (bits == 8) {
+    ready.scale[r] = round_values(x, in, ready.q.data() + r * rounded_up(in, GROUP), &ready.sum[r]);
+  } else {
+    const int64_t groups = in / GROUP, width = groups + (one_by_one ? LANES : 0);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = r * rounded_up(groups, LANES) + g;
+      int8_t q[GROUP];
+      int32_t sum;
+      ready.scale[at] = round_values(x + g * GROUP, GROUP, q, &sum);
+      ready.summed[at] = ready.scale[at] * static_cast<float>(sum);
+      order_for_nibbles(q, ready.q.data() + (r * width + g) * GROUP);
+    }
+    for (int64_t g = groups; g < width; ++g)
+      std::copy_n(ready.q.data() + (r * width + g % groups) * GROUP, GROUP, ready.q.data() + (r * width + g) * GROUP);
+  }
+}
+
+// The rows that products multiply, made ready once for several weights of the same `bits`.
+inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, int64_t rows, int64_t in) {
+  const bool one_by_one = rows <= ROWS_ONE_BY_ONE;
+  if (bits == 32) return;
+  if (bits == 16) {
+    const int64_t width = rounded_up(in, 2);
+#ifdef PLUG_PAIRS
+    ready.half.resize(rows * width);
+    if (width > in)
+      for (int64_t r = 0; r < rows; ++r) ready.half[r * width + in] = 0;
+#else
+    if (width == in) return;  // `x` itself is read
+    ready.x.assign(rows * width, 0);
+#endif
+  } else if (bits == 8) {
+    ready.q.assign(rows * rounded_up(in, GROUP), 0);
+    ready.scale.resize(rows);
+    ready.sum.resize(rows);
+  } else {
+    const int64_t groups = rows * (in / GROUP);
+    ready.q.resize((groups + (one_by_one ? rows * LANES : 0)) * GROUP);
+    ready.scale.assign(rows * rounded_up(in / GROUP, LANES), 0);
+    ready.summed.assign(ready.scale.size(), 0);
+  }
+  const int64_t at_once = rows < 4 ? rows : (rows + 15) / 16;
+  if (rows)
+    pool.run((rows + at_once - 1) / at_once, [&](int64_t chunk) {
+      for (int64_t r = chunk * at_once; r < std::min(rows, (chunk + 1) * at_once); ++r) make_row_ready(ready, bits, x + r * in, r, in, one_by_one);
+    });
+}
+
+// Outputs [from, to) of all rows; `from` is a multiple of OUTPUTS_AT_ONCE.
+inline void outputs(const Product& p, const Rows& ready, const float* x, float* y, int64_t rows, int64_t from, int64_t to) {
+  if (p.bits == 32) {
+    outputs_float<float>(p, x, y, rows, from, to);
+  } else if (p.bits == 16) {
+#ifdef PLUG_PAIRS
+    outputs_float<uint16_t>(p, ready.half.data(), y, rows, from, to);
+#else
+    outputs_float<uint16_t>(p, p.in % 2 ? ready.x.data() : x, y, rows, from, to);
+#endif
+  } else if (rows <= ROWS_ONE_BY_ONE) {
+    for (int64_t r = 0; r < rows; ++r) (p.bits == 8 ? one_row_8 : one_row_4)(p, ready, r, y + r * p.out, from, to);
+  } else {
+    (p.bits == 8 ? many_rows_8 : many_rows_4)(p, ready, y, rows, from, to);
+  }
+}
+
+// x (rows, in) and y (rows, out) of each product, which share x; `after` gets a product's number and the outputs that are done.
 template <typename After>
 inline void multiply(Pool& pool, const Product* products, int count, const float* x, float* const* y, int64_t rows,
                      const After& after) {
   static thread_local Rows own;
   Rows& ready = own;  // of the calling thread, also where others read it
-  make_ready(ready, products[0].bits, x, rows, products[0].in);
+  make_ready(pool, ready, products[0].bits, x, rows, products[0].in);
   int64_t chunks = 0, first[4];
   for (int i = 0; i < count; ++i) {
     first[i] = chunks;
@@ -386,7 +463,7 @@ inline void multiply(Pool& pool, const Product* products, int count, const float
     while (chunk < first[i]) --i;
     const int64_t from = (chunk - first[i]) * OUTPUTS_AT_ONCE, to = std::min(from + OUTPUTS_AT_ONCE, products[i].out);
     outputs(products[i], ready, x, y[i], rows, from, to);
-    after(y[i], from, to);
+    after(i, from, to);
   });
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import byref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plug.kernels.cpu.build import Product, library
 
@@ -17,7 +17,8 @@ class CpuProduct:
     rounded to 8 bits, by the row's largest value and by that of each group of 128.
 
     Args:
-        weight: (out, in) in float32, float16 or int8, or `pack_nibbles` of one; contiguous.
+        weight: (out, in) in float32, bfloat16 or int8, or `pack_nibbles` of one; contiguous. Of
+            floats a copy is kept, in another order.
         scale: None, float32 (out,), or bfloat16 (out, in / 128).
         center: None, or bfloat16 as the scale of 4 bits.
         bias: float32 (out,) or None.
@@ -30,12 +31,14 @@ class CpuProduct:
         scale: Tensor | None = None,
         center: Tensor | None = None,
     ) -> None:
-        bits = {torch.float32: 32, torch.float16: 16, torch.int8: 8, torch.uint8: 4}[weight.dtype]
+        bits = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}[weight.dtype]
+        self.out, self.inputs = len(weight), weight.shape[1] * (2 if bits == 4 else 1)
+        if weight.is_floating_point():
+            weight = _side_by_side(weight, 2 if bits == 16 else 1)
         self._kept = [
             None if each is None else each.detach().contiguous()
             for each in (weight, scale, center, bias)
         ]
-        self.out, self.inputs = len(weight), weight.shape[1] * (2 if bits == 4 else 1)
         addresses = (None if each is None else each.data_ptr() for each in self._kept)
         self.product = Product(bits, *addresses, self.out, self.inputs)
         found = library()
@@ -48,3 +51,10 @@ class CpuProduct:
         threads = torch.get_num_threads()
         self._multiply(threads, byref(self.product), flat.data_ptr(), y.data_ptr(), len(flat))
         return y.view(*x.shape[:-1], self.out)
+
+
+def _side_by_side(weight: Tensor, inputs: int) -> Tensor:
+    """Put 16 outputs side by side: (out / 16, in / ``inputs``, 16, ``inputs``), zeros added."""
+    rows, columns = weight.shape
+    padded = nn.functional.pad(weight.detach(), (0, -columns % inputs, 0, -rows % 16))
+    return padded.view(-(-rows // 16), 16, -1, inputs).transpose(1, 2).contiguous()

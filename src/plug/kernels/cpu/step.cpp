@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 
+#include "functions.h"
 #include "products.h"
 
 namespace plug {
@@ -23,54 +24,105 @@ struct Layer {
   const float *source_keys, *source_values;    // (rows, heads, source_capacity, head_dim)
 };
 
+// What an adapter adds to a product: b times (a times x), with a (rank, in) and b (rank, out). Rank 0: nothing.
+struct LowRank {
+  const float *a, *b;
+  int64_t rank;
+};
+
+constexpr int PRODUCTS = 8;  // of a layer, in the order of its fields
+
+// The adapters that rows use besides the weights.
+struct Adapters {
+  const LowRank* parts;    // (layers, PRODUCTS, count)
+  const int64_t* numbers;  // of each row's adapter, below count
+  int64_t count;
+};
+
 struct Shape {
   int64_t hidden, heads, head_dim, capacity, source_capacity, layers;
   double eps;
 };
 
-// Sixteen sums side by side, which the compiler keeps in one register.
 inline float dot(const float* a, const float* b, int64_t count) {
-  float lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int lane = 0; lane < 16; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += a[i] * b[i];
-  float sum = 0;
-  for (float lane : lanes) sum += lane;
-  return sum;
+  return sum_over<float>(count, [&](int64_t i) { return a[i] * b[i]; });
 }
 
 void normalize(const float* x, const Norm& norm, int64_t hidden, double eps, float* y) {
-  double sum = 0, squares = 0;
-  for (int64_t i = 0; i < hidden; ++i) sum += x[i];
-  const double mean = sum / hidden;
-  for (int64_t i = 0; i < hidden; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const double mean = sum_over<double>(hidden, [&](int64_t i) { return static_cast<double>(x[i]); }) / hidden;
+  const double squares = sum_over<double>(hidden, [&](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
   const float scale = static_cast<float>(1 / std::sqrt(squares / hidden + eps)), shift = static_cast<float>(mean);
   for (int64_t i = 0; i < hidden; ++i) y[i] = (x[i] - shift) * scale * norm.weight[i] + norm.bias[i];
 }
 
 // One head of one token: softmax(query keys / sqrt(head_dim)) values, over the first `count` positions.
 void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim, float* context) {
-  static thread_local std::vector<float> chances;
-  chances.resize(count);
+  static thread_local std::vector<float> own;
+  own.resize(count + head_dim);
+  float *chances = own.data(), *sum = chances + count;
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  float largest = -INFINITY, sum = 0;
+  float largest = -INFINITY;
   for (int64_t i = 0; i < count; ++i) {
     chances[i] = scale * dot(query, keys + i * head_dim, head_dim);
     largest = std::max(largest, chances[i]);
   }
-  for (int64_t i = 0; i < count; ++i) sum += chances[i] = std::exp(chances[i] - largest);
-  std::fill(context, context + head_dim, 0.0f);
-  for (int64_t i = 0; i < count; ++i) {
-    const float chance = chances[i] / sum;
-    for (int64_t d = 0; d < head_dim; ++d) context[d] += chance * values[i * head_dim + d];
-  }
+  for (int64_t i = 0; i < count; ++i) chances[i] = exp_of_negative(chances[i] - largest);
+  const float total = sum_over<float>(count, [&](int64_t i) { return chances[i]; });
+  std::fill_n(sum, head_dim, 0.0f);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < head_dim; ++d) sum[d] += chances[i] * values[i * head_dim + d];
+  for (int64_t d = 0; d < head_dim; ++d) context[d] = sum[d] / total;
 }
 
-constexpr auto NOTHING = [](float*, int64_t, int64_t) {};
+// The exact GELU.
+void gelu(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0.5f * values[i] * (1 + erf_of(values[i] * SQRT_HALF));
+}
+
+constexpr auto NOTHING = [](int, int64_t, int64_t) {};
+
+// The low-rank parts of several products of the same rows, for each row by its own adapter.
+class Added {
+ public:
+  // Computes a times x; `first` is the number of the first of `count` products of a layer.
+  Added(Pool& pool, const Adapters* adapters, int64_t layer, int first, int count, const float* x, int64_t in, int64_t tokens,
+        const int64_t* rows)
+      : adapters_(adapters), tokens_(tokens), rows_(rows) {
+    if (!adapters_) return;
+    parts_ = adapters_->parts + (layer * PRODUCTS + first) * adapters_->count;
+    for (int64_t i = 0; i < count * adapters_->count; ++i) width_ = std::max(width_, parts_[i].rank);
+    inner_.resize(count * tokens * width_);
+    pool.run(count * tokens, [&](int64_t i) {
+      const LowRank& part = of(i / tokens, i % tokens);
+      for (int64_t r = 0; r < part.rank; ++r) inner_[i * width_ + r] = dot(part.a + r * in, x + i % tokens * in, in);
+    });
+  }
+
+  // Adds b times that to outputs [from, to) of product `index`, whose y is (tokens, out).
+  void operator()(int index, float* y, int64_t out, int64_t from, int64_t to) const {
+    for (int64_t n = 0; adapters_ && n < tokens_; ++n) {
+      const LowRank& part = of(index, n);
+      for (int64_t r = 0; r < part.rank; ++r) {
+        const float by = inner_[(index * tokens_ + n) * width_ + r];
+        const float* b = part.b + r * out;
+        for (int64_t o = from; o < to; ++o) y[n * out + o] += by * b[o];
+      }
+    }
+  }
+
+ private:
+  const LowRank& of(int64_t index, int64_t n) const { return parts_[index * adapters_->count + adapters_->numbers[rows_[n]]]; }
+
+  const Adapters* adapters_;
+  int64_t tokens_, width_ = 0;
+  const int64_t* rows_;
+  const LowRank* parts_ = nullptr;
+  std::vector<float> inner_;
+};
 
 void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final_norm, const Product& head, float* hidden,
-          int64_t tokens, const int64_t* rows, const int64_t* positions, const int32_t* source_lengths, float* logits) {
+          int64_t tokens, const int64_t* rows, const int64_t* positions, const int32_t* source_lengths, const Adapters* adapters,
+          float* logits) {
   const int64_t width = shape.hidden, heads = shape.heads, head_dim = shape.head_dim, inner = heads * head_dim;
   std::vector<float> normalized(tokens * width), query(tokens * inner), key(tokens * inner), value(tokens * inner),
       context(tokens * inner), change(tokens * width), wide(tokens * layers[0].fc1.out);
@@ -78,11 +130,20 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
     for (int64_t n = 0; n < tokens; ++n)
       normalize(hidden + n * width, by, width, shape.eps, normalized.data() + n * width);
   };
-  const auto multiply_one = [&](const Product& product, const float* x, float* y) {
-    multiply(pool, &product, 1, x, &y, tokens, NOTHING);
+  int64_t index = 0;  // of the layer
+  // `which`: the number of the first product among those of a layer.
+  const auto multiply_some = [&](int which, const Product* products, int count, const float* x, float* const* y, const auto& after) {
+    const Added added(pool, adapters, index, which, count, x, products[0].in, tokens, rows);
+    multiply(pool, products, count, x, y, tokens, [&](int i, int64_t from, int64_t to) {
+      added(i, y[i], products[i].out, from, to);
+      after(i, from, to);
+    });
   };
-  const auto add = [&](const Product& product, const float* x) {
-    multiply_one(product, x, change.data());
+  const auto multiply_one = [&](int which, const Product& product, const float* x, float* y) {
+    multiply_some(which, &product, 1, x, &y, NOTHING);
+  };
+  const auto add = [&](int which, const Product& product, const float* x) {
+    multiply_one(which, product, x, change.data());
     for (int64_t i = 0; i < tokens * width; ++i) hidden[i] += change[i];
   };
   const auto attend_all = [&](const float* keys, const float* values, int64_t capacity, const auto& count) {
@@ -93,11 +154,11 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
       }
     });
   };
-  for (int64_t index = 0; index < shape.layers; ++index) {
+  for (; index < shape.layers; ++index) {
     const Layer& layer = layers[index];
     norm(layer.self_norm);
     float* const parts[] = {query.data(), key.data(), value.data()};
-    multiply(pool, layer.query_key_value, 3, normalized.data(), parts, tokens, NOTHING);
+    multiply_some(0, layer.query_key_value, 3, normalized.data(), parts, NOTHING);
     // All new positions join the cache before any attends, each to those up to its own.
     for (int64_t n = 0; n < tokens; ++n)
       for (int64_t h = 0; h < heads; ++h) {
@@ -106,22 +167,20 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
         std::copy_n(value.data() + own, head_dim, layer.values + at);
       }
     attend_all(layer.keys, layer.values, shape.capacity, [&](int64_t n) { return positions[n] + 1; });
-    add(layer.out, context.data());
+    add(3, layer.out, context.data());
     norm(layer.cross_norm);
-    multiply_one(layer.source_query, normalized.data(), query.data());
+    multiply_one(4, layer.source_query, normalized.data(), query.data());
     attend_all(layer.source_keys, layer.source_values, shape.source_capacity, [&](int64_t n) { return source_lengths[rows[n]]; });
-    add(layer.source_out, context.data());
+    add(5, layer.source_out, context.data());
     norm(layer.feed_forward_norm);
     float* y = wide.data();
-    multiply(pool, &layer.fc1, 1, normalized.data(), &y, tokens, [&](float* done, int64_t from, int64_t to) {
-      for (int64_t n = 0; n < tokens; ++n)  // the exact GELU
-        for (float* at = done + n * layer.fc1.out + from; at < done + n * layer.fc1.out + to; ++at)
-          *at = 0.5f * *at * (1 + std::erf(*at * SQRT_HALF));
+    multiply_some(6, &layer.fc1, 1, normalized.data(), &y, [&](int, int64_t from, int64_t to) {
+      for (int64_t n = 0; n < tokens; ++n) gelu(y + n * layer.fc1.out + from, to - from);
     });
-    add(layer.fc2, wide.data());
+    add(7, layer.fc2, wide.data());
   }
   norm(final_norm);
-  multiply_one(head, normalized.data(), logits);
+  multiply(pool, &head, 1, normalized.data(), &logits, tokens, NOTHING);
 }
 
 }  // namespace
@@ -147,14 +206,8 @@ plug::Pool& pool_of(int threads) {
 
 extern "C" {
 
-// 512: AVX-512 with VNNI. 0: what the compiler made of plain loops.
-int plug_instructions() {
-#ifdef PLUG_AVX512
-  return 512;
-#else
-  return 0;
-#endif
-}
+// 512: AVX-512 with VNNI. 256: AVX2. 128: Arm with dot products. 0: what the compiler made of plain loops.
+int plug_instructions() { return plug::INSTRUCTIONS; }
 
 // x (rows, in) and y (rows, out), float32, contiguous.
 void plug_multiply(int threads, const plug::Product* product, const float* x, float* y, int64_t rows) {
@@ -162,29 +215,32 @@ void plug_multiply(int threads, const plug::Product* product, const float* x, fl
   plug::multiply(pool_of(threads), product, 1, x, &y, rows, plug::NOTHING);
 }
 
-// hidden (tokens, hidden), the embedded tokens, is overwritten; token n is at positions[n] of text rows[n]; logits
-// (tokens, vocabulary).
+// hidden (tokens, hidden), the embedded tokens, is overwritten; token n is at positions[n] of text rows[n]; adapters may be
+// null; logits (tokens, vocabulary).
 void plug_step(int threads, const plug::Shape* shape, const plug::Layer* layers, const plug::Norm* final_norm,
                const plug::Product* head, float* hidden, int64_t tokens, const int64_t* rows, const int64_t* positions,
-               const int32_t* source_lengths, float* logits) {
+               const int32_t* source_lengths, const plug::Adapters* adapters, float* logits) {
   const std::lock_guard<std::mutex> lock(mutex);
-  plug::step(pool_of(threads), *shape, layers, *final_norm, *head, hidden, tokens, rows, positions, source_lengths, logits);
+  plug::step(pool_of(threads), *shape, layers, *final_norm, *head, hidden, tokens, rows, positions, source_lengths, adapters,
+             logits);
 }
 
-// 0 if products in 16, 8 and 4 bits of a weight that is 1 everywhere are what they should be.
+// 0 if products in 32, 16, 8 and 4 bits of a weight that is 1 everywhere are what they should be.
 int plug_self_test() {
-  constexpr int64_t out = 70, in = 256, rows = 5;
-  std::vector<float> x(rows * in, 0.5f), y(rows * out), scale(out, 1.0f);
-  std::vector<uint16_t> half(out * in, 0x3c00), ones(out * in / plug::GROUP, 0x3f80), zeros(ones.size(), 0);
+  constexpr int64_t out = 80, in = 256;
+  std::vector<float> x(5 * in, 0.5f), y(5 * out), single(out * in, 1.0f), scale(out, 1.0f);
+  std::vector<uint16_t> half(out * in, 0x3f80), ones(out * in / plug::GROUP, 0x3f80), zeros(ones.size(), 0);
   std::vector<int8_t> eight(out * in, 1);
   std::vector<uint8_t> four(out * in / 2, 0x99);  // (9 - 8) * 1 + 0
-  for (const plug::Product& product : {plug::Product{16, half.data(), nullptr, nullptr, nullptr, out, in},
+  for (const plug::Product& product : {plug::Product{32, single.data(), nullptr, nullptr, nullptr, out, in},
+                                       plug::Product{16, half.data(), nullptr, nullptr, nullptr, out, in},
                                        plug::Product{8, eight.data(), scale.data(), nullptr, nullptr, out, in},
-                                       plug::Product{4, four.data(), ones.data(), zeros.data(), nullptr, out, in}}) {
-    plug_multiply(2, &product, x.data(), y.data(), rows);
-    for (float each : y)
-      if (std::fabs(each - 0.5f * in) > 1e-3f) return static_cast<int>(product.bits);
-  }
+                                       plug::Product{4, four.data(), ones.data(), zeros.data(), nullptr, out, in}})
+    for (int64_t rows : {1, 5}) {
+      plug_multiply(2, &product, x.data(), y.data(), rows);
+      for (int64_t i = 0; i < rows * out; ++i)
+        if (std::fabs(y[i] - 0.5f * in) > 1e-3f) return static_cast<int>(product.bits);
+    }
   return 0;
 }
 

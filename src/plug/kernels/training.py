@@ -1,0 +1,511 @@
+"""Triton kernels for training adapters: their thin products, dropout, norms and GELU, both ways.
+
+`plug.finetuning.plain_training` has the same functions in plain PyTorch. Tensors have two
+dimensions, (rows, size), and are contiguous along the second. Arithmetic is in float32, results
+are rounded once.
+
+Dropout keeps no mask: whether an element is kept is a hash of its place and a seed, so the backward
+pass asks again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from plug.kernels.rows import FP8, Fp8Rows
+
+_BLOCK = 4096  # elements of a program of an elementwise kernel
+_SEEDS = ("seed", "second", "threshold")  # whose values make no other kernel
+
+
+def project(
+    x: Tensor,
+    a: Tensor,
+    *,
+    alpha: float = 1.0,
+    gelu: bool = False,
+    rate: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Compute alpha * dropout(x) a^T for few outputs: reads ``x`` once and writes little.
+
+    Args:
+        x: (rows, size).
+        a: (rank, size), any strides and float dtype.
+        alpha: factor.
+        gelu: take the exact GELU of ``x`` first.
+        rate: of dropout; 0 is none.
+        seed: of dropout.
+
+    Returns:
+        (rows, rank), in x's dtype.
+    """
+    rows, size = x.shape
+    rank = len(a)
+    out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
+    block = 32 if rows > 1024 else 16
+    _project[(triton.cdiv(rows, block),)](
+        x, a, out, rows, size, rank, x.stride(0), a.stride(0), a.stride(1),
+        alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
+        GELU=gelu, RANK=_whole(rank), ROWS=block, COLUMNS=128, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+def outer(
+    u: Tensor,
+    x: Tensor,
+    *,
+    alpha: float = 1.0,
+    gelu: bool = False,
+    rate: float = 0.0,
+    seed: int = 0,
+    transposed: bool = False,
+) -> Tensor:
+    """Compute alpha * u^T dropout(x), the gradient of a thin matrix, in float32.
+
+    Args:
+        u: (rows, rank).
+        x: (rows, size).
+        alpha: factor.
+        gelu: as in `project`, and so ``rate`` and ``seed``.
+        rate: of dropout.
+        seed: of dropout.
+        transposed: return (size, rank).
+
+    Returns:
+        (rank, size).
+    """
+    rows, size = x.shape
+    rank = u.shape[1]
+    columns = triton.cdiv(size, 128)
+    parts = max(1, min(512 // columns, rows // 256))
+    shape = (parts, size, rank) if transposed else (parts, rank, size)
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    strides = (1, rank) if transposed else (size, 1)
+    _outer[(columns, parts)](
+        u, x, out, rows, size, rank, triton.cdiv(rows, parts), u.stride(0), x.stride(0), *strides,
+        alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
+        GELU=gelu, RANK=_whole(rank), ROWS=64, COLUMNS=128, num_stages=3,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def expand_(
+    y: Tensor,
+    u: Tensor,
+    b: Tensor,
+    *,
+    alpha: float = 1.0,
+    rate: float = 0.0,
+    seed: int = 0,
+    before_gelu: Tensor | None = None,
+) -> Tensor:
+    """Add alpha * dropout(u b) to ``y`` in place, and return it.
+
+    Args:
+        y: (rows, size).
+        u: (rows, rank).
+        b: (rank, size), any strides and float dtype.
+        alpha: factor.
+        rate: of dropout.
+        seed: of dropout.
+        before_gelu: (rows, size): multiply the sum by the derivative of GELU there.
+    """
+    rows, size = y.shape
+    rank = u.shape[1]
+    grid = (triton.cdiv(rows, 64) * triton.cdiv(size, 128),)
+    inside = y if before_gelu is None else before_gelu
+    _expand[grid](
+        y, u, b, inside, rows, size, rank, y.stride(0), u.stride(0), b.stride(0), b.stride(1),
+        inside.stride(0), alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
+        GELU=before_gelu is not None, RANK=_whole(rank), ROWS=64, COLUMNS=128,
+    )  # fmt: skip
+    return y
+
+
+def residual_(y: Tensor, x: Tensor, *, rate: float, seed: int) -> Tensor:
+    """Return x + dropout(y), written over ``y``; both contiguous."""
+    _residual[(triton.cdiv(y.numel(), _BLOCK),)](
+        y, x, y, y.numel(), 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
+        ADD=True, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return y
+
+
+def dropped(gradient: Tensor, *, rate: float, seed: int) -> Tensor:
+    """Return the gradient of y in `residual_`; ``gradient`` itself where nothing is dropped."""
+    if rate == 0:
+        return gradient
+    out = torch.empty_like(gradient)
+    _residual[(triton.cdiv(out.numel(), _BLOCK),)](
+        gradient, gradient, out, out.numel(), 1 / (1 - rate), *_dropout(rate, seed), DROP=True,
+        ADD=False, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    """Return the LayerNorm of ``x``, contiguous."""
+    out = torch.empty_like(x)
+    rows, size = x.shape
+    _norm[(rows,)](
+        x, layer.weight, layer.bias, out, layer.eps, size,
+        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+    )  # fmt: skip
+    return out
+
+
+def norm_backward_(gradient: Tensor, x: Tensor, layer: nn.LayerNorm, residual: Tensor) -> Tensor:
+    """Return ``residual`` + the gradient of the norm's input, written over ``gradient``.
+
+    Args:
+        gradient: of the norm's output (rows, size).
+        x: the norm's input.
+        layer: the norm.
+        residual: the gradient of ``x`` by its other use.
+    """
+    rows, size = x.shape
+    _norm_backward[(rows,)](
+        gradient, x, layer.weight, residual, layer.eps, size,
+        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+    )  # fmt: skip
+    return gradient
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return the exact GELU of ``x``, contiguous."""
+    out = torch.empty_like(x)
+    _gelu_to[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK)
+    return out
+
+
+def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> Fp8Rows:
+    """Round rows to FP8, each in units of its largest value.
+
+    Args:
+        x: (rows, size).
+        units: float32 (size,): round x * units instead.
+        gelu: round the GELU of ``x``.
+    """
+    rows, size = x.shape
+    out = Fp8Rows(
+        torch.empty(rows, size, dtype=FP8, device=x.device),
+        torch.empty(rows, 1, dtype=torch.float32, device=x.device),
+        x.dtype,
+    )
+    _quantize[(rows,)](
+        x, x if units is None else units, out.values, out.scale, size, x.stride(0),
+        GELU=gelu, UNITS=units is not None,
+        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+    )  # fmt: skip
+    return out
+
+
+def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply rows with a weight in FP8.
+
+    Args:
+        x: (rows, in).
+        weight: FP8 (out, in).
+        scale: float32 (out,), the units of the weight's rows.
+        bias: bfloat16 (out,).
+
+    Returns:
+        bfloat16 (rows, out).
+    """
+    return torch._scaled_mm(
+        x.values, weight.t(), scale_a=x.scale, scale_b=scale[None, :], bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+
+
+def unpack(
+    weight: Tensor,
+    scale: Tensor,
+    center: Tensor | None,
+    out: Tensor,
+    *,
+    units: Tensor | None = None,
+    transposed: bool = False,
+) -> None:
+    """Dequantise a weight of `plug.quantization.scheme` into ``out``.
+
+    Args:
+        weight: int8 (rows, size), or of 4 bits uint8 (rows, size / 2).
+        scale: of the format.
+        center: of the format with 4 bits; None: 8 bits.
+        out: (rows, size), or (size, rows) where ``transposed``; the second dimension contiguous.
+        units: float32 (rows,), with 4 bits: write in units of them. The units of 8 bits are their
+            scales: the integers are written where ``out`` is FP8.
+        transposed: write the transposed weight.
+    """
+    rows = len(weight)
+    bits = 8 if center is None else 4
+    size = weight.shape[1] * 8 // bits
+    if bits == 4:
+        weight = weight.view(torch.int32)
+    block_rows = 64 if transposed else 16
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(size, 128))
+    _unpack[grid](
+        weight, scale, scale if center is None else center, scale if units is None else units,
+        out, rows, size, out.stride(0),
+        BITS=bits, IN_UNITS=units is not None, PLAIN=bits == 8 and out.dtype == FP8,
+        TRANSPOSED=transposed, ROWS=block_rows, COLUMNS=128,
+    )  # fmt: skip
+
+
+def _whole(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _warps(size: int) -> int:
+    return min(16, max(1, size // 1024))
+
+
+def _dropout(rate: float, seed: int) -> tuple[int, int, int]:
+    """Seed, a second seed, and how many of 2^32 hashes are dropped; all 32 bits, signed."""
+    return _signed(seed), _signed(seed * 0x27D4EB2F), _signed(int(rate * 2**32))
+
+
+def _signed(value: int) -> int:
+    value &= 2**32 - 1
+    return value - 2**32 if value >= 2**31 else value
+
+
+@triton.jit
+def _kept(place, seed, second, threshold):
+    h = place.to(tl.uint32) ^ seed.to(tl.uint32)
+    h = h * 0x9E3779B1
+    h = h ^ (h >> 15)
+    h = h + second.to(tl.uint32)
+    h = h * 0x85EBCA6B
+    h = h ^ (h >> 13)
+    h = h * 0xC2B2AE35
+    h = h ^ (h >> 16)
+    return h >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _gelu(value):
+    return 0.5 * value * (1.0 + tl.math.erf(value * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(value):
+    cdf = 0.5 * (1.0 + tl.math.erf(value * 0.7071067811865476))
+    return cdf + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+
+
+@triton.jit(do_not_specialize=_SEEDS)
+def _project(
+    x, a, out, rows, size, rank, x_stride, a_stride, a_step,
+    alpha, seed, second, threshold,
+    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    r = tl.arange(0, RANK)
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for first in range(0, size, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        inside = (m[:, None] < rows) & (k[None, :] < size)
+        value = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
+        if GELU:
+            value = _gelu(value.to(tl.float32)).to(value.dtype)
+        if DROP:
+            kept = _kept(m[:, None] * size + k[None, :], seed, second, threshold)
+            value = tl.where(kept, value, 0.0)
+        thin = tl.load(
+            a + k[:, None] * a_step + r[None, :] * a_stride,
+            mask=(k[:, None] < size) & (r[None, :] < rank), other=0.0,
+        )  # fmt: skip
+        total = tl.dot(value, thin.to(value.dtype), total, input_precision="ieee")
+    at = out + m[:, None] * rank + r[None, :]
+    tl.store(at, total * alpha, mask=(m[:, None] < rows) & (r[None, :] < rank))
+
+
+@triton.jit(do_not_specialize=_SEEDS)
+def _outer(
+    u, x, out, rows, size, rank, chunk, u_stride, x_stride, out_rank, out_step,
+    alpha, seed, second, threshold,
+    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    r = tl.arange(0, RANK)
+    total = tl.zeros((RANK, COLUMNS), tl.float32)
+    end = tl.minimum(rows, (part + 1) * chunk)
+    for first in range(part * chunk, end, ROWS):
+        m = first + tl.arange(0, ROWS)
+        inside = (m[:, None] < end) & (k[None, :] < size)
+        value = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
+        if GELU:
+            value = _gelu(value.to(tl.float32)).to(value.dtype)
+        if DROP:
+            kept = _kept(m[:, None] * size + k[None, :], seed, second, threshold)
+            value = tl.where(kept, value, 0.0)
+        thin = tl.load(
+            u + m[None, :] * u_stride + r[:, None],
+            mask=(m[None, :] < end) & (r[:, None] < rank), other=0.0,
+        )  # fmt: skip
+        total = tl.dot(thin, value, total, input_precision="ieee")
+    at = out + part * rank * size + r[:, None] * out_rank + k[None, :] * out_step
+    tl.store(at, total * alpha, mask=(r[:, None] < rank) & (k[None, :] < size))
+
+
+@triton.jit(do_not_specialize=_SEEDS)
+def _expand(
+    y, u, b, before_gelu, rows, size, rank, y_stride, u_stride, b_stride, b_step, gelu_stride,
+    alpha, seed, second, threshold,
+    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(size, COLUMNS)
+    m = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.arange(0, RANK)
+    inside = (m[:, None] < rows) & (n[None, :] < size)
+    thin = tl.load(
+        u + m[:, None] * u_stride + r[None, :],
+        mask=(m[:, None] < rows) & (r[None, :] < rank), other=0.0,
+    )  # fmt: skip
+    wide = tl.load(
+        b + r[:, None] * b_stride + n[None, :] * b_step,
+        mask=(r[:, None] < rank) & (n[None, :] < size), other=0.0,
+    )  # fmt: skip
+    added = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee") * alpha
+    if DROP:
+        kept = _kept(m[:, None] * size + n[None, :], seed, second, threshold)
+        added = tl.where(kept, added, 0.0)
+    at = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
+    total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + added
+    if GELU:
+        place = before_gelu + m[:, None].to(tl.int64) * gelu_stride + n[None, :]
+        total *= _gelu_slope(tl.load(place, mask=inside, other=0.0).to(tl.float32))
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SEEDS)
+def _residual(
+    y, x, out, count, scale, seed, second, threshold,
+    DROP: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    value = tl.load(y + i, mask=inside, other=0.0).to(tl.float32)
+    if DROP:
+        value = tl.where(_kept(i, seed, second, threshold), value * scale, 0.0)
+    if ADD:
+        value += tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, value, mask=inside)
+
+
+@triton.jit
+def _norm(x, weight, bias, out, eps, size, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    at = tl.program_id(0).to(tl.int64) * size + i
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    centered = tl.where(inside, value - tl.sum(value, 0) / size, 0.0)
+    deviation = tl.sqrt(tl.sum(centered * centered, 0) / size + eps)
+    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, centered / deviation * w + b, mask=inside)
+
+
+@triton.jit
+def _norm_backward(gradient, x, weight, residual, eps, size, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    at = tl.program_id(0).to(tl.int64) * size + i
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    centered = tl.where(inside, value - tl.sum(value, 0) / size, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / size + eps)
+    unit = centered * inverse
+    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * w
+    mean = tl.sum(g, 0) / size
+    along = tl.sum(g * unit, 0) / size
+    total = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    total += (g - mean - unit * along) * inverse
+    tl.store(gradient + at, total, mask=inside)
+
+
+@triton.jit
+def _gelu_to(x, out, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    tl.store(out + i, _gelu(tl.load(x + i, mask=inside, other=0.0).to(tl.float32)), mask=inside)
+
+
+@triton.jit
+def _quantize(
+    x, units, out, scale, size, x_stride,
+    GELU: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    value = tl.load(x + row * x_stride + i, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        value = _gelu(value)
+    if UNITS:
+        value *= tl.load(units + i, mask=inside, other=0.0)
+    unit = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / 448.0
+    tl.store(scale + row, unit)
+    tl.store(out + row * size + i, (value / unit).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def _nibble(word, shift: tl.constexpr):
+    # 2^23 + q is exact, and quicker than turning an integer into a float.
+    return (((word >> shift) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _unpack(
+    weight, scale, center, units, out, rows, size, out_stride,
+    BITS: tl.constexpr, IN_UNITS: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)  # of 128 columns, which share a scale with 4 bits
+    k = group * COLUMNS + tl.arange(0, COLUMNS)
+    if BITS == 8:
+        at = weight + n[:, None].to(tl.int64) * size + k[None, :]
+        value = tl.load(at, mask=(n[:, None] < rows) & (k[None, :] < size), other=0)
+        value = value.to(tl.float32)
+        if not PLAIN:
+            value *= tl.load(scale + n, mask=n < rows, other=0.0)[:, None]
+    else:
+        # Eight neighbours in a word, see `NIBBLES`: column c stands at bit 4 (c / 2) + 16 (c % 2).
+        at = n.to(tl.int64) * (size // 128) + group
+        step = tl.load(scale + at, mask=n < rows, other=0.0).to(tl.float32)
+        least = tl.load(center + at, mask=n < rows, other=0.0).to(tl.float32) - 8.0 * step
+        if IN_UNITS:
+            unit = tl.load(units + n, mask=n < rows, other=1.0)
+            step, least = step / unit, least / unit
+        word = group * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+        at = weight + n[:, None].to(tl.int64) * (size // 8) + word[None, :]
+        w = tl.load(at, mask=n[:, None] < rows, other=0)
+        even = tl.interleave(
+            tl.interleave(_nibble(w, 0), _nibble(w, 8)),
+            tl.interleave(_nibble(w, 4), _nibble(w, 12)),
+        )
+        odd = tl.interleave(
+            tl.interleave(_nibble(w, 16), _nibble(w, 24)),
+            tl.interleave(_nibble(w, 20), _nibble(w, 28)),
+        )
+        value = tl.interleave(even, odd) * step[:, None] + least[:, None]
+    if TRANSPOSED:
+        turned = tl.trans(value.to(out.dtype.element_ty))
+        at = k[:, None].to(tl.int64) * out_stride + n[None, :]
+        tl.store(out + at, turned, mask=(k[:, None] < size) & (n[None, :] < rows))
+    else:
+        at = n[:, None].to(tl.int64) * out_stride + k[None, :]
+        tl.store(out + at, value, mask=(n[:, None] < rows) & (k[None, :] < size))
