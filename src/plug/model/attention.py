@@ -55,7 +55,15 @@ class Attention(nn.Module):
             (batch, tgt, hidden).
         """
         query = self._split_heads(self.q_proj(hidden_states))  # (batch, heads, tgt, head_dim)
-        return self._mix(query, key, value, attention_mask, is_causal)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def attend_to_itself(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, is_causal: bool = False
@@ -66,24 +74,6 @@ class Attention(nn.Module):
         """
         key, value = self.project_key_value(hidden_states)
         return self(hidden_states, key, value, attention_mask, is_causal)
-
-    def _mix(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        is_causal: bool,
-    ) -> Tensor:
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-        )
-        return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def probabilities(
         self,

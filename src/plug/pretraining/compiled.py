@@ -60,7 +60,15 @@ class _PackedAttention(Attention):
     ) -> Tensor:
         linears = [self.q_proj, self.k_proj, self.v_proj]
         query, key, value = _project(linears, hidden_states, self.head_dim)
-        return self._mix(query, key, value, attention_mask, is_causal)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
 class _PackedDecoder(Decoder):
