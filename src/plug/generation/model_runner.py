@@ -111,11 +111,9 @@ class PreparedModel:
 def _prepare(
     model: Plug, granularity: int, adapters: AdapterStack | None, stacks_weights: bool
 ) -> PlainModel | FusedModel:
-    if has_adapters(model):
-        return PlainModel(model, granularity, adapters)
     words = model.embeddings.word_embeddings.weight
     is_half = words.dtype in (torch.float16, torch.bfloat16)
-    if stacks_weights and has_kernels(words.device) and is_half:
+    if stacks_weights and has_kernels(words.device) and is_half and not has_adapters(model):
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model, adapters)
