@@ -130,6 +130,7 @@ class Case:
         target_length: likewise; 0 where the task has no decoder.
         room: bytes free on the device; None where nobody says.
         on_gpu: whether it is one.
+        cards: that share weights, gradients and states (FSDP2); one: each has all of them.
     """
 
     config: PlugConfig
@@ -138,6 +139,7 @@ class Case:
     target_length: int
     room: int | None
     on_gpu: bool
+    cards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
         return [lora]
     if case.bits is not None:
         return [Mode(memory="qlora", bits=case.bits)]
-    if settings.optimizer == "adamw" and settings.can_be_fused:
+    if settings.optimizer == "adamw" and settings.can_be_fused and case.cards == 1:
         full.append(fused)
     needs_all = settings.fgm or settings.from_scratch or settings.optimizer != "adamw"
     needs_lora = settings.rslora or settings.dora
@@ -220,6 +222,7 @@ def training_of(settings: FinetuneSettings, case: Case) -> Training:
         recomputed=settings.recomputed_layers,
         accumulates=settings.gradient_accumulation_steps > 1,
         dropout=case.config.hidden_dropout_prob > 0,
+        cards=case.cards,
     )
     if settings.gradient_checkpointing and not settings.recomputed_layers:
         training = replace(training, recomputed=layers_in(case.config, training))

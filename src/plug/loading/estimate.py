@@ -131,6 +131,65 @@ def generation_need(
     )
 
 
+def cpu_weight_bytes(config: PlugConfig, bits: int, *, writes: bool, kernels: bool = True) -> int:
+    """Return the bytes of a model's weights in the memory of a CPU.
+
+    Integers stay as their file has them; all else is in float32. To write, `kernels/cpu` keeps the
+    matrices of a plain model a second time, in the bits they were saved in, and of a quantised one
+    the word table in 8 bits. Without it PyTorch keeps matrices a second time: the decoder's in
+    their own bits (16 at most), those of a quantised encoder in float16.
+
+    Args:
+        config: the shape.
+        bits: as saved.
+        writes: whether the model is to write.
+        kernels: whether `kernels/cpu` can be built.
+
+    Raises:
+        UsageError: as `weight_bytes`.
+    """
+    found = weight_bytes(config, 32) if bits >= 16 else weight_bytes(config, bits, 4)
+    if not writes:
+        return found
+    by_part = parts(config)
+    encoder, decoder = (by_part[name].matrix_parameters for name in ("encoder", "decoder"))
+    words = config.vocab_size * config.hidden_size
+    if bits < 16:
+        return found + words + (0 if kernels else 2 * encoder + decoder * bits // 8)
+    return found + ((encoder + decoder + words) * bits // 8 if kernels else 2 * (decoder + words))
+
+
+def cpu_generation_need(
+    config: PlugConfig,
+    *,
+    weights: int,
+    batch_size: int,
+    source_length: int,
+    capacity: int,
+) -> Need:
+    """Return what writing takes on a CPU, which reads sources one by one, in float32.
+
+    The workspace is an encoder layer's inside, (8 h + 3 f) values a token of a source with the
+    rounded inputs of products; keys and values of sources that are not yet in the caches; four
+    copies of the logits.
+
+    Args:
+        config: the shape.
+        weights: `cpu_weight_bytes`.
+        batch_size: texts written together.
+        source_length: tokens of a source.
+        capacity: tokens of a window.
+    """
+    token = cache_bytes(config, 4)
+    inside = (8 * config.hidden_size + 3 * config.intermediate_size) * source_length * 4
+    logits = 4 * batch_size * config.vocab_size * 4
+    return Need(
+        weights=weights,
+        caches=batch_size * (source_length + capacity) * token,
+        workspace=inside + batch_size * source_length * token + logits,
+    )
+
+
 def resident_share(config: PlugConfig) -> float:
     """Return the part of the parameters that a device map keeps on the device at least.
 
@@ -168,6 +227,17 @@ class Room:
             capacity=min(self.capacity, longest),
             bytes_per_value=bytes_per_value,
             bits=bits,
+        )
+
+    def need_on_cpu(self, config: PlugConfig, weights: int) -> Need:
+        """Likewise on a CPU; ``weights`` from `cpu_weight_bytes`."""
+        longest = config.max_position_embeddings
+        return cpu_generation_need(
+            config,
+            weights=weights,
+            batch_size=self.batch_size,
+            source_length=min(self.source_length, longest),
+            capacity=min(self.capacity, longest),
         )
 
 
