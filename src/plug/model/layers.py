@@ -80,10 +80,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: PlugConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gelu = nn.GELU()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+        return self.fc2(self.gelu(self.fc1(hidden_states)))
 
 
 class EncoderLayer(nn.Module):
@@ -100,8 +101,7 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(batch, src, hidden) to the same; ``attention_mask`` as in `Attention.forward`."""
         normalized = self.attention_norm(hidden_states)
-        key, value = self.attention.project_key_value(normalized)
-        context = self.attention(normalized, key, value, attention_mask)
+        context = self.attention.attend_to_itself(normalized, attention_mask)
         hidden_states = hidden_states + self.dropout(context)
         transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(transformed)
@@ -140,11 +140,15 @@ class DecoderLayer(nn.Module):
             past_key_values: where self-attention keys and values of earlier positions are kept.
         """
         normalized = self.self_attention_norm(hidden_states)
-        key, value = self.self_attention.project_key_value(normalized)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.index)
         is_causal = self_attention_mask is None
-        context = self.self_attention(normalized, key, value, self_attention_mask, is_causal)
+        if past_key_values is None:
+            context = self.self_attention.attend_to_itself(
+                normalized, self_attention_mask, is_causal
+            )
+        else:
+            key, value = self.self_attention.project_key_value(normalized)
+            key, value = past_key_values.update(key, value, self.index)
+            context = self.self_attention(normalized, key, value, self_attention_mask, is_causal)
         hidden_states = hidden_states + self.dropout(context)
         normalized = self.cross_attention_norm(hidden_states)
         context = self.cross_attention(normalized, *encoder_key_value, encoder_attention_mask)
