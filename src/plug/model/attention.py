@@ -65,16 +65,6 @@ class Attention(nn.Module):
         )
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
-    def attend_to_itself(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """`forward` with keys and values of the same states, (batch, tgt, hidden) to the same.
-
-        Training replaces it by one product for all three projections.
-        """
-        key, value = self.project_key_value(hidden_states)
-        return self(hidden_states, key, value, attention_mask, is_causal)
-
     def probabilities(
         self,
         hidden_states: Tensor,
