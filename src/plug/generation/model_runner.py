@@ -114,11 +114,9 @@ def _prepare(
 ) -> PlainModel | FusedModel:
     if gathers_layers(model):
         return ShardedModel(model, granularity)
-    if has_adapters(model):
-        return PlainModel(model, granularity, adapters)
     words = model.embeddings.word_embeddings.weight
     is_half = words.dtype in (torch.float16, torch.bfloat16)
-    if stacks_weights and has_kernels(words.device) and is_half:
+    if stacks_weights and has_kernels(words.device) and is_half and not has_adapters(model):
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model, adapters)
