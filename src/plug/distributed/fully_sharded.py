@@ -73,6 +73,10 @@ def shard(
     for layer in decoder_layers:
         projections = [layer.cross_attention.k_proj, layer.cross_attention.v_proj]
         fully_shard(projections, reshard_after_forward=reshard, **options)
+        # Layers of our own multiply by the weights and do not call these modules.
+        projections[0].project = layer.cross_attention.project_key_value
+        register_fsdp_forward_method(projections[0], "project")
+        layer.cross_attention.project_key_value = projections[0].project
     for layer in [*model.encoder.layers, *decoder_layers]:
         fully_shard(layer, reshard_after_forward=reshard, **options)
         setattr(layer, _MARK, True)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plug.distributed.fully_sharded import gathered, is_fully_sharded, shard
 from plug.errors import PlugError, UsageError
+from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.kind import Kind
 from plug.finetuning.lora import adapt
 from plug.finetuning.memory import Case, decide
@@ -161,24 +162,29 @@ def load_sharded(
     Raises:
         PlugError: the weights are damaged, or do not fit.
     """
+    half = layout.device.type == "cuda" and settings.precision == "bf16"
+    dtype = torch.bfloat16 if half and settings.is_adapter else torch.float32
+    model = shard_for_training(kind.empty_model(directory, dtype=dtype), settings, layout)
+    place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
+    fill(without_wrapper(model), directory, place, _saved_name)
+    return model
+
+
+def shard_for_training(model: Any, settings: FinetuneSettings, layout: Layout) -> Any:
+    """Return ``model``, without memory for its weights, as it is trained: adapted and sharded."""
     assert layout.mesh is not None
-    on_gpu = layout.device.type == "cuda"
-    half = on_gpu and settings.precision == "bf16"
-    is_adapter = settings.is_adapter
-    model = kind.empty_model(
-        directory, dtype=torch.bfloat16 if half and is_adapter else torch.float32
-    )
-    if is_adapter:
+    half = layout.device.type == "cuda" and settings.precision == "bf16"
+    if settings.is_adapter:
         before = torch.get_rng_state()
         model = adapt(model, settings)
         torch.set_rng_state(before)
         _draw_adapters(model)
+        if half:
+            adapt_layers(model, in_fp8=False)
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
     bare = without_wrapper(model)
     shard(bare, layout.mesh, settings.parallel, torch.bfloat16 if half else None)
-    place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
-    fill(bare, directory, place, _saved_name)
     return model
 
 
