@@ -172,10 +172,10 @@ def _weighted_square(
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         value = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        moment = tl.load(by_row + row, mask=row < rows, other=1.0)
-        total += value * value * (mean / moment)[:, None]
-    moment = tl.load(by_column + column, mask=column < columns, other=1.0)
-    tl.store(squares + down * tl.num_programs(1) + across, tl.sum(tl.sum(total, 0) / moment, 0))
+        of_row = tl.load(by_row + row, mask=row < rows, other=1.0)
+        total += value * value * (mean / of_row)[:, None]
+    of_column = tl.load(by_column + column, mask=column < columns, other=1.0)
+    tl.store(squares + down * tl.num_programs(1) + across, tl.sum(tl.sum(total, 0) / of_column, 0))
 
 
 @triton.jit(do_not_specialize=["key"])  # another one for every step
@@ -192,15 +192,15 @@ def _apply(
     factor = rate / tl.maximum(length / limit, 1.0)
     mean = _mean(sums, rows, blocks, SUMS)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
-    moment = tl.load(by_column + column, mask=column < columns, other=1.0)
-    scale = factor / tl.sqrt(moment)
+    of_column = tl.load(by_column + column, mask=column < columns, other=1.0)
+    scale = factor / tl.sqrt(of_column)
     for first in range(0, ROWS, STEP):
         row = down * ROWS + first + tl.arange(0, STEP)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        moment = tl.load(by_row + row, mask=row < rows, other=1.0)
+        of_row = tl.load(by_row + row, mask=row < rows, other=1.0)
         change = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        change *= tl.sqrt(mean / moment)[:, None] * scale[None, :]
+        change *= tl.sqrt(mean / of_row)[:, None] * scale[None, :]
         value = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         value = value - value * lost - change
         if ROUNDS:
