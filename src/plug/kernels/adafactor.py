@@ -14,8 +14,6 @@ from torch import Tensor
 
 _ROWS, _COLUMNS = 128, 1024  # a tile; each program reads it `_STEP` rows at a time
 _STEP = 8
-# A tile whose rows lie in one warp each, so that they are added up without shared memory.
-_SUMMED_COLUMNS, _SUMMED_STEP = 256, 32
 _MOMENTS = 128  # of a program
 _BLOCK = 4096  # of a vector
 
@@ -48,21 +46,17 @@ def update_matrix(
         key: of the random bits; 0 … 2**31 - 1.
     """
     rows, columns = weight.shape
-    down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _SUMMED_COLUMNS)
+    down, across = grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
     blocks = triton.cdiv(rows, _MOMENTS)
-    tiles = down * triton.cdiv(columns, _COLUMNS)
+    tiles = down * across
     # One allocation for all that passes tell each other.
     sizes = (across * rows, down * columns, blocks, tiles)
     by_row, by_column, sums, squares = gradient.new_empty(sum(sizes), dtype=torch.float32).split(
         sizes
     )
-    grid = (down, triton.cdiv(columns, _COLUMNS))
     tile = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "STEP": _STEP, "num_warps": 8}
     wide = {"SUMS": triton.next_power_of_2(blocks), **tile}
-    _squares[(down, across)](
-        gradient, by_row, by_column, rows, columns,
-        ROWS=_ROWS, COLUMNS=_SUMMED_COLUMNS, STEP=_SUMMED_STEP, num_warps=8,
-    )  # fmt: skip
+    _squares[grid](gradient, by_row, by_column, rows, columns, **tile)
     _moments[(blocks + triton.cdiv(columns, _MOMENTS),)](
         by_row, by_column, row, column, sums, rows, columns, across, down, 1 - decay, tiny,
         BLOCK=_MOMENTS, AT_ONCE=32, num_warps=8,
