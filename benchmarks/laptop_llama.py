@@ -47,13 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    config = replace(PRESETS[arguments.preset], num_hidden_layers=ENCODER_LAYERS)
-    ours, theirs = arguments.folder / "plug", arguments.folder / "t5-q4_0.gguf"
-    if not ours.exists():
-        write_random(ours, config)
-    if not theirs.exists():
-        write_gguf(theirs, replace(config, num_hidden_layers=config.num_decoder_layers))
-    found = compare(ours, theirs, arguments)
+    found = measure(arguments)
     line = {
         "llama_cpp": found,
         "preset": arguments.preset,
@@ -67,6 +61,18 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Write both models where they are missing, and compare their steps."""
+    config = replace(PRESETS[arguments.preset], num_hidden_layers=ENCODER_LAYERS)
+    ours = arguments.folder / f"{arguments.preset}-plug"
+    theirs = arguments.folder / f"{arguments.preset}-t5-q4_0.gguf"
+    if not ours.exists():
+        write_random(ours, config)
+    if not theirs.exists():
+        write_gguf(theirs, replace(config, num_hidden_layers=config.num_decoder_layers))
+    return compare(ours, theirs, arguments)
 
 
 def compare(ours: Path, theirs: Path, arguments: argparse.Namespace) -> dict[str, object]:
@@ -217,6 +223,8 @@ def _llama(path: Path, config: PlugConfig, threads: int) -> Iterator[Callable[[]
     """A function that decodes one token after a source of `SOURCE` was read."""
     import llama_cpp
 
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, None)
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import plug.pretraining.run as run_module
 from plug.errors import PlugError, UsageError
 from plug.loading.load import load
 from plug.pretraining import losses
