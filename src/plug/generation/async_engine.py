@@ -30,8 +30,9 @@ from plug.generation.window import prompt_limit, window_length
 logger = logging.getLogger(__name__)
 
 # Source tokens that a step encodes, at most, unless told otherwise. What runs waits for them: on a
-# CPU as long as for ten steps. A card encodes one short source no faster than several.
-_ENCODED_AT_ONCE = {"cpu": 256, "cuda": 4096}
+# CPU as long as for ten steps. A card waits for the host while requests are let in, so that more of
+# them join at once (docs/experiments.md).
+_ENCODED_AT_ONCE = {"cpu": 256, "cuda": 16_384}
 
 
 class Request:
@@ -210,8 +211,8 @@ class AsyncEngine:
         capacity: steps from one encoding, at most; None is as many as `generate` uses by default.
             With ``rows`` it decides the memory of the caches.
         max_num_batched_tokens: source tokens of the requests that join in one step, at most; a
-            longer source joins alone. Requests that came together so begin, and end, one after the
-            other, and what runs never waits for all their sources. None is 256 on a CPU, else 4096.
+            longer source joins alone. Requests that came together so begin one after the other, and
+            what runs never waits for all their sources. None is 256 on a CPU, else 16384.
 
     Raises:
         UsageError: a value is out of range, or the model is sharded over processes, which would
