@@ -55,42 +55,48 @@ class Products:
             part[self.name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B)
         ]
 
-    def forward(
-        self, x: Tensor, seed: int, *, gelu: bool = False
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    def forward(self, x: Tensor, seed: int) -> tuple[Sequence[Tensor], Tensor]:
         """Compute the outputs of all layers.
 
         Args:
             x: (rows, in), contiguous.
             seed: of the adapters' dropout; one mask for all layers.
-            gelu: the layers read the GELU of ``x``.
 
         Returns:
             (rows, out) of each layer, and `thin`.
         """
         run = functions(x)
-        thin = self.thin(x, seed, gelu=gelu)
-        outputs: Sequence[Tensor]
+        thin = self.thin(x, seed)
+        outputs = self.base(x)
+        for y, part, b in zip(outputs, self._split(thin), self._bs(), strict=True):
+            run.expand_(y, part, b, alpha=self.scale)
+        return outputs, thin
+
+    def finish(
+        self, y: Tensor, thin: Tensor, residual: Tensor, *, rate: float, seed: int
+    ) -> Tensor:
+        """Add the adapter's part to what `base` of one layer gave, drop, and add ``residual``."""
+        options = {"alpha": self.scale, "rate": rate, "seed": seed}
+        return functions(y).expand_(y, thin, self.b, residual=residual, **options)
+
+    def base(self, x: Tensor, *, gelu: bool = False) -> Sequence[Tensor]:
+        """Compute the outputs without the adapters.
+
+        Args:
+            x: (rows, in), contiguous.
+            gelu: read the GELU of ``x``; in FP8 alone.
+        """
         if self.in_fp8:
+            run = functions(x)
             rows = run.quantize(x, gelu=gelu)
             weight, units, bias = self._fp8_weight(run)
             product = run.multiply_fp8(rows, weight, units, bias)
-            del rows, weight
-            outputs = product.split([layer.out_features for layer in self.bases], dim=1)
-        else:
-            read = run.gelu(x) if gelu else x
-            outputs = [
-                torch.addmm(_bias(layer), read, _weight(layer, x.dtype).t()) for layer in self.bases
-            ]
-        bs = self.parameters[1::2]
-        for y, part, b in zip(outputs, self._split(thin), bs, strict=True):
-            run.expand_(y, part, b.detach().t(), alpha=self.scale)
-        return outputs, thin
+            return product.split([layer.out_features for layer in self.bases], dim=1)
+        return [torch.addmm(_bias(layer), x, _weight(layer, x.dtype).t()) for layer in self.bases]
 
-    def thin(self, x: Tensor, seed: int, *, gelu: bool = False) -> Tensor:
+    def thin(self, x: Tensor, seed: int) -> Tensor:
         """Compute dropout(x) A^T of all layers, (rows, sum of ranks)."""
-        run = functions(x)
-        return run.project(x, self._stacked_a(), gelu=gelu, rate=self.rate, seed=seed)
+        return functions(x).project(x, self.stacked_a(), rate=self.rate, seed=seed)
 
     def backward(
         self,
@@ -99,65 +105,87 @@ class Products:
         thin: Tensor,
         seed: int,
         *,
-        gelu: bool = False,
+        of_b: list[Tensor] | None = None,
         wants_input: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Compute the gradients of the input and of `parameters`.
 
         Args:
             gradients: of the outputs, (rows, out) each.
-            x: as in `forward`, as ``seed`` and ``gelu``.
+            x: as in `forward`, as ``seed``.
             thin: that `forward` returned.
             seed: as in `forward`.
-            gelu: as in `forward`; the gradient is that of what stands before the GELU.
+            of_b: the gradients of each B, where they are known.
             wants_input: whether the input's gradient is needed.
 
         Returns:
             (rows, in) or None, and a list like `parameters`, in float32.
         """
         run = functions(x)
-        a, bs = self._stacked_a(), self.parameters[1::2]
-        thin_gradients = [
-            run.project(gradient, b.detach().t(), alpha=self.scale)
-            for gradient, b in zip(gradients, bs, strict=True)
-        ]
-        u = thin_gradients[0] if len(bs) == 1 else torch.cat(thin_gradients, 1)
-        a_gradients = run.outer(u, x, gelu=gelu, rate=self.rate, seed=seed)
-        found: list[Tensor] = []
-        ranks = [b.shape[1] for b in bs]
-        for gradient, part, of_a in zip(
-            gradients, self._split(thin), a_gradients.split(ranks), strict=True
-        ):
-            found += [of_a, run.outer(part, gradient, alpha=self.scale, transposed=True)]
+        u = self.thin_backward(gradients)
+        of_b = self.of_b(gradients, thin) if of_b is None else of_b
+        of_a = run.outer(u, x, rate=self.rate, seed=seed).split([len(b) for b in self._bs()])
+        found = [each for pair in zip(of_a, of_b, strict=True) for each in pair]
         if not wants_input:
             return None, found
+        of_x = self.base_backward(gradients)
+        return run.expand_(of_x, u, self.stacked_a(), rate=self.rate, seed=seed), found
+
+    def thin_backward(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Compute the gradient of `thin`."""
+        run = functions(gradients[0])
+        found = [
+            run.project(gradient, b, alpha=self.scale)
+            for gradient, b in zip(gradients, self._bs(), strict=True)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def of_b(self, gradients: Sequence[Tensor], thin: Tensor) -> list[Tensor]:
+        """Compute the gradients of each B, (out, rank)."""
+        run = functions(thin)
+        return [
+            run.outer(part, gradient, alpha=self.scale, transposed=True)
+            for gradient, part in zip(gradients, self._split(thin), strict=True)
+        ]
+
+    def base_backward(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Compute the gradient of the input by the frozen weights alone."""
+        dtype, device = gradients[0].dtype, gradients[0].device
         if self.in_fp8:
+            run = functions(gradients[0])
             joined = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), 1)
-            weight, units = self._fp8_transposed(run)
-            rows = run.quantize(joined, units)
+            rows = run.quantize(joined, self._units())
             del joined
-            of_x = run.multiply_fp8(rows, weight, _ones(x.shape[1], x.device), None)
-            del rows, weight
-        else:
-            first, *others = zip(gradients, self.bases, strict=True)
-            of_x = first[0] @ _weight(first[1], x.dtype)
-            for gradient, layer in others:
-                of_x.addmm_(gradient, _weight(layer, x.dtype))
-        before = x if gelu else None
-        run.expand_(of_x, u, a, rate=self.rate, seed=seed, before_gelu=before)
-        return of_x, found
+            weight = self._fp8_transposed(run)
+            return run.multiply_fp8(rows, weight, _ones(len(weight), device), None)
+        first, *others = zip(gradients, self.bases, strict=True)
+        found = first[0] @ _weight(first[1], dtype)
+        for gradient, layer in others:
+            found.addmm_(gradient, _weight(layer, dtype))
+        return found
+
+    def stacked_a(self) -> Tensor:
+        """Each A, (sum of ranks, in)."""
+        matrices = [each.detach() for each in self.parameters[0::2]]
+        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+    @property
+    def b(self) -> Tensor:
+        """The B of a single layer, (rank, out)."""
+        (found,) = self._bs()
+        return found
+
+    def _bs(self) -> list[Tensor]:
+        """Each B, (rank, out)."""
+        return [each.detach().t() for each in self.parameters[1::2]]
 
     @property
     def bases(self) -> list[Any]:
         """The layers without their adapters."""
         return [layer.get_base_layer() for layer in self.layers]
 
-    def _stacked_a(self) -> Tensor:
-        matrices = [each.detach() for each in self.parameters[0::2]]
-        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-
     def _split(self, thin: Tensor) -> Sequence[Tensor]:
-        return thin.split([b.shape[1] for b in self.parameters[1::2]], dim=1)
+        return thin.split([len(b) for b in self._bs()], dim=1)
 
     def _fp8_weight(self, run: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
         """FP8 (sum of out, in), the units of its rows, and the biases."""
@@ -170,15 +198,15 @@ class Products:
         biases = [layer.bias for layer in bases]
         return stacked, self._units(), biases[0] if len(biases) == 1 else torch.cat(biases)
 
-    def _fp8_transposed(self, run: ModuleType) -> tuple[Tensor, Tensor]:
-        """FP8 (in, sum of out), and the units of its columns."""
+    def _fp8_transposed(self, run: ModuleType) -> Tensor:
+        """FP8 (in, sum of out), its columns in `_units`."""
         bases = self.bases
         outs = [layer.out_features for layer in bases]
         shape = (bases[0].in_features, sum(outs))
         beside = torch.empty(shape, dtype=torch.float8_e4m3fn, device=bases[0].bias.device)
         for layer, place in zip(bases, beside.split(outs, dim=1), strict=True):
             run.unpack(*_parts(layer), place, units=_row_units(layer), transposed=True)
-        return beside, self._units()
+        return beside
 
     def _units(self) -> Tensor:
         units = [_row_units(layer) for layer in self.bases]
