@@ -190,7 +190,7 @@ def report(batch: int, timed: Found, flops: int, recomputed: int, device: torch.
 
 
 MODES: dict[str, Callable[[argparse.Namespace], Found]] = {
-    "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=17),
+    "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=16),
     "lora_batch4": lambda a: measure_adapters(a, bits=16, batch=4),
     "lora8": lambda a: measure_adapters(a, bits=8, batch=16),
     "lora8_recomputed": lambda a: measure_adapters(

@@ -134,6 +134,17 @@ def test_gradients_in_fp8_point_where_float32_s_do(bits: int) -> None:
         assert cosine > 0.96, name
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_may_be_unpacked_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(PlugForConditionalGeneration, bits)
+    adapt_layers(model, in_fp8=True)
+    expected = gradients(model, batch(padded=False))[1]
+    monkeypatch.setattr(adapted_products, "_ELEMENTS_AT_ONCE", 1)
+    found = gradients(model, batch(padded=False))[1]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, **CLOSE, msg=name)
+
+
 def test_a_classifier_s_head_is_trained_too() -> None:
     model = made(PlugForTokenClassification, 8)
     inputs = {**batch(padded=True), "labels": batch(padded=False)["input_ids"] % 3}

@@ -130,6 +130,12 @@ def test_rows_in_fp8(
     check_fp8(found[0], expected[0])
 
 
+def _of(name: str, bits: int, columns: slice) -> slice:
+    """Where a part of a quantised weight has some columns."""
+    each = (8 // bits if bits == 4 else 1) if name == "weight" else 128
+    return slice(columns.start // each, columns.stop // each)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("bits", [8, 4])
@@ -139,11 +145,16 @@ def test_unpacked_weights(
     weight = torch.randn(80, 384, generator=generator)
     tensors = Scheme.of(bits).quantize(weight)
     units = torch.rand(80, generator=generator) + 0.1 if bits == 4 else None
-    shape = (384, 80) if transposed else (80, 384)
+    columns = slice(128, 384)  # of all 384
+    shape = (256, 80) if transposed else (80, 256)
+    cut = {
+        name: each if each.ndim == 1 else each[:, _of(name, bits, columns)]
+        for name, each in tensors.items()
+    }
     wide = [torch.zeros(shape[0], shape[1] + 16).to(dtype) for _ in range(2)]
     for module, out in zip((kernels, plain), wide, strict=True):
         module.unpack(
-            tensors["weight"], tensors["scale"], tensors.get("center"), out[:, 16:],
+            cut["weight"], cut["scale"], cut.get("center"), out[:, 16:],
             units=units, transposed=transposed,
         )  # fmt: skip
     if dtype == torch.float32:

@@ -19,6 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from plug.quantization.linear import QuantizedLinear
+from plug.quantization.scheme import GROUP_SIZE
+
+FP8 = torch.float8_e4m3fn
+_ELEMENTS_AT_ONCE = 2**26  # of a weight in FP8: a copy of the largest weights would be 268 MB
 
 
 def functions(x: Tensor) -> ModuleType:
@@ -87,11 +91,7 @@ class Products:
             gelu: read the GELU of ``x``; in FP8 alone.
         """
         if self.in_fp8:
-            run = functions(x)
-            rows = run.quantize(x, gelu=gelu)
-            weight, units, bias = self._fp8_weight(run)
-            product = run.multiply_fp8(rows, weight, units, bias)
-            return product.split([layer.out_features for layer in self.bases], dim=1)
+            return self._base_fp8(x, gelu=gelu)
         return [torch.addmm(_bias(layer), x, _weight(layer, x.dtype).t()) for layer in self.bases]
 
     def thin(self, x: Tensor, seed: int) -> Tensor:
@@ -150,14 +150,9 @@ class Products:
 
     def base_backward(self, gradients: Sequence[Tensor]) -> Tensor:
         """Compute the gradient of the input by the frozen weights alone."""
-        dtype, device = gradients[0].dtype, gradients[0].device
+        dtype = gradients[0].dtype
         if self.in_fp8:
-            run = functions(gradients[0])
-            joined = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), 1)
-            rows = run.quantize(joined, self._units())
-            del joined
-            weight = self._fp8_transposed(run)
-            return run.multiply_fp8(rows, weight, _ones(len(weight), device), None)
+            return self._base_backward_fp8(gradients)
         first, *others = zip(gradients, self.bases, strict=True)
         found = first[0] @ _weight(first[1], dtype)
         for gradient, layer in others:
@@ -187,33 +182,50 @@ class Products:
     def _split(self, thin: Tensor) -> Sequence[Tensor]:
         return thin.split([len(b) for b in self._bs()], dim=1)
 
-    def _fp8_weight(self, run: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
-        """FP8 (sum of out, in), the units of its rows, and the biases."""
-        bases = self.bases
-        outs = [layer.out_features for layer in bases]
-        shape = (sum(outs), bases[0].in_features)
-        stacked = torch.empty(shape, dtype=torch.float8_e4m3fn, device=bases[0].bias.device)
-        for layer, place in zip(bases, stacked.split(outs), strict=True):
-            run.unpack(*_parts(layer), place, units=_row_units(layer))
-        biases = [layer.bias for layer in bases]
-        return stacked, self._units(), biases[0] if len(biases) == 1 else torch.cat(biases)
+    def _base_fp8(self, x: Tensor, *, gelu: bool) -> Sequence[Tensor]:
+        run = functions(x)
+        rows = run.quantize(x, gelu=gelu)
+        outs = [layer.out_features for layer in self.bases]
+        product = torch.empty(len(x), sum(outs), dtype=x.dtype, device=x.device)
+        found = product.split(outs, dim=1)
+        for layer, whole in zip(self.bases, found, strict=True):
+            weight, scale, center = _parts(layer)
+            units, inputs = _units(layer), layer.in_features
+            piece = torch.empty(_at_once(inputs), inputs, dtype=FP8, device=x.device)
+            for first in range(0, layer.out_features, len(piece)):
+                own = slice(first, min(first + len(piece), layer.out_features))
+                part = piece[: own.stop - first]
+                own_center = None if center is None else center[own]
+                own_units = None if center is None else units[own]
+                run.unpack(weight[own], scale[own], own_center, part, units=own_units)
+                run.multiply_fp8(rows, part, units[own], layer.bias[own], whole[:, own])
+        return found
 
-    def _fp8_transposed(self, run: ModuleType) -> Tensor:
-        """FP8 (in, sum of out), its columns in `_units`."""
+    def _base_backward_fp8(self, gradients: Sequence[Tensor]) -> Tensor:
+        run, device = functions(gradients[0]), gradients[0].device
         bases = self.bases
-        outs = [layer.out_features for layer in bases]
-        shape = (bases[0].in_features, sum(outs))
-        beside = torch.empty(shape, dtype=torch.float8_e4m3fn, device=bases[0].bias.device)
-        for layer, place in zip(bases, beside.split(outs, dim=1), strict=True):
-            run.unpack(*_parts(layer), place, units=_row_units(layer), transposed=True)
-        return beside
-
-    def _units(self) -> Tensor:
-        units = [_row_units(layer) for layer in self.bases]
-        if units[0] is None:
-            units = [layer.scale for layer in self.bases]
-        found = [each for each in units if each is not None]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        units = [_units(layer) for layer in bases]
+        joined = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), 1)
+        rows = run.quantize(joined, units[0] if len(units) == 1 else torch.cat(units))
+        del joined
+        outs, inputs = [layer.out_features for layer in bases], bases[0].in_features
+        found = torch.empty(len(rows[0]), inputs, dtype=gradients[0].dtype, device=device)
+        piece = torch.empty(_at_once(sum(outs)), sum(outs), dtype=FP8, device=device)
+        for first in range(0, inputs, len(piece)):
+            last = min(first + len(piece), inputs)
+            part = piece[: last - first]
+            for layer, of_units, place in zip(bases, units, part.split(outs, dim=1), strict=True):
+                weight, scale, center = _parts(layer)
+                if center is None:
+                    run.unpack(weight[:, first:last], scale, None, place, transposed=True)
+                else:
+                    group = slice(first // GROUP_SIZE, last // GROUP_SIZE)
+                    packed = weight[:, first // 2 : last // 2]
+                    groups = scale[:, group], center[:, group]
+                    run.unpack(packed, *groups, place, units=of_units, transposed=True)
+            ones = _ones(len(part), device)
+            run.multiply_fp8(rows, part, ones, None, found[:, first:last])
+        return found
 
 
 def _bias(layer: Any) -> Tensor:
@@ -237,18 +249,26 @@ def _parts(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     return found[0], found[1], None
 
 
-def _row_units(layer: QuantizedLinear) -> Tensor | None:
-    """Units of FP8 in which a row of 4-bit weights just fits; None: 8 bits have their own."""
+def _units(layer: QuantizedLinear) -> Tensor:
+    """The units of FP8 in which rows of a weight are multiplied, float32 (out,).
+
+    They are the scales of 8 bits, whose integers become FP8; of 4 bits those in which a row fits.
+    """
     if layer.scheme.bits == 8:
-        return None
+        return layer.get_buffer("scale")
     found: Tensor | None = getattr(layer, "_fp8_units", None)
-    if found is None or found.device != layer.bias.device:
+    if found is None or found.device != layer.get_buffer("bias").device:
         _, scale, center = _parts(layer)
         assert center is not None
         largest = (center.float().abs() + 8 * scale.float().abs()).amax(1)
-        found = largest.clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        found = largest.clamp_min(1e-12) / torch.finfo(FP8).max
         layer._fp8_units = found
     return found
+
+
+def _at_once(size: int) -> int:
+    """Rows of a weight of ``size`` columns that are unpacked together, whole groups of them."""
+    return max(GROUP_SIZE, _ELEMENTS_AT_ONCE // size // GROUP_SIZE * GROUP_SIZE)
 
 
 _kept_ones: dict[tuple[int, torch.device], Tensor] = {}

@@ -123,11 +123,13 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     return Fp8Rows(((value / scale).to(FP8), scale, x.dtype))
 
 
-def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_fp8(
+    x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
     """Multiply rows with a weight in FP8 (out, in), whose rows have the units ``scale``."""
-    values, units, dtype = x
+    values, units, _ = x
     found = (values.float() * units) @ (weight.float() * scale[:, None]).t()
-    return (found if bias is None else found + bias).to(dtype)
+    out.copy_(found if bias is None else found + bias)
 
 
 def unpack(

@@ -10,6 +10,8 @@ pass asks again.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,26 @@ from torch import Tensor, nn
 from plug.kernels.rows import FP8, Fp8Rows
 
 _BLOCK = 4096  # elements of a program of an elementwise kernel
-_ROWS = 32  # rows of a program that goes along the columns
+
+
+class _Shape(NamedTuple):
+    """What a program takes at a time, how often, and by how many warps."""
+
+    rows: int
+    columns: int
+    steps: int  # along the columns, or along the rows where rows are summed up
+    warps: int
+
+
+# Measured on an H100 with 6,144 rows of 8,192 and 32,768 columns.
+_SHAPES = {
+    "project": _Shape(32, 128, 8, 4),
+    "outer": _Shape(64, 128, 8, 4),
+    "expand": _Shape(64, 128, 1, 4),
+    "through_gelu": _Shape(32, 128, 4, 8),
+    "back_through_gelu": _Shape(32, 128, 8, 8),
+    "quantize": _Shape(1, 0, 1, 16),
+}
 _SEEDS = ("seed", "second", "threshold")  # whose values make no other kernel
 
 
@@ -39,14 +60,17 @@ def project(
     """
     rows, size = x.shape
     rank = len(a)
-    parts, chunk = _parts_of(rows, size)
+    shape = _SHAPES["project"]
+    chunk = shape.columns * shape.steps
+    parts = triton.cdiv(size, chunk)
     out = torch.empty(parts, rows, rank, dtype=torch.float32, device=x.device)
-    _project[(triton.cdiv(rows, _ROWS), parts)](
+    _project[(triton.cdiv(rows, shape.rows), parts)](
         x, a, out, rows, size, rank, chunk, x.stride(0), a.stride(0), a.stride(1),
         alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RANK=_whole(rank), ROWS=_ROWS, COLUMNS=128, num_stages=4,
+        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_stages=4, num_warps=shape.warps,
     )  # fmt: skip
-    return (out[0] if parts == 1 else out.sum(0)).to(x.dtype)
+    return _total(out).to(x.dtype)
 
 
 def outer(
@@ -73,17 +97,19 @@ def outer(
     """
     rows, size = x.shape
     rank = u.shape[1]
-    columns = triton.cdiv(size, 128)
-    parts = max(1, min(1024 // columns, rows // 256))
-    shape = (parts, size, rank) if transposed else (parts, rank, size)
-    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    shape = _SHAPES["outer"]
+    chunk = shape.rows * shape.steps
+    columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
+    sizes = (parts, size, rank) if transposed else (parts, rank, size)
+    out = torch.empty(sizes, dtype=torch.float32, device=x.device)
     strides = (1, rank) if transposed else (size, 1)
     _outer[(columns, parts)](
-        u, x, out, rows, size, rank, triton.cdiv(rows, parts), u.stride(0), x.stride(0), *strides,
+        u, x, out, rows, size, rank, chunk, u.stride(0), x.stride(0), *strides,
         alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RANK=_whole(rank), ROWS=64, COLUMNS=128, num_stages=3,
+        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_stages=3, num_warps=shape.warps,
     )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
+    return _total(out)
 
 
 def expand_(
@@ -109,12 +135,14 @@ def expand_(
     """
     rows, size = y.shape
     rank = u.shape[1]
-    grid = (triton.cdiv(rows, 64) * triton.cdiv(size, 128),)
+    shape = _SHAPES["expand"]
+    grid = (triton.cdiv(rows, shape.rows) * triton.cdiv(size, shape.columns),)
     other = y if residual is None else residual
     _expand[grid](
         y, u, b, other, rows, size, rank, y.stride(0), u.stride(0), b.stride(0), b.stride(1),
         other.stride(0), alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RESIDUAL=residual is not None, RANK=_whole(rank), ROWS=64, COLUMNS=128,
+        RESIDUAL=residual is not None, RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
     )  # fmt: skip
     return y
 
@@ -147,16 +175,19 @@ def through_gelu_(
     """
     rows, size = y.shape
     rank, next_rank = u.shape[1], len(a)
-    parts, chunk = _parts_of(rows, size)
+    shape = _SHAPES["through_gelu"]
+    chunk = shape.columns * shape.steps
+    parts = triton.cdiv(size, chunk)
     out = torch.empty(parts, rows, next_rank, dtype=torch.float32, device=y.device)
     activated = torch.empty_like(y) if wants_gelu else None
-    _through_gelu[(triton.cdiv(rows, _ROWS), parts)](
+    _through_gelu[(triton.cdiv(rows, shape.rows), parts)](
         y, u, b, a, out, y if activated is None else activated, rows, size, rank, next_rank, chunk,
         y.stride(0), u.stride(0), b.stride(0), b.stride(1), a.stride(0), a.stride(1),
         alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0, GELU=wants_gelu,
-        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=_ROWS, COLUMNS=128,
+        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
     )  # fmt: skip
-    return (out[0] if parts == 1 else out.sum(0)).to(y.dtype), activated
+    return _total(out).to(y.dtype), activated
 
 
 def back_through_gelu_(
@@ -187,17 +218,19 @@ def back_through_gelu_(
     """
     rows, size = y.shape
     rank, next_rank = thin.shape[1], u.shape[1]
-    columns = triton.cdiv(size, 128)
-    parts = max(1, min(2048 // columns, rows // 256))
+    shape = _SHAPES["back_through_gelu"]
+    chunk = shape.rows * shape.steps
+    columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
     of_a = torch.empty(parts, next_rank, size, dtype=torch.float32, device=y.device)
     of_b = torch.empty(parts, size, rank, dtype=torch.float32, device=y.device)
     _back_through_gelu[(columns, parts)](
-        gradient, y, u, a, thin, of_a, of_b, rows, size, rank, next_rank, triton.cdiv(rows, parts),
+        gradient, y, u, a, thin, of_a, of_b, rows, size, rank, next_rank, chunk,
         gradient.stride(0), y.stride(0), u.stride(0), a.stride(0), a.stride(1), thin.stride(0),
         alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=32, COLUMNS=128,
+        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
     )  # fmt: skip
-    return (of_a[0], of_b[0]) if parts == 1 else (of_a.sum(0), of_b.sum(0))
+    return _total(of_a), _total(of_b)
 
 
 def dropped(gradient: Tensor, *, rate: float, seed: int) -> Tensor:
@@ -217,7 +250,7 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     rows, size = x.shape
     _norm[(rows,)](
         x, layer.weight, layer.bias, out, layer.eps, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+        BLOCK=triton.next_power_of_2(size), num_warps=min(16, _warps(size)),
     )  # fmt: skip
     return out
 
@@ -234,7 +267,7 @@ def norm_backward_(gradient: Tensor, x: Tensor, layer: nn.LayerNorm, residual: T
     rows, size = x.shape
     _norm_backward[(rows,)](
         gradient, x, layer.weight, residual, layer.eps, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+        BLOCK=triton.next_power_of_2(size), num_warps=min(16, _warps(size)),
     )  # fmt: skip
     return gradient
 
@@ -256,12 +289,14 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     _quantize[(rows,)](
         x, x if units is None else units, out.values, out.scale, size, x.stride(0),
         GELU=gelu, UNITS=units is not None,
-        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+        BLOCK=triton.next_power_of_2(size), num_warps=min(_SHAPES["quantize"].warps, _warps(size)),
     )  # fmt: skip
     return out
 
 
-def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_fp8(
+    x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
     """Multiply rows with a weight in FP8.
 
     Args:
@@ -269,13 +304,11 @@ def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None)
         weight: FP8 (out, in).
         scale: float32 (out,), the units of the weight's rows.
         bias: bfloat16 (out,).
-
-    Returns:
-        bfloat16 (rows, out).
+        out: bfloat16 (rows, out), a slice of a wider tensor too.
     """
-    return torch._scaled_mm(
+    torch._scaled_mm(
         x.values, weight.t(), scale_a=x.scale, scale_b=scale[None, :], bias=bias,
-        out_dtype=torch.bfloat16, use_fast_accum=True,
+        out_dtype=torch.bfloat16, use_fast_accum=True, out=out,
     )  # fmt: skip
 
 
@@ -291,9 +324,10 @@ def unpack(
     """Dequantise a weight of `plug.quantization.scheme` into ``out``.
 
     Args:
-        weight: int8 (rows, size), or of 4 bits uint8 (rows, size / 2).
+        weight: int8 (rows, size), or of 4 bits uint8 (rows, size / 2); rows or whole groups of
+            columns of a larger one too.
         scale: of the format.
-        center: of the format with 4 bits; None: 8 bits.
+        center: of the format with 4 bits, its strides those of ``scale``; None: 8 bits.
         out: (rows, size), or (size, rows) where ``transposed``; the second dimension contiguous.
         units: float32 (rows,), with 4 bits: write in units of them. The units of 8 bits are their
             scales: the integers are written where ``out`` is FP8.
@@ -308,16 +342,14 @@ def unpack(
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(size, 128))
     _unpack[grid](
         weight, scale, scale if center is None else center, scale if units is None else units,
-        out, rows, size, out.stride(0),
+        out, rows, size, weight.stride(0), scale.stride(0), out.stride(0),
         BITS=bits, IN_UNITS=units is not None, PLAIN=bits == 8 and out.dtype == FP8,
         TRANSPOSED=transposed, ROWS=block_rows, COLUMNS=128,
     )  # fmt: skip
 
 
-def _parts_of(rows: int, size: int) -> tuple[int, int]:
-    """How many programs share a row, so that there is work for all of a card, and their columns."""
-    parts = max(1, min(1024 // triton.cdiv(rows, _ROWS), size // 1024))
-    return parts, triton.cdiv(triton.cdiv(size, parts), 128) * 128
+def _total(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def _whole(rank: int) -> int:
@@ -325,7 +357,7 @@ def _whole(rank: int) -> int:
 
 
 def _warps(size: int) -> int:
-    return min(16, max(1, size // 1024))
+    return min(32, max(1, size // 1024))
 
 
 def _dropout(rate: float, seed: int) -> tuple[int, int, int]:
@@ -613,7 +645,7 @@ def _nibble(word, shift: tl.constexpr):
 
 @triton.jit
 def _unpack(
-    weight, scale, center, units, out, rows, size, out_stride,
+    weight, scale, center, units, out, rows, size, weight_stride, scale_stride, out_stride,
     BITS: tl.constexpr, IN_UNITS: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -621,21 +653,21 @@ def _unpack(
     group = tl.program_id(1)  # of 128 columns, which share a scale with 4 bits
     k = group * COLUMNS + tl.arange(0, COLUMNS)
     if BITS == 8:
-        at = weight + n[:, None].to(tl.int64) * size + k[None, :]
+        at = weight + n[:, None].to(tl.int64) * weight_stride + k[None, :]
         value = tl.load(at, mask=(n[:, None] < rows) & (k[None, :] < size), other=0)
         value = value.to(tl.float32)
         if not PLAIN:
             value *= tl.load(scale + n, mask=n < rows, other=0.0)[:, None]
     else:
         # Eight neighbours in a word, see `NIBBLES`: column c stands at bit 4 (c / 2) + 16 (c % 2).
-        at = n.to(tl.int64) * (size // 128) + group
+        at = n.to(tl.int64) * scale_stride + group
         step = tl.load(scale + at, mask=n < rows, other=0.0).to(tl.float32)
         least = tl.load(center + at, mask=n < rows, other=0.0).to(tl.float32) - 8.0 * step
         if IN_UNITS:
             unit = tl.load(units + n, mask=n < rows, other=1.0)
             step, least = step / unit, least / unit
         word = group * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        at = weight + n[:, None].to(tl.int64) * (size // 8) + word[None, :]
+        at = weight + n[:, None].to(tl.int64) * weight_stride + word[None, :]
         w = tl.load(at, mask=n[:, None] < rows, other=0)
         even = tl.interleave(
             tl.interleave(_nibble(w, 0), _nibble(w, 8)),
