@@ -189,7 +189,15 @@ def report(batch: int, timed: Found, flops: int, recomputed: int, device: torch.
     }
 
 
+def measure_every_parameter(arguments: argparse.Namespace, **settings: Any) -> Found:
+    """Every parameter, as `plug finetune --optimizer adafactor` trains it."""
+    settings = {"memory": "full", "optimizer": "adafactor", **settings}
+    return measure(arguments, bits=16, settings=settings, every_parameter=True)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], Found]] = {
+    "full": lambda a: measure_every_parameter(a, batch_size=12),
+    "full_batch16": lambda a: measure_every_parameter(a, batch_size=16, recomputed_layers=24),
     "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=16),
     "lora_batch4": lambda a: measure_adapters(a, bits=16, batch=4),
     "lora8": lambda a: measure_adapters(a, bits=8, batch=16),

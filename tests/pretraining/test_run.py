@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import plug.pretraining.run as run_module
 from plug.errors import PlugError, UsageError
 from plug.loading.load import load
+from plug.pretraining import losses
 from plug.pretraining.batches import StructBertBatches
 from plug.pretraining.record import FIELDS, Record, read_rows
 from plug.pretraining.run import pretrain
@@ -366,7 +366,7 @@ def test_too_little_gpu_memory_is_one_line(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(run_module.loss_functions, "structbert_losses", full)
+    monkeypatch.setattr(losses, "structbert_losses", full)
     with pytest.raises(PlugError, match="micro_batch_tokens（现在是 65536）"):
         pretrain(1, settings(), device="cpu")
 

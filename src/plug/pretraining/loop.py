@@ -132,8 +132,8 @@ def take_step(
     )
     # dropout depends on the step and the process alone, so that a resumed run repeats it
     torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + processes.rank)
-    names, counts = _count(batch, processes)
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    names, counts = _count(batch, processes)
     sums = torch.zeros_like(counts)
     parts = list(split(batch, config.micro_batch_tokens))
     for number, part in enumerate(parts, start=1):
@@ -163,7 +163,7 @@ def _count(batch: Batch, processes: Processes) -> tuple[list[str], Tensor]:
     A count is 0 where no trigram was free to be shuffled.
     """
     counted = loss_functions.prediction_counts(batch)
-    counts = torch.stack(list(counted.values())).float().to(processes.device, non_blocking=True)
+    counts = torch.stack(list(counted.values())).float()
     if processes.world_size > 1:
         dist.all_reduce(counts)
     return list(counted), counts.clamp(min=1)
