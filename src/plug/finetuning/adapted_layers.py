@@ -354,7 +354,7 @@ class _Attention:
         kept.leaves, kept.context = [], gradient  # their memory is free
         del of_context, context
         source = None
-        if len(self.own.layers) == 1:
+        if len(self.own.bases) == 1:
             source = (gradients[1], gradients[2])
             del gradients[1:]
         flat = [_flat(each) for each in gradients]

@@ -45,19 +45,21 @@ class Products:
     """
 
     def __init__(self, layers: Sequence[Any], *, in_fp8: bool) -> None:
-        self.layers = list(layers)
-        self.in_fp8 = in_fp8 and isinstance(layers[0].get_base_layer(), QuantizedLinear)
-        (self.name,) = layers[0].active_adapters
-        dropout = layers[0].lora_dropout[self.name]
+        self.bases = [layer.get_base_layer() for layer in layers]
+        self.in_fp8 = in_fp8 and isinstance(self.bases[0], QuantizedLinear)
+        (name,) = layers[0].active_adapters
+        dropout = layers[0].lora_dropout[name]
         self.rate = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        self.scale = layers[0].scaling[self.name]
+        self.scale = layers[0].scaling[name]
+        self._thin_layers = [
+            part[name] for layer in layers for part in (layer.lora_A, layer.lora_B)
+        ]
+        self._ranks = [layer.r[name] for layer in layers]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each layer in turn."""
-        return [
-            part[self.name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B)
-        ]
+        return [each.weight for each in self._thin_layers]
 
     def forward(self, x: Tensor, seed: int) -> tuple[Sequence[Tensor], Tensor]:
         """Compute the outputs of all layers.
@@ -124,7 +126,7 @@ class Products:
         run = functions(x)
         u = self.thin_backward(gradients)
         of_b = self.of_b(gradients, thin) if of_b is None else of_b
-        of_a = run.outer(u, x, rate=self.rate, seed=seed).split([len(b) for b in self._bs()])
+        of_a = run.outer(u, x, rate=self.rate, seed=seed).split(self._ranks)
         found = [each for pair in zip(of_a, of_b, strict=True) for each in pair]
         if not wants_input:
             return None, found
@@ -161,7 +163,7 @@ class Products:
 
     def stacked_a(self) -> Tensor:
         """Each A, (sum of ranks, in)."""
-        matrices = [each.detach() for each in self.parameters[0::2]]
+        matrices = [each.weight.detach() for each in self._thin_layers[0::2]]
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
     @property
@@ -172,15 +174,10 @@ class Products:
 
     def _bs(self) -> list[Tensor]:
         """Each B, (rank, out)."""
-        return [each.detach().t() for each in self.parameters[1::2]]
-
-    @property
-    def bases(self) -> list[Any]:
-        """The layers without their adapters."""
-        return [layer.get_base_layer() for layer in self.layers]
+        return [each.weight.detach().t() for each in self._thin_layers[1::2]]
 
     def _split(self, thin: Tensor) -> Sequence[Tensor]:
-        return thin.split([len(b) for b in self._bs()], dim=1)
+        return thin.split(self._ranks, dim=1)
 
     def _base_fp8(self, x: Tensor, *, gelu: bool) -> Sequence[Tensor]:
         run = functions(x)
@@ -241,12 +238,12 @@ def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def _parts(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, scale and center, in the order of the format (`PackedLinear` leaves views)."""
-    names = ("weight", "scale", "center") if layer.scheme.bits == 4 else ("weight", "scale")
-    found = [layer.get_buffer(name) for name in names]
-    if layer.scheme.bits == 4:
-        found = [each.reshape(layer.out_features, -1) for each in found]
-        return found[0], found[1], found[2]
-    return found[0], found[1], None
+    buffers: Any = layer._buffers
+    weight, scale, center = buffers["weight"], buffers["scale"], buffers.get("center")
+    if center is not None and weight.dim() > 2:
+        rows = layer.out_features
+        return weight.reshape(rows, -1), scale.reshape(rows, -1), center.reshape(rows, -1)
+    return weight, scale, center
 
 
 def _units(layer: QuantizedLinear) -> Tensor:
@@ -254,12 +251,11 @@ def _units(layer: QuantizedLinear) -> Tensor:
 
     They are the scales of 8 bits, whose integers become FP8; of 4 bits those in which a row fits.
     """
-    if layer.scheme.bits == 8:
-        return layer.get_buffer("scale")
+    _, scale, center = _parts(layer)
+    if center is None:
+        return scale
     found: Tensor | None = getattr(layer, "_fp8_units", None)
-    if found is None or found.device != layer.get_buffer("bias").device:
-        _, scale, center = _parts(layer)
-        assert center is not None
+    if found is None or found.device != scale.device:
         largest = (center.float().abs() + 8 * scale.float().abs()).amax(1)
         found = largest.clamp_min(1e-12) / torch.finfo(FP8).max
         layer._fp8_units = found

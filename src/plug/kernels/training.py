@@ -33,12 +33,12 @@ class _Shape(NamedTuple):
 
 # Measured on an H100 with 6,144 rows of 8,192 and 32,768 columns.
 _SHAPES = {
-    "project": _Shape(32, 128, 8, 4),
-    "outer": _Shape(64, 128, 8, 4),
-    "expand": _Shape(64, 128, 1, 4),
-    "through_gelu": _Shape(32, 128, 4, 8),
-    "back_through_gelu": _Shape(32, 128, 8, 8),
-    "quantize": _Shape(1, 0, 1, 16),
+    "project": _Shape(64, 128, 16, 8),
+    "outer": _Shape(64, 128, 16, 4),
+    "expand": _Shape(32, 128, 1, 4),
+    "through_gelu": _Shape(64, 64, 4, 4),
+    "back_through_gelu": _Shape(16, 128, 16, 4),
+    "quantize": _Shape(1, 0, 1, 32),
 }
 _SEEDS = ("seed", "second", "threshold")  # whose values make no other kernel
 
@@ -180,6 +180,8 @@ def through_gelu_(
     parts = triton.cdiv(size, chunk)
     out = torch.empty(parts, rows, next_rank, dtype=torch.float32, device=y.device)
     activated = torch.empty_like(y) if wants_gelu else None
+    # Read again for every few rows: in halves, and in order.
+    b, a = (each.to(y.dtype, memory_format=torch.contiguous_format) for each in (b, a))
     _through_gelu[(triton.cdiv(rows, shape.rows), parts)](
         y, u, b, a, out, y if activated is None else activated, rows, size, rank, next_rank, chunk,
         y.stride(0), u.stride(0), b.stride(0), b.stride(1), a.stride(0), a.stride(1),
@@ -223,6 +225,7 @@ def back_through_gelu_(
     columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
     of_a = torch.empty(parts, next_rank, size, dtype=torch.float32, device=y.device)
     of_b = torch.empty(parts, size, rank, dtype=torch.float32, device=y.device)
+    a = a.to(y.dtype)
     _back_through_gelu[(columns, parts)](
         gradient, y, u, a, thin, of_a, of_b, rows, size, rank, next_rank, chunk,
         gradient.stride(0), y.stride(0), u.stride(0), a.stride(0), a.stride(1), thin.stride(0),
