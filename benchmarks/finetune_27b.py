@@ -34,12 +34,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from plug import __version__
 from plug.finetuning.kind import Collator
-from plug.finetuning.recomputation import layers_of
+from plug.finetuning.recomputation import is_recomputed, layers_of
 from plug.finetuning.run import prepare, training_arguments
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task
 from plug.finetuning.trainer import FinetuneTrainer
 from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
+from plug.loading.estimate import Training, training_need
 from plug.model.accounting import encoder_flops, training_flops
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.quantization.linear import QuantizedLinear
@@ -131,7 +132,7 @@ def measure(
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = prepare(random_model(config, bits, device, dtype), run)
+    model = prepare(random_model(config, bits, device, dtype), run, device)
     with tempfile.TemporaryDirectory() as folder:
         told = training_arguments(run, find_task(TASK), Path(folder), device, False)
         trainer = FinetuneTrainer(
@@ -145,13 +146,29 @@ def measure(
         timed = time_steps(trainer, arguments, device)
     flops = training_flops(config, SOURCE, TARGET, every_parameter=every_parameter)
     again = recomputed_flops(config, model)
-    return report(run.batch_size, timed, flops, again, device)
+    found = report(run.batch_size, timed, flops, again, device)
+    return found | {"predicted_gb": predicted_gb(config, run, bits, model)}
+
+
+def predicted_gb(config: PlugConfig, run: FinetuneSettings, bits: int, model: nn.Module) -> float:
+    """What the estimator of `--memory auto` and `plug info` says of the peak."""
+    training = Training(
+        batch_size=run.batch_size,
+        source_length=SOURCE,
+        target_length=TARGET,
+        memory=run.memory,
+        optimizer=run.optimizer,
+        bits=bits,
+        rank=RANK,
+        recomputed=sum(map(is_recomputed, layers_of(model))),
+    )
+    return round(training_need(config, training).total / 1e9, 2)
 
 
 def recomputed_flops(config: PlugConfig, model: nn.Module) -> int:
     """Operations that the encoder's recomputed layers do twice for one example, without fc2's."""
     layers = layers_of(model)[: config.num_hidden_layers]
-    share = sum(bool(getattr(layer, "gradient_checkpointing", False)) for layer in layers)
+    share = sum(map(is_recomputed, layers))
     fc2 = 2 * SOURCE * config.hidden_size * config.intermediate_size
     return share * (encoder_flops(config, SOURCE) // config.num_hidden_layers - fc2)
 
@@ -172,14 +189,25 @@ def report(batch: int, timed: Found, flops: int, recomputed: int, device: torch.
     }
 
 
+def measure_every_parameter(arguments: argparse.Namespace, **settings: Any) -> Found:
+    """Every parameter, as `plug finetune --optimizer adafactor` trains it."""
+    settings = {"memory": "full", "optimizer": "adafactor", **settings}
+    return measure(arguments, bits=16, settings=settings, every_parameter=True)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], Found]] = {
-    "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=17),
+    "full": lambda a: measure_every_parameter(a, batch_size=12),
+    "full_batch16": lambda a: measure_every_parameter(a, batch_size=16, recomputed_layers=24),
+    "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=16),
     "lora_batch4": lambda a: measure_adapters(a, bits=16, batch=4),
     "lora8": lambda a: measure_adapters(a, bits=8, batch=16),
     "lora8_recomputed": lambda a: measure_adapters(
         a, bits=8, batch=16, gradient_checkpointing=True
     ),
     "qlora": lambda a: measure_adapters(a, bits=4, batch=16, gradient_checkpointing=True),
+    "qlora_bf16": lambda a: measure_adapters(
+        a, bits=4, batch=16, gradient_checkpointing=True, quantized_products="bf16"
+    ),
     "qlora_batch4": lambda a: measure_adapters(a, bits=4, batch=4, gradient_checkpointing=True),
 }
 

@@ -1,4 +1,4 @@
-"""The examples of README.md and docs/finetuning.md are typed as they stand and work.
+"""The examples of README.md, docs/finetuning.md and the guides are typed as they stand and work.
 
 In a folder that has what they name, small: a model in place of the shipped one, the original's
 checkpoint, a corpus, data of a few lines, settings for two steps under the names of configs/.
@@ -12,6 +12,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,17 @@ from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/finetuning.md"]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PAGES = [
+    "README.md",
+    "docs/finetuning.md",
+    # the Chinese ones have the same commands: tests/site/test_site.py
+    *(f"docs/guides/{path.name}" for path in GUIDES if not path.name.endswith(".zh-CN.md")),
+]
 ELSEWHERE = {  # what is not typed here, and where it is tried
     "pip install": ".ci/run",
+    "python -m venv": ".ci/run",
+    ". .venv/bin/activate": ".ci/run",
     "plug serve": "tests/serving/test_page.py",
     "torchrun": "tests/pretraining/test_processes.py",
     "python -m plug.integrations.modelscope": "tests/integrations/test_modelscope.py",
@@ -51,9 +60,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words after `plug` of every command but those of `ELSEWHERE`."""
+    """The words after `plug` of every command but those of `ELSEWHERE`, and those that are marked
+    with what they need.
+    """
     found = []
     for line in "".join(blocks(page, "sh")).splitlines():
+        if " # needs " in line:
+            continue
         command = re.sub(r"\s+#.*", "", line).rpartition("&& ")[2]
         if not any(command.startswith(words) for words in ELSEWHERE) and command != "pytest":
             program, *words = shlex.split(command)
@@ -85,6 +98,7 @@ def workplace(
     write_corpus()
     write_tasks()
     write_configs()
+    shutil.copytree(ROOT / "examples", "examples")
     Path("prompts.txt").write_text("山上有座庙，\n今天天气\n", encoding="utf-8")
     Path("pairs.csv").write_text('text,label\n"山上,花",不同\n"看花,去看花",相同\n', "utf-8")
     return place
@@ -143,7 +157,7 @@ def write_configs() -> None:
     lines = [f'{name} = "{value}"\n' for name, value in run.items()]
     Path("run.toml").write_text("".join(lines), encoding="utf-8")
     Path("configs").mkdir()
-    for path in (ROOT / "configs").glob("mini-stage?.toml"):
+    for path in (ROOT / "configs").glob("*-stage?.toml"):
         values = small | {"shapes": shapes[path.stem.partition("-")[2]]}
         kept = re.sub(r"(?ms)^shapes = \[.*?\]$\n(?=\w)", "", path.read_text(encoding="utf-8"))
         kept = re.sub(rf"(?m)^({'|'.join(values)}) = .*\n", "", kept)
@@ -156,7 +170,7 @@ def write_configs() -> None:
 def test_the_commands_of_a_page_work(page: str, run_plug: Callable[..., Any]) -> None:
     # a model that an early example writes with is converted in a later one
     typed = sorted(commands(page), key=lambda words: words[0] != "convert")
-    assert len(typed) > 8
+    assert len(typed) > 8 or "guides" in page
     for words in typed:
         ran = run_plug(*words)
         assert ran.status == 0, f"{shlex.join(['plug', *words])}\n{ran.err}"
@@ -167,8 +181,10 @@ def test_the_commands_of_a_page_work(page: str, run_plug: Callable[..., Any]) ->
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_works(page: str) -> None:
     found = blocks(page, "python")
-    assert found
+    assert found or "guides" in page
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(None):
         for block in found:
+            if "  # needs " in block:
+                continue
             exec(compile(block, page, "exec"), names)

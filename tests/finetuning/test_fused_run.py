@@ -158,7 +158,7 @@ def test_a_quantised_model_is_refused(
     quantize_directory(base_model, tmp_path / "small", bits=8)
     made = settings(
         "classification", data("classification"), model=str(tmp_path / "small"),
-        optimizer="adafactor",
+        memory="full", optimizer="adafactor",
     )  # fmt: skip
     with pytest.raises(
         UsageError, match=r"的权重是 8 位整数，不能训练每个权重。请用 --memory qlora"

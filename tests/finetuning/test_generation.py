@@ -46,3 +46,16 @@ def test_generation_reads_parts_and_writes_what_transformers_would(
             )[0, 1:].tolist()
             assert list(ids) == (written[: written.index(sep)] if sep in written else written)
     assert all(1 <= len(ids) <= 7 for ids in found)
+
+
+def test_a_model_that_is_trained_keeps_its_weights_where_they_are(
+    model_directory: Path, tiny_tokenizer: PlugTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, decoding stacks weights; saved afterwards, each would be copied on the card."""
+    monkeypatch.setattr("plug.generation.model_runner.has_kernels", lambda _: True)
+    kind = Generation(tiny_tokenizer, source_length=12, target_length=3)
+    model = kind.load_model(model_directory, dtype=torch.bfloat16)
+    before = {name: each.untyped_storage().data_ptr() for name, each in model.named_parameters()}
+    kind.predict(model, [GenerationExample(source=("花",))], batch_size=1)
+    after = {name: each.untyped_storage().data_ptr() for name, each in model.named_parameters()}
+    assert after == before

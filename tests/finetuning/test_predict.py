@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 from plug import traditional
 from plug.checkpoints.directory import RUN_FILE
 from plug.errors import PlugError, UsageError
+from plug.finetuning import plain
 from plug.finetuning.predict import Predictor, kind_of, prediction_line, read_run
 from plug.finetuning.run import finetune
+from plug.model.configuration import PRESETS
 
 
 @pytest.fixture
@@ -102,3 +105,13 @@ def test_traditional_characters_are_converted_on_request(
     assert ["".join(each.tokens) for each in predictor.read(path)] == ["今天天氣"]
     with pytest.raises(UsageError, match="--simplify 只用于"):
         predictor.read(tmp_path / "in.jsonl", simplify=True)
+
+
+@pytest.mark.parametrize(("free", "dtype"), [(200, torch.float32), (80, None)])
+def test_a_model_too_large_for_float32_is_used_as_it_is_saved(
+    free: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["27b"].to_dict()))
+    monkeypatch.setattr(plain, "free_memory", lambda _device: free * 10**9)
+    assert plain._float32_if_it_fits(tmp_path, torch.device("cuda")) is dtype
+    assert plain._float32_if_it_fits(tmp_path, torch.device("cpu")) is torch.float32

@@ -285,9 +285,32 @@ def test_an_interrupted_run_goes_on_with_the_same_data(
     assert trainer(max_epochs=2).train(resume=True) == pytest.approx(whole)
 
 
-def test_a_quantised_model_is_not_trained(
-    trainer: Callable[..., Any], model_directory: Path, run_plug: Any, tmp_path: Path
+def test_a_quantised_model_gets_adapters(
+    trainer: Callable[..., Any],
+    model_directory: Path,
+    run_plug: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    pytest.importorskip("peft")
     run_plug("quantize", "--model", model_directory, "--to", tmp_path / "q", "--bits", 8)
-    with pytest.raises(UsageError, match="量化"):
+
+    def whole(cfg: Any) -> Any:
+        cfg.train.memory = "full"
+        return cfg
+
+    def faster(cfg: Any) -> Any:
+        cfg.train.optimizer.lr = 0.02
+        return cfg
+
+    with pytest.raises(UsageError, match="不能训练每个权重"):
+        trainer(model=str(tmp_path / "q"), cfg_modify_fn=whole).train()
+    trained = trainer(model=str(tmp_path / "q"), cfg_modify_fn=faster, max_epochs=2)
+    before = trained.evaluate()
+    after = trained.train()
+    assert f"plug merge --model {tmp_path / 'q'} --adapter {trained.output}" in caplog.text
+    assert not (trained.output / "config.json").exists()
+    assert trained.evaluate() == pytest.approx(after)
+    assert trained.evaluate(str(tmp_path / "q")) == pytest.approx(before)
+    with pytest.raises(UsageError, match="已有训练好的模型，不会覆盖"):
         trainer(model=str(tmp_path / "q")).train()

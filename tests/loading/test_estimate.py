@@ -28,6 +28,8 @@ from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory
+from plug.quantization.linear import QuantizedLinear
+from plug.quantization.scheme import Scheme
 
 # Unlike sizes; long enough that what is kept once for a batch does not count.
 CONFIG = PlugConfig(
@@ -46,7 +48,7 @@ BATCH, SOURCE, TARGET = 5, 96, 40
 
 
 @contextmanager
-def kept_bytes(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
+def saved_bytes(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
     """Count the bytes that autograd keeps, each storage once, parameters left out."""
     own = {x.untyped_storage().data_ptr() for x in parameters}
     seen: dict[int, Tensor] = {}
@@ -82,7 +84,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
     labels = torch.randint(5, 300, (BATCH, target_length)) if target_length else torch.zeros(BATCH)
     cast = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
 
-    with kept_bytes(list(model.parameters())) as counted, cast:
+    with saved_bytes(list(model.parameters())) as counted, cast:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels.long())
 
     training = Training(
@@ -93,6 +95,52 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(
         dropout=False,
     )
     assert sum(x.entry for x in _blocks(CONFIG, training)) == pytest.approx(counted[0], rel=0.03)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("recomputed", [0, 2, 5])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_layers_with_adapters_keep_what_is_counted(
+    bits: int, recomputed: int, kept_bytes: Callable[..., int]
+) -> None:
+    """The passes of our own, on a CPU; the head's share is left out by way of the loss."""
+    peft = pytest.importorskip("peft")
+    from plug.finetuning.adapted_layers import adapt_layers
+    from plug.finetuning.recomputation import recompute_layers
+    from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
+    from plug.hf.adapters import TARGET_MODULES
+
+    values = CONFIG.to_dict()
+    if bits < 16:
+        values["quantization"] = Scheme.of(bits).to_dict()
+    plain = PlugForConditionalGeneration(PlugTransformersConfig(**values)).bfloat16()
+    adapters = peft.LoraConfig(target_modules=TARGET_MODULES, r=16, lora_dropout=0.05)
+    model = peft.get_peft_model(plain, adapters).train()
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            for name, (dtype, shape) in layer.scheme.tensors(
+                layer.out_features, layer.in_features
+            ).items():
+                layer.register_buffer(name, torch.ones(shape, dtype=dtype))
+    assert adapt_layers(model, in_fp8=False) == 5
+    recompute_layers(model, recomputed)
+    ids = torch.randint(5, 300, (BATCH, SOURCE))
+    labels = torch.randint(5, 300, (BATCH, TARGET))
+
+    def run() -> Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+    counted = kept_bytes(run, list(model.state_dict(keep_vars=True).values()), ids, labels)
+
+    training = Training(
+        batch_size=BATCH,
+        source_length=SOURCE,
+        target_length=TARGET,
+        memory="lora" if bits == 16 else "qlora",
+        bits=bits,
+        recomputed=recomputed,
+    )
+    assert sum(x.entry for x in _blocks(CONFIG, training)) == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -153,7 +153,8 @@ class _Plain:
             value = weight[rows].float() * kept - change
             if weight.dtype == torch.bfloat16:
                 first = rows.start * weight.shape[1]
-                weight[rows] = round_stochastically(value, random_bits(value.shape, key, first))
+                bits = random_bits(value.shape, key, first, value.device)
+                weight[rows] = round_stochastically(value, bits)
             else:
                 weight[rows] = value
 
@@ -163,7 +164,9 @@ def _some_rows(x: Tensor) -> list[slice]:
     return [slice(first, min(first + count, len(x))) for first in range(0, len(x), count)]
 
 
-def random_bits(shape: torch.Size, key: int, first: int = 0, device: Any = None) -> Tensor:
+def random_bits(
+    shape: torch.Size, key: int, first: int = 0, device: torch.device | None = None
+) -> Tensor:
     """Return 16 random bits, as int32, for each of the elements from number ``first`` on.
 
     They depend on the element's number and on ``key`` alone, so that a resumed run rounds as the

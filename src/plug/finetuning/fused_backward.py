@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -125,17 +126,25 @@ class FusedAdafactor(Optimizer):
             yield number, group_number, parameter
 
     def _hook(self, number: int, group_number: int) -> Callable[[Tensor], None]:
+        # The parameter keeps its hook alive, by a way that Python's garbage collector does not see.
+        # A hook that kept the parameters alive would keep them for ever.
+        optimizer = weakref.ref(self)
+
         def hook(parameter: Tensor) -> None:
-            if number in self._updated:
-                raise RuntimeError(
-                    "A weight got a second gradient before optimizer.step(): after fuse() there is "
-                    "one backward pass a step, and no gradient accumulation."
-                )
-            self._updated.add(number)
-            self._step(number, group_number, parameter)
-            parameter.grad = None
+            if (mine := optimizer()) is not None:
+                mine._step_in_backward(number, group_number, parameter)
 
         return hook
+
+    def _step_in_backward(self, number: int, group_number: int, parameter: Tensor) -> None:
+        if number in self._updated:
+            raise RuntimeError(
+                "A weight got a second gradient before optimizer.step(): after fuse() there is "
+                "one backward pass a step, and no gradient accumulation."
+            )
+        self._updated.add(number)
+        self._step(number, group_number, parameter)
+        parameter.grad = None
 
     def _step(self, number: int, group_number: int, parameter: Tensor) -> None:
         assert parameter.grad is not None

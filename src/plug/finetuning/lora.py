@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from plug.checkpoints.directory import CONFIG_FILE
 from plug.errors import UsageError
@@ -38,7 +40,7 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     """
     scheme = read_scheme(directory / CONFIG_FILE)
     mode = settings.memory
-    if mode != "full" and importlib.util.find_spec("peft") is None:
+    if settings.is_adapter and importlib.util.find_spec("peft") is None:
         raise UsageError(
             f'--memory {mode} 要用 peft，但它没有安装。请运行：pip install "plug-zh[lora]"'
         )
@@ -54,6 +56,29 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
             f" --model {settings.model} --bits 4 --to 新目录，再用 --model 新目录；"
             "或用 --memory lora。"
         )
+
+
+def multiplies_in_fp8(settings: FinetuneSettings, device: torch.device) -> bool:
+    """Return whether quantised weights are multiplied in FP8.
+
+    Raises:
+        UsageError: it was asked for, and the card or the other settings do not allow it.
+    """
+    wanted = settings.quantized_products
+    if wanted == "bf16" or (wanted == "auto" and settings.memory != "qlora"):
+        return False
+    can = False
+    if device.type == "cuda" and settings.precision == "bf16":
+        from plug.kernels.packed_linear import has_fp8
+
+        can = has_fp8(device)
+    if wanted == "fp8" and not can:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        raise UsageError(
+            f"quantized_products=fp8 要能乘 FP8 的显卡（计算能力 9.0 以上）和 precision=bf16，"
+            f"这里是 {name}、{settings.precision}。请改用 quantized_products=auto 或 bf16。"
+        )
+    return can
 
 
 def adapt(model: Any, settings: FinetuneSettings) -> Any:
@@ -87,9 +112,14 @@ def adapt(model: Any, settings: FinetuneSettings) -> Any:
     return adapted
 
 
-def save_adapter(model: Any, directory: Path, base: str) -> None:
-    """Write the adapter of peft's ``model`` alone; its base is named as the user named it."""
-    model.save_pretrained(directory, save_embedding_layers=False)
+def save_adapter(
+    model: Any, directory: Path, base: str, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapter of peft's ``model`` alone; its base is named as the user named it.
+
+    ``state`` are the tensors that are trained, where ``model`` has only a shard of each.
+    """
+    model.save_pretrained(directory, save_embedding_layers=False, state_dict=state)
     (directory / _MODEL_CARD).unlink(missing_ok=True)
     config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     write_json(directory / ADAPTER_CONFIG, config | {"base_model_name_or_path": base})

@@ -17,7 +17,9 @@ from plug.checkpoints.weights import check_names_and_shapes, finite, map_tensors
 from plug.errors import PlugError
 from plug.finetuning.kind import Kind
 from plug.loading.adapters import attach, read_adapter
+from plug.loading.estimate import Room, weight_bytes
 from plug.loading.load import load
+from plug.loading.memory import free_memory
 from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
 from plug.quantization.linear import quantize_modules
@@ -30,7 +32,7 @@ UNREAD = ("decoder.", "mlm_head.", "sentence_head.")
 def load_plain(
     kind: Kind[Any, Any], directory: Path, device: torch.device, adapter: Path | None = None
 ) -> Any:
-    """What `Kind.predict` takes as the model, in float32.
+    """What `Kind.predict` takes as the model, in float32; as it is saved where that does not fit.
 
     Args:
         kind: what the model was fine-tuned for.
@@ -43,10 +45,22 @@ def load_plain(
         PlugError: weights are missing, damaged, NaN or infinite, or do not fit `config.json`.
     """
     if kind.model_class == "PlugForConditionalGeneration":
-        return load(directory, device=device, dtype=torch.float32, adapter=adapter)
+        dtype = _float32_if_it_fits(directory, device)
+        return load(directory, device=device, dtype=dtype, adapter=adapter)
     num_labels = len(kind.labels) or 2  # question answering has the two ends of an answer
     classifier = load_classifier(directory, num_labels, adapter)
     return _Predicting(classifier, kind.model_class).to(device)
+
+
+def _float32_if_it_fits(directory: Path, device: torch.device) -> torch.dtype | None:
+    """float32, or None on a GPU whose memory it would take: the 27B has 104 GB so."""
+    free = free_memory(device)
+    if device.type != "cuda" or free is None:
+        return torch.float32
+    scheme = read_scheme(directory / CONFIG_FILE)
+    config = PlugConfig.from_file(directory / CONFIG_FILE)
+    weights = weight_bytes(config, 32 if scheme is None else scheme.bits, 4)
+    return torch.float32 if Room().need(config, weights, 4).with_overhead().total < free else None
 
 
 class _Predicting(nn.Module):

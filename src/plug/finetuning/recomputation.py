@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from plug.model.layers import DecoderLayer, EncoderLayer
+from plug.model.layers import DecoderLayer, EncoderLayer, LayerNorm
 
 
 def layers_of(model: nn.Module) -> list[EncoderLayer | DecoderLayer]:
@@ -28,5 +31,90 @@ def recompute_layers(model: nn.Module, count: int) -> None:
     """
     for index, layer in enumerate(layers_of(model)):
         switched = cast(Any, layer)  # a `GradientCheckpointingLayer` of transformers
-        switched.gradient_checkpointing = index < count
-        switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if hasattr(switched, "recomputed"):  # of `plug.finetuning.adapted_layers`
+            switched.recomputed = index < count
+        else:
+            switched.gradient_checkpointing = index < count
+            switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Return whether a layer keeps its input alone."""
+    of_transformers = getattr(layer, "gradient_checkpointing", False)
+    return bool(getattr(layer, "recomputed", of_transformers))
+
+
+def recompute_cheap_parts(model: nn.Module) -> None:
+    """Have layers that are not recomputed whole compute what norms and GELU gave again.
+
+    Linear layers need those as inputs in the backward pass. To keep them takes two fifths of a
+    layer's memory; to compute them again takes a hundredth of its time, since no product is.
+
+    Args:
+        model: of `plug.hf`, in one dtype and without autocast, which makes other inputs of them.
+    """
+    for layer in layers_of(model):
+        _CheapParts(cast(Any, layer))
+
+
+class _CheapParts:
+    """Takes the place of a layer's ``forward``; tells autograd how to make what it need not keep.
+
+    Args:
+        layer: a `GradientCheckpointingLayer` of transformers.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.forward = layer.forward
+        # In the pass at hand, by where the tensor lies; it is held, or another would come there.
+        self.made: dict[int, tuple[_Recipe, Tensor]] = {}
+        for part in layer.modules():
+            if isinstance(part, LayerNorm | nn.GELU):
+                part.register_forward_hook(self._note)
+        layer.forward = self
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        if not torch.is_grad_enabled() or is_recomputed(self.layer):
+            return self.forward(*args, **options)
+        with saved_tensors_hooks(self._pack, _unpack):
+            try:
+                return self.forward(*args, **options)
+            finally:
+                self.made.clear()
+
+    def _note(self, part: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if torch.is_grad_enabled() and not is_recomputed(self.layer):
+            recipe = _Recipe(partial(part.forward, inputs[0].detach()))
+            self.made[output.untyped_storage().data_ptr()] = recipe, output
+
+    def _pack(self, tensor: Tensor) -> Any:
+        recipe, _ = self.made.get(tensor.untyped_storage().data_ptr(), (None, None))
+        if recipe is None:
+            return tensor
+        recipe.uses += 1
+        return recipe, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    recipe, *view = packed
+    return recipe.take().as_strided(*view)
+
+
+class _Recipe:
+    """Makes a tensor again when it is first needed, and drops it when all that need it had it."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self.make = make
+        self.uses = 0
+        self.made: Tensor | None = None
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """Return the tensor to one of those that need it."""
+        made = self.make() if self.made is None else self.made
+        self.uses -= 1
+        self.made = made if self.uses > 0 else None
+        return made

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
+from plug.distributed.fully_sharded import reshard
 from plug.errors import NonFiniteError, PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
@@ -53,22 +55,38 @@ from plug.files import (
     write_json,
     write_text,
 )
+from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
 from plug.finetuning.fused_backward import check_optimizer
 from plug.finetuning.kind import Collator, find_kind
-from plug.finetuning.lora import adapt, check_base, save_adapter
+from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
+from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
-from plug.finetuning.recomputation import layers_of, recompute_layers
+from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharded_state import check_is_sharded
+from plug.finetuning.sharding import (
+    find_layout,
+    gathered_adapter,
+    load_sharded,
+    save_model,
+)
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
 from plug.jsonfiles import read_json
 from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
+from plug.loading.estimate import OVERHEAD_BYTES
+from plug.loading.memory import free_memory
 from plug.model.configuration import PlugConfig
+from plug.quantization.scheme import read_scheme
 from plug.textfiles import Notes
 
 CHECKPOINTS = "checkpoints"
+PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
+# What a resumed run may change: the examples of a step are compared, not those of a process.
+_FREE_ON_RESUME = frozenset({"parallel", "batch_size", "gradient_accumulation_steps"})
+_ASKED = "asked"  # of `finetuning.json`: settings as they were before `auto` decided them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +128,14 @@ def finetune(
     """
     output = Path(settings.output)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one writes
+        settings = _as_before(output, settings, resume)
         return _finished(output, settings, resume) or _run(
             settings, device, resume, resumable, callbacks
         )
     _check_output(output, settings, resume)
     with hold(output):
         _check_output(output, settings, resume)  # again: another process may have been at work
+        settings = _as_before(output, settings, resume)
         if (result := _finished(output, settings, resume)) is not None:
             remove_directory(output / CHECKPOINTS)
             return result
@@ -139,7 +159,8 @@ def _run(
     notes, eval_notes = Notes(), Notes()
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
-    check_base(settings, directory)
+    if settings.memory != "auto":
+        check_base(settings, directory)
     check_optimizer(settings)
     tokenizer = load_tokenizer(directory)
     cls = find_kind(task.kind)
@@ -159,23 +180,43 @@ def _run(
         raise UsageError(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
+    features = kind.features(examples)
+    asked = settings
+    case = _case(config, directory, task, features, chosen)
+    layout = find_layout(settings, case, chosen)
+    is_sharded = layout.mesh is not None
+    decision = decide(settings, replace(case, cards=layout.processes if is_sharded else 1))
+    settings = decision.settings
+    check_base(settings, directory)
+    multiplies_in_fp8(settings, chosen)
+    if is_main and decision.told:
+        print(decision.told, file=sys.stderr)  # noqa: T201
     set_seed(settings.seed)
-    is_adapter = settings.memory != "full"
+    is_adapter = settings.is_adapter
     is_fused = settings.optimizer == "adafactor"
     in_bf16 = settings.precision == "bf16"
     half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
-    model = kind.load_model(
-        directory,
-        from_scratch=settings.from_scratch,
-        dtype=torch.bfloat16 if half else torch.float32,
-    )
-    model = prepare(model, settings)
+    if is_sharded:
+        model = load_sharded(kind, directory, settings, layout)
+    else:
+        model = kind.load_model(
+            directory,
+            from_scratch=settings.from_scratch,
+            dtype=torch.bfloat16 if half else torch.float32,
+        )
+        model = prepare(model, settings, chosen)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
-        write_json(output / RUN_FILE, {"settings": settings.to_dict(), **kind.to_dict(), **base})
+        kept = {"settings": settings.to_dict(), **_asked(asked, settings)}
+        kept[PROCESSES_KEY] = layout.processes
+        write_json(output / RUN_FILE, {**kept, **kind.to_dict(), **base})
 
     def predict(model: Any) -> list[Any]:
-        return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        try:
+            return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        finally:
+            if is_sharded:
+                reshard(model)
 
     best = _Best(task.metric)
 
@@ -191,18 +232,19 @@ def _run(
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     if checkpoint is not None:
+        check_is_sharded(checkpoint, is_sharded)
         check_checkpoint(checkpoint)
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
         model=model,
-        args=training_arguments(settings, task, output, chosen, resumable),
-        train_dataset=kind.features(examples),
+        args=training_arguments(settings, task, output, chosen, resumable, is_sharded=is_sharded),
+        train_dataset=features,
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[
             *_callbacks(settings, task),
-            Checkpoints(interrupts, output, checkpoint, resumable),
+            Checkpoints(interrupts, output, resumable),
             *callbacks,
         ],
     )
@@ -228,22 +270,30 @@ def _run(
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
         **({"precision": "fp32"} if chosen.type == "cpu" and not half else {}),
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
+        **({"processes": layout.processes} if layout.processes > 1 else {}),
+        **({"sharding": "fsdp"} if is_sharded else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    state = gathered_adapter(model) if is_adapter and is_sharded else None
+    if not is_main and is_sharded and not is_adapter:
+        save_model(model, None)
     if is_main:
         with add_files(output, last=_last_file(settings)) as new, writing_errors():
             if is_adapter:
-                save_adapter(model, new, settings.model)
+                save_adapter(model, new, settings.model, state)
             else:
-                model.save_pretrained(new)
+                if is_sharded:
+                    save_model(model, new)
+                else:
+                    model.save_pretrained(new)
                 tokenizer.save(
                     new,
                     model_max_length=config.max_source_length,
                     by_character=kind.by_character,
                 )
                 write_finetuned_configuration(new, task.kind, settings.num_beams)
-            write_report(new, f"{task.title}：微调", settings.command(), facts, evaluation)
+            write_report(new, f"{task.title}：微调", asked.command(), facts, evaluation)
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
             write_text(new / "log.jsonl", "".join(lines))
             write_predictions(new / "predictions.jsonl", kind, held_out, predictions)
@@ -252,12 +302,16 @@ def _run(
     return FinetuneResult(output, evaluation.metrics, facts)
 
 
-def prepare(model: Any, settings: FinetuneSettings) -> Any:
+def prepare(model: Any, settings: FinetuneSettings, device: torch.device) -> Any:
     """Return a loaded model as it is trained: with adapters, and layers that are recomputed."""
-    if settings.memory != "full":
+    if settings.is_adapter:
         model = adapt(model, settings)
+        if device.type == "cuda" and settings.precision == "bf16":
+            adapt_layers(model, in_fp8=multiplies_in_fp8(settings, device))
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
+    if settings.optimizer == "adafactor":
+        recompute_cheap_parts(model)
     return model
 
 
@@ -277,7 +331,7 @@ class _Best:
 
 def _last_file(settings: FinetuneSettings) -> str:
     """Name the file that moves to the output last: where it is, the run was finished."""
-    return CONFIG_FILE if settings.memory == "full" else ADAPTER_CONFIG
+    return ADAPTER_CONFIG if settings.is_adapter else CONFIG_FILE
 
 
 def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneResult | None:
@@ -288,6 +342,41 @@ def _finished(output: Path, settings: FinetuneSettings, resume: bool) -> Finetun
     if not isinstance(metrics, dict):
         raise PlugError(f"{output / 'metrics.json'} 已损坏。请删去它所在的目录，重新训练。")
     return FinetuneResult(output, metrics, settings.to_dict())
+
+
+def _asked(asked: FinetuneSettings, decided: FinetuneSettings) -> dict[str, Any]:
+    """What `finetuning.json` says of settings that were decided otherwise than they were asked."""
+    now = decided.to_dict()
+    changed = {name: value for name, value in asked.to_dict().items() if now[name] != value}
+    return {_ASKED: changed} if changed else {}
+
+
+def _as_before(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneSettings:
+    """Return the settings that the run went on with so far, whatever the card has free now."""
+    if not resume or settings.memory != "auto" or not (output / RUN_FILE).is_file():
+        return settings
+    return FinetuneSettings(**read_run(output)["settings"])
+
+
+def _case(
+    config: PlugConfig, directory: Path, task: Task, features: list[Any], device: torch.device
+) -> Case:
+    """What decides how a run fits its device."""
+    room = free_memory(device)
+    if room is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All processes have to decide alike, and what is free differs a little between cards.
+        total = torch.cuda.get_device_properties(device).total_memory
+        room = total - 2 * OVERHEAD_BYTES
+    scheme = read_scheme(directory / CONFIG_FILE)
+    writes = task.kind == "generation"
+    return Case(
+        config=config,
+        bits=None if scheme is None else scheme.bits,
+        source_length=max(len(each["input_ids"]) for each in features),
+        target_length=max(len(each["labels"]) for each in features) if writes else 0,
+        room=room,
+        on_gpu=device.type == "cuda",
+    )
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
@@ -308,9 +397,22 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
     if not resume:
         raise UsageError(f"{output} 里有一次没有完成的训练。请加 --resume 接着进行，或换一个目录。")
-    before = read_run(output)["settings"]
+    run = read_run(output)
+    before = run["settings"] | run.get(_ASKED, {})
     now = settings.to_dict()
-    changed = sorted(name for name in now if now[name] != before.get(name))
+    if now["memory"] == "auto" and _ASKED not in run:  # one that asked for what `auto` took
+        before["memory"] = "auto"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    together = before["batch_size"] * before.get("gradient_accumulation_steps", 1)
+    together *= run.get(PROCESSES_KEY, 1)
+    step = settings.batch_size * settings.gradient_accumulation_steps * processes
+    if step != together:
+        raise UsageError(
+            f"接着训练时每步的例子数不能变：原来是 {together}，现在是 {step}（batch_size"
+            f" {settings.batch_size} × {settings.gradient_accumulation_steps} 批 × {processes}"
+            " 个进程）。请改 batch_size 或 gradient_accumulation_steps。"
+        )
+    changed = sorted(name for name in now.keys() - _FREE_ON_RESUME if now[name] != before.get(name))
     if changed:
         told = "、".join(f"{name}：{before.get(name)} → {now[name]}" for name in changed)
         raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
@@ -329,7 +431,13 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
 
 
 def training_arguments(
-    settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
+    settings: FinetuneSettings,
+    task: Task,
+    output: Path,
+    device: torch.device,
+    resumable: bool,
+    *,
+    is_sharded: bool = False,
 ) -> TrainingArguments:
     """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
@@ -347,7 +455,8 @@ def training_arguments(
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and in_bf16 and not is_fused,  # its weights are in bfloat16 already
+        # Adafactor's weights are in bfloat16 already; sharded layers are gathered in it.
+        bf16=on_gpu and in_bf16 and not is_fused and not is_sharded,
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
 from plug.finetuning.tasks import find_task
 from plug.generation.settings import MAX_BEAMS, MAX_PROMPT_TOKENS, WINDOW
@@ -23,6 +24,7 @@ from plug.options import (
     Choice,
     Float,
     Int,
+    Table,
     Text,
     check_options,
     merge,
@@ -37,8 +39,14 @@ FLAGS = (
     "source_length", "target_length", "num_beams", "seed", "precision", "from_scratch", "memory",
     "optimizer", "lora_rank",
 )  # fmt: skip
-MODES = ("full", "lora", "qlora")  # of `memory`
+MODES = ("auto", "full", "lora", "qlora")  # of `memory`
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+_NEED_GRADIENTS = {  # all of them at once: the default, which does not, and what for
+    "gradient_accumulation_steps": (1, "累积梯度"),
+    "fgm": (0.0, "第二份梯度"),
+    "child_tuning": (1.0, "全部梯度"),
+    "clip_grad_norm": (1.0, "全部梯度的范数"),
+}
 _OF_TASK = ("epochs", "batch_size", "source_length", "target_length")
 _TASK_S = ("任务的默认值", "the task's")
 
@@ -161,12 +169,13 @@ class FinetuneSettings:
     )  # fmt: skip
 
     memory: str = option(
-        "full", Choice(MODES),
+        "auto", Choice(MODES),
         "训练什么：full 为每个权重；lora 为各层旁的小矩阵（要装 peft），只存它们；"
-        "qlora 同 lora，但模型是量化过的，占内存最少。",
+        "qlora 同 lora，但模型是量化过的，占内存最少；auto 按模型和显存选，能 full 就 full。",
         "what is trained: every weight, or small matrices beside the linear layers of encoder and "
         "decoder (LoRA by peft, arXiv:2106.09685), which are saved alone; with `qlora` the model "
-        "is a directory of `plug quantize`, which takes the least memory. A head is trained whole",
+        "is a directory of `plug quantize`, which takes the least memory. A head is trained whole. "
+        "`auto` picks by the model and the GPU's memory: `full` with AdamW where that fits",
     )  # fmt: skip
     optimizer: str = option(
         "adamw", Choice(OPTIMIZERS),
@@ -192,6 +201,12 @@ class FinetuneSettings:
         False, Bool(), "LoRA 加上每个输出的模长（DoRA）。",
         "also learn the norm of each output's weights (DoRA, arXiv:2402.09353); slower",
     )  # fmt: skip
+    quantized_products: str = option(
+        "auto", Choice(("auto", "fp8", "bf16")),
+        "qlora 在 GPU 上用什么精度乘：fp8（快，要 H100 一类的显卡）或 bf16；auto 看显卡。",
+        "what `qlora` multiplies in on a GPU: FP8, forward and backward, which needs a card of "
+        "compute capability 9.0, or bf16; auto: FP8 where the card has it",
+    )  # fmt: skip
     gradient_accumulation_steps: int = option(
         1, Int(1, 65_536),
         "每几批更新一次权重：每步的例子是 batch_size 乘以它。",
@@ -210,6 +225,13 @@ class FinetuneSettings:
         "`gradient_checkpointing` says",
     )  # fmt: skip
 
+    parallel: ParallelSettings = option(
+        ParallelSettings(), Table(ParallelSettings),
+        "多张卡时怎样分工，见 docs/finetuning.md 的 [parallel]。",
+        "how several cards share a run; see below",
+        ("一张卡", "see below"),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_options(self)
         task = find_task(self.task)
@@ -222,31 +244,39 @@ class FinetuneSettings:
             raise UsageError(f"label_smoothing 不能用于阅读理解，{self.task} 是。请去掉它。")
         if self.memory == "full" and (self.rslora or self.dora):
             raise UsageError("rslora 和 dora 要与 --memory lora 或 qlora 一起用。")
+        if self.quantized_products == "fp8" and self.memory != "qlora":
+            raise UsageError(
+                f"quantized_products=fp8 要与 --memory qlora 一起用，现在是 {self.memory}。"
+            )
         if self.optimizer == "adafactor":
             self._check_fused()
-        if self.memory != "full" and (self.fgm or self.from_scratch):
+        if self.is_adapter and (self.fgm or self.from_scratch):
             name = "fgm" if self.fgm else "from_scratch"
             raise UsageError(f"{name} 要训练每个权重，不能与 --memory {self.memory} 一起用。")
 
     def _check_fused(self) -> None:
         """Refuse what needs all gradients at once: they do not exist with `adafactor`."""
-        if self.memory != "full":
+        if self.is_adapter:
             raise UsageError(
                 f"optimizer=adafactor 用于训练每个权重，不能与 --memory {self.memory} 一起用。"
                 "LoRA 的优化器状态很小，请用 adamw。"
             )
-        needs = {
-            "gradient_accumulation_steps": (1, "累积梯度"),
-            "fgm": (0.0, "第二份梯度"),
-            "child_tuning": (1.0, "全部梯度"),
-            "clip_grad_norm": (1.0, "全部梯度的范数"),
-        }
-        for name, (default, what) in needs.items():
+        for name, (default, what) in _NEED_GRADIENTS.items():
             if getattr(self, name) != default:
                 raise UsageError(
                     f"optimizer=adafactor 在反向传播中逐个更新权重，不留梯度，"
                     f"而 {name}={getattr(self, name)} 要{what}。请去掉它，或用 --optimizer adamw。"
                 )
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether small matrices are trained, and saved alone."""
+        return self.memory in ("lora", "qlora")
+
+    @property
+    def can_be_fused(self) -> bool:
+        """Whether `adafactor` would do: nothing needs all gradients at once."""
+        return all(getattr(self, name) == each for name, (each, _) in _NEED_GRADIENTS.items())
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> FinetuneSettings:
@@ -285,10 +315,17 @@ class FinetuneSettings:
         for name, value in self.to_dict().items():
             if name == "task" or value == defaults[name]:
                 continue
-            if name not in FLAGS:
-                words.append(f"--set {shlex.quote(f'{name}={json.dumps(value)}')}")
+            if isinstance(value, dict):
+                changed = {k: v for k, v in value.items() if v != defaults[name][k]}
+                words += [_assignment(f"{name}.{k}", v) for k, v in changed.items()]
+            elif name not in FLAGS:
+                words.append(_assignment(name, value))
             elif value is True:
                 words.append(f"--{name.replace('_', '-')}")
             else:
                 words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(words)
+
+
+def _assignment(name: str, value: Any) -> str:
+    return f"--set {shlex.quote(f'{name}={json.dumps(value)}')}"

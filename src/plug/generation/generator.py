@@ -118,6 +118,7 @@ class Generator:
         adapter: as `plug.load` takes it; not with a `Plug`.
         reuse_bytes: bytes of encoded prompts to keep, so that the same prompt begins at once next
             time; 0 keeps none. None is 128 MiB on a CPU, else 0.
+        stacks_weights: as in `PreparedModel`.
         takes_adapters: `add_adapter` may be called; texts with different adapters share a batch.
 
     Raises:
@@ -140,6 +141,7 @@ class Generator:
         adapter: str | Path | None = None,
         reuse_bytes: int | None = None,
         takes_adapters: bool = False,
+        stacks_weights: bool = True,
     ) -> None:
         if reuse_bytes is not None:
             check_int("reuse_bytes", reuse_bytes, 0)
@@ -171,7 +173,11 @@ class Generator:
             reuse_bytes = REUSE_BYTES if on.type == "cpu" else 0
         with explain_out_of_memory(on, room.batch_size):
             self.prepared = PreparedModel(
-                model.eval(), graphs=graphs, reuse_bytes=reuse_bytes, takes_adapters=takes_adapters
+                model.eval(),
+                graphs=graphs,
+                reuse_bytes=reuse_bytes,
+                takes_adapters=takes_adapters,
+                stacks_weights=stacks_weights,
             )
         self.is_sharded = is_sharded(model)
         self._calls = 0  # running now; counted for sharded models alone

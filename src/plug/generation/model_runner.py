@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from plug.device import explain_out_of_memory, has_kernels
+from plug.distributed.fully_sharded import is_fully_sharded
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
 from plug.generation.adapter_stack import AdapterStack
 from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
-from plug.generation.plain_model import PlainModel
+from plug.generation.plain_model import PlainModel, ShardedModel
 from plug.generation.sampling import Plan, Sampler, log_probabilities
 from plug.generation.scheduler import NO_CHOICE, StepPlan
 from plug.generation.sequence import TokenLogprobs
@@ -54,6 +55,8 @@ class PreparedModel:
             of different length at once, where sequences leave at nearly every step.
         reuse_bytes: bytes of encoded sources kept for when they come again (`EncoderCache`).
         takes_adapters: adapters may be added to `adapters`, for texts that ask for them.
+        stacks_weights: weights may be moved, several into one tensor (`FusedModel`). Not where they
+            are also trained and saved: `transformers` would copy each that is part of another.
 
     Attributes:
         adapters: None where none are taken.
@@ -70,6 +73,7 @@ class PreparedModel:
         graphs: bool = True,
         reuse_bytes: int = 0,
         takes_adapters: bool = False,
+        stacks_weights: bool = True,
     ) -> None:
         if model.decoder is None:
             raise UsageError(
@@ -81,7 +85,7 @@ class PreparedModel:
         self.uses_graphs = graphs and self.device.type == "cuda"
         self.adapters = AdapterStack(model) if takes_adapters else None
         granularity = GRAPH_GRANULARITY if self.uses_graphs else 1
-        self.model = _prepare(model, granularity, self.adapters)
+        self.model = _prepare(model, granularity, self.adapters, stacks_weights)
         self.encoder_cache = EncoderCache(reuse_bytes)
         self.lock = threading.RLock()
 
@@ -106,12 +110,13 @@ class PreparedModel:
 
 
 def _prepare(
-    model: Plug, granularity: int, adapters: AdapterStack | None
+    model: Plug, granularity: int, adapters: AdapterStack | None, stacks_weights: bool
 ) -> PlainModel | FusedModel:
-    if has_adapters(model):
-        return PlainModel(model, granularity, adapters)
+    if is_fully_sharded(model):
+        return ShardedModel(model, granularity)
     words = model.embeddings.word_embeddings.weight
-    if has_kernels(words.device) and words.dtype in (torch.float16, torch.bfloat16):
+    is_half = words.dtype in (torch.float16, torch.bfloat16)
+    if stacks_weights and has_kernels(words.device) and is_half and not has_adapters(model):
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model, adapters)

@@ -14,18 +14,20 @@ from torch import Tensor
 
 _ROWS, _COLUMNS = 128, 1024  # a tile; each program reads it `_STEP` rows at a time
 _STEP = 8
+# A tile whose rows lie in one warp each, so that they are added up without shared memory.
+_SUMMED_COLUMNS, _SUMMED_STEP = 256, 32
 _BLOCK = 4096  # of a vector
 
 
 def mean_squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the means of the squares of ``gradient`` (rows, columns), by row and by column."""
     rows, columns = gradient.shape
-    down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
+    down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _SUMMED_COLUMNS)
     by_row = gradient.new_empty(across, rows, dtype=torch.float32)
     by_column = gradient.new_empty(down, columns, dtype=torch.float32)
     _squares[(down, across)](
         gradient, by_row, by_column, rows, columns,
-        ROWS=_ROWS, COLUMNS=_COLUMNS, STEP=_STEP, num_warps=8,
+        ROWS=_ROWS, COLUMNS=_SUMMED_COLUMNS, STEP=_SUMMED_STEP, num_warps=8,
     )  # fmt: skip
     return by_row.sum(0) / columns, by_column.sum(0) / rows
 

@@ -131,6 +131,65 @@ def generation_need(
     )
 
 
+def cpu_weight_bytes(config: PlugConfig, bits: int, *, writes: bool, kernels: bool = True) -> int:
+    """Return the bytes of a model's weights in the memory of a CPU.
+
+    Integers stay as their file has them; all else is in float32. To write, `kernels/cpu` keeps the
+    matrices of a plain model a second time, in the bits they were saved in, and of a quantised one
+    the word table in 8 bits. Without it PyTorch keeps matrices a second time: the decoder's in
+    their own bits (16 at most), those of a quantised encoder in float16.
+
+    Args:
+        config: the shape.
+        bits: as saved.
+        writes: whether the model is to write.
+        kernels: whether `kernels/cpu` can be built.
+
+    Raises:
+        UsageError: as `weight_bytes`.
+    """
+    found = weight_bytes(config, 32) if bits >= 16 else weight_bytes(config, bits, 4)
+    if not writes:
+        return found
+    by_part = parts(config)
+    encoder, decoder = (by_part[name].matrix_parameters for name in ("encoder", "decoder"))
+    words = config.vocab_size * config.hidden_size
+    if bits < 16:
+        return found + words + (0 if kernels else 2 * encoder + decoder * bits // 8)
+    return found + ((encoder + decoder + words) * bits // 8 if kernels else 2 * (decoder + words))
+
+
+def cpu_generation_need(
+    config: PlugConfig,
+    *,
+    weights: int,
+    batch_size: int,
+    source_length: int,
+    capacity: int,
+) -> Need:
+    """Return what writing takes on a CPU, which reads sources one by one, in float32.
+
+    The workspace is an encoder layer's inside, (8 h + 3 f) values a token of a source with the
+    rounded inputs of products; keys and values of sources that are not yet in the caches; four
+    copies of the logits.
+
+    Args:
+        config: the shape.
+        weights: `cpu_weight_bytes`.
+        batch_size: texts written together.
+        source_length: tokens of a source.
+        capacity: tokens of a window.
+    """
+    token = cache_bytes(config, 4)
+    inside = (8 * config.hidden_size + 3 * config.intermediate_size) * source_length * 4
+    logits = 4 * batch_size * config.vocab_size * 4
+    return Need(
+        weights=weights,
+        caches=batch_size * (source_length + capacity) * token,
+        workspace=inside + batch_size * source_length * token + logits,
+    )
+
+
 def resident_share(config: PlugConfig) -> float:
     """Return the part of the parameters that a device map keeps on the device at least.
 
@@ -170,6 +229,17 @@ class Room:
             bits=bits,
         )
 
+    def need_on_cpu(self, config: PlugConfig, weights: int) -> Need:
+        """Likewise on a CPU; ``weights`` from `cpu_weight_bytes`."""
+        longest = config.max_position_embeddings
+        return cpu_generation_need(
+            config,
+            weights=weights,
+            batch_size=self.batch_size,
+            source_length=min(self.source_length, longest),
+            capacity=min(self.capacity, longest),
+        )
+
 
 # --- training -------------------------------------------------------------------------------------
 
@@ -194,10 +264,10 @@ class Training:
         half: activations inside of a layer have 16 bits, by autocast or because the weights do.
         rank: of the small matrices.
         recomputed: layers that keep their input alone, the encoder's first ones first.
-        cheap: layers after those that compute norms and GELU again, and no product.
-        accumulates: gradients of several batches are added up.
+        accumulates: gradients of several batches are added up, or kept from step to step.
         dropout: whether a layer keeps masks.
         cards: that share weights, gradients and states (FSDP2).
+        masked_share: of pre-training: the share of the source that the masked-LM head predicts.
     """
 
     batch_size: int
@@ -209,10 +279,10 @@ class Training:
     half: bool = True
     rank: int = 16
     recomputed: int = 0
-    cheap: int = 0
     accumulates: bool = False
     dropout: bool = True
     cards: int = 1
+    masked_share: float = 0.0
 
     @property
     def stream(self) -> int:
@@ -232,6 +302,11 @@ class Training:
     def is_fused(self) -> bool:
         """Whether a weight changes as soon as its gradient is there, which is then dropped."""
         return self.trains_all and self.optimizer == "adafactor"
+
+    @property
+    def own_passes(self) -> bool:
+        """Whether layers with adapters train by `finetuning/adapted_layers.py`."""
+        return not self.trains_all and self.half
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +342,10 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     Raises:
         UsageError: 4 bits, and a layer cannot be parted into groups.
     """
-    num_labels = None if training.target_length else _FEW_LABELS
+    is_classifier = not (training.target_length or training.masked_share)
+    num_labels = _FEW_LABELS if is_classifier else None
+    if not training.target_length:
+        config = replace(config, num_decoder_layers=0)
     by_part = parts(config, num_labels)
     weights = weight_bytes(config, training.bits, training.stream, num_labels=num_labels)
     adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
@@ -327,6 +405,8 @@ def _blocks(config: PlugConfig, training: Training) -> Iterator[_Block]:
     yield _embedding(config, training, source)
     for index in range(config.num_hidden_layers):
         yield _layer_block(config, training, index, source)
+    if training.masked_share:
+        yield _head(config, training, round(source * training.masked_share))
     if not target:
         return
     yield _embedding(config, training, target)
@@ -349,42 +429,46 @@ def _layer_block(
 ) -> _Block:
     """One layer over ``tokens``; a decoder's has cross-attention, whose keys `_projection` keeps.
 
-    Kept for each token: the input of each norm, its output as the products' input, queries, keys,
-    values, what attention gave (and a float32 for each head), `fc1`'s output, GELU's output, and a
-    byte for each value of a dropout mask.
+    Bytes of a token: the input of each norm; queries, keys, values, what attention gave, with a
+    float32 for each head; `fc1`'s output; what the products read, which norms and GELU gave; masks
+    of dropout. Adapters in 16 bits (`finetuning/adapted_layers.py`) and fused steps
+    (`finetuning/recomputation.py`) compute the products' inputs again. Those adapters draw masks
+    again too; other adapters (peft's own layers) keep their inputs after dropout.
     """
     hidden, inner, value = config.hidden_size, config.intermediate_size, training.value
-    mask = hidden if training.dropout else 0
-    norm = training.stream * hidden
-    own = norm + _inputs(training, 3) * hidden + 4 * value * hidden
-    cross = norm + _inputs(training, 1) * hidden + 2 * value * hidden
-    mixing = own + 4 * config.num_attention_heads + mask
-    if crossed:
-        mixing += cross + 4 * config.num_attention_heads + mask
-    feeding = norm + _inputs(training, 1) * hidden + 2 * value * inner + mask
-    kept = mixing + feeding
-    again = _inputs(training, 3) * hidden + _inputs(training, 1) * hidden + value * inner
-    if crossed:
-        again += _inputs(training, 1) * hidden
-    entry = kept
-    if index < training.recomputed:
-        entry = norm
-    elif index < training.recomputed + training.cheap:
-        entry = kept - again
-    part = layer(config, attentions=2 if crossed else 1)
-    copies = 2 * part.matrix_parameters if _casts(training) else 0
-    adapters = 0
+    attentions, products = (2, 10) if crossed else (1, 6)
+    norms = (attentions + 1) * training.stream * hidden
+    results = (4 + 2 * (attentions - 1)) * value * hidden + value * inner
+    results += 4 * config.num_attention_heads * attentions
+    reads = (_inputs(training, 3) + _inputs(training, 1) * attentions) * hidden + value * inner
+    masks = (attentions + 1) * hidden if training.dropout else 0
+    thin = 0
     if not training.trains_all:
-        adapters = tokens * 2 * training.rank * (10 if crossed else 6)
+        thin = value * training.rank * products
+        if training.own_passes:
+            reads = masks = 0
+        else:
+            reads = (4 + 1) * (inner + hidden * (products - 1))
+    whole = tokens * (norms + results + reads + masks + thin)
+
+    part = layer(config, attentions)
+    copies = 2 * part.matrix_parameters if _casts(training) else 0
+    again = tokens * reads if training.is_fused else 0
+    kept, entry = whole + copies, whole + copies - again
+    if index < training.recomputed:
+        entry, again = tokens * training.stream * hidden, 0
+
+    # At fc2, where most is there: the gradients of the layer's output, of that without dropout, and
+    # of what fc2 read; an unpacked weight, or the gradient of one.
+    passing = tokens * ((training.stream + value) * hidden + value * inner)
     largest = hidden * inner
-    weight_gradient = largest * (6 if _casts(training) else training.value)
     unpacked = largest * value if training.bits < 16 else 0
-    passing = tokens * (training.stream * hidden + value * hidden + value * inner)
+    weight_gradient = largest * (6 if _casts(training) else value) if training.trains_all else 0
     return _Block(
-        kept=tokens * kept + copies + adapters,
-        entry=tokens * entry + (copies + adapters if entry == kept else 0),
-        forward=tokens * training.stream * hidden + unpacked,
-        backward=passing + (weight_gradient if training.trains_all else unpacked),
+        kept=kept - again,
+        entry=entry,
+        forward=tokens * (training.stream * hidden + (value * inner if again else 0)) + unpacked,
+        backward=passing + (tokens * value * inner if again else 0) + unpacked + weight_gradient,
         gradients=0 if training.is_fused else part.parameters,
     )
 
@@ -395,10 +479,15 @@ def _casts(training: Training) -> bool:
 
 
 def _embedding(config: PlugConfig, training: Training, tokens: int) -> _Block:
-    """The sum that the norm reads, and a dropout mask; the final norm of the half keeps as much."""
-    hidden = config.hidden_size
-    kept = tokens * hidden * (2 * training.stream + (1 if training.dropout else 0))
-    return _Block(kept, kept, tokens * hidden * training.stream, 0, 0)
+    """The sum that the norm reads, and a dropout mask; what the half's final norm reads.
+
+    Beside adapters the embeddings are frozen and keep nothing.
+    """
+    kept = training.stream
+    if training.trains_all:
+        kept += training.stream + (1 if training.dropout else 0)
+    kept *= tokens * config.hidden_size
+    return _Block(kept, kept, tokens * config.hidden_size * training.stream, 0, 0)
 
 
 def _projection(config: PlugConfig, training: Training, tokens: int) -> _Block:

@@ -80,10 +80,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: PlugConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gelu = nn.GELU()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+        return self.fc2(self.gelu(self.fc1(hidden_states)))
 
 
 class EncoderLayer(nn.Module):

@@ -47,6 +47,13 @@ class QuantizedLinear(nn.Module):
         rows = len(tensors.pop("bias"))
         if self.scheme.bits == 4:  # views of tiles, where `plug.kernels` uses the weight
             tensors = {name: each.reshape(rows, -1) for name, each in tensors.items()}
+        weight, scale = tensors["weight"], tensors["scale"]
+        if weight.is_cuda and not weight.is_floating_point():
+            from plug.kernels.training import unpack
+
+            out = torch.empty(rows, self.in_features, dtype=dtype, device=weight.device)
+            unpack(weight, scale, tensors.get("center"), out)
+            return out
         return self.scheme.dequantize(tensors, dtype)
 
     def _save_to_state_dict(

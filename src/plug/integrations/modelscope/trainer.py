@@ -21,12 +21,14 @@ from plug.device import find_device
 from plug.errors import PlugError, UsageError
 from plug.files import write_text
 from plug.finetuning.kind import make_kind
+from plug.finetuning.plain import load_plain
 from plug.finetuning.readers import read_generation
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
 from plug.generation.settings import WINDOW
 from plug.integrations.modelscope.base import device_of, find_directories, read_configuration
 from plug.integrations.modelscope_hub import training_sections
+from plug.loading.adapters import is_adapter
 from plug.model.configuration import PlugConfig
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ READ = {  # what is read of the configuration, and the option of `FinetuneSettin
     "train.optimizer.weight_decay": "weight_decay",
     "train.lr_scheduler.warmup": "warmup_fraction",
     "train.clip_grad": "clip_grad_norm",
+    "train.memory": "memory",
     "preprocessor.sequence_length": "source_length",
     "evaluation.dataloader.batch_size_per_gpu": "eval_batch_size",
 }
@@ -55,6 +58,10 @@ READ_TOO = {
 @TRAINERS.register_module(module_name="nlp-plug-trainer", force=True)
 class PlugTrainer(BaseTrainer):
     """Fine-tunes a model on pairs of texts; the result, in ``work_dir``/output, is a model.
+
+    Where the device has too little memory to train every weight, or the model is quantised, LoRA
+    adapters are trained and ``work_dir``/output holds these alone: `train.memory` of the
+    configuration ("auto", "full", "lora", "qlora") decides, as `plug finetune --memory` does.
 
     Args:
         model: a model's directory, an original's too, or its id on ModelScope.
@@ -136,21 +143,32 @@ class PlugTrainer(BaseTrainer):
             self._write(self._file(name), pairs, kept=resume)
         result = finetune(settings, device=self.device, resume=resume)
         if self.processes.is_main_process:
-            logger.warning("训练完成，模型在 %s。", self.output)
+            if is_adapter(self.output):
+                logger.warning(
+                    "训练完成，LoRA 适配器在 %s。要合并成一个模型：plug merge --model %s"
+                    " --adapter %s --to 新目录。",
+                    self.output, self.directory, self.output,
+                )  # fmt: skip
+            else:
+                logger.warning("训练完成，模型在 %s。", self.output)
         return result.metrics
 
     def evaluate(self, checkpoint_path: str | None = None) -> dict[str, float]:
         """Metrics on ``eval_dataset`` by the original's beam search.
 
         Args:
-            checkpoint_path: of a model; None is the one trained here, or before that the base.
+            checkpoint_path: of a model, or of an adapter of the trainer's model; None is the one
+                trained here, or before that the base.
 
         Raises:
             UsageError: the dataset or the path make no sense.
         """
-        directory = self.output if (self.output / CONFIG_FILE).is_file() else self.directory
-        if checkpoint_path is not None:
-            directory = find_directories(checkpoint_path)[1]
+        tuned = self.output if checkpoint_path is None else Path(checkpoint_path)
+        directory, adapter = self.directory, None
+        if is_adapter(tuned):
+            adapter = tuned
+        elif checkpoint_path is not None or (tuned / CONFIG_FILE).is_file():
+            directory = find_directories(str(tuned))[1]
         self._write(path := self._file("eval_dataset"), self._rows("eval_dataset"))
         settings = self._settings()
         kind = make_kind(
@@ -160,7 +178,7 @@ class PlugTrainer(BaseTrainer):
             target_length=settings.target_length,
             num_beams=settings.num_beams,
         )
-        model = kind.load_model(directory).to(find_device(self.device))
+        model = load_plain(kind, directory, find_device(self.device), adapter)
         examples = list(read_generation(path))
         predictions = kind.predict(model, examples, batch_size=settings.eval_batch_size)
         return kind.evaluate(examples, predictions).metrics
@@ -187,6 +205,7 @@ class PlugTrainer(BaseTrainer):
 
     def _settings(self) -> FinetuneSettings:
         values = {name: self.cfg.safe_get(key) for key, name in READ.items()}
+        values["memory"] = values["memory"] or "auto"
         return FinetuneSettings(
             task="generation",
             train=str(self._file("train_dataset")),
@@ -205,7 +224,7 @@ class PlugTrainer(BaseTrainer):
     def _check_output(self, resume: bool) -> None:
         if not self.processes.is_main_process:
             return
-        if (self.output / CONFIG_FILE).is_file():
+        if (self.output / CONFIG_FILE).is_file() or is_adapter(self.output):
             raise UsageError(f"{self.output} 里已有训练好的模型，不会覆盖。请换一个 work_dir。")
         unfinished = self.output.is_dir() and any(self.output.iterdir())
         if resume and not unfinished:

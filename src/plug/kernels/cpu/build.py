@@ -62,6 +62,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def instructions() -> str:
+    """What the products use on this machine, for people."""
+    found = library()
+    if found is None:
+        return "PyTorch 的乘法（没有 C++ 编译器，或没能编译）"
+    names = {512: "AVX-512 VNNI", 256: "AVX2", 128: "Arm 点积", 0: "普通循环"}
+    return f"{names[found.plug_instructions()]}（为这台机器编译）"
+
+
 def library_file() -> Path:
     """Where the library is kept: a name for each version of the sources and each processor."""
     content = hashlib.sha256("\n".join([*_FLAGS, *_target(), *_processor()]).encode())
