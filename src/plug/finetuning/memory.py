@@ -166,7 +166,7 @@ def decide(settings: FinetuneSettings, case: Case) -> Decision:
         PlugError: the memory is too small; the message says for what, by how much, what would fit.
     """
     modes = _modes(settings, case)
-    training = _training(settings, case)
+    training = training_of(settings, case)
     accumulated = settings.gradient_accumulation_steps
     is_auto = settings.memory == "auto"
     if case.room is None or not case.on_gpu:
@@ -211,7 +211,8 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
     return [*([] if needs_lora else full), *([] if needs_all else [lora])]
 
 
-def _training(settings: FinetuneSettings, case: Case) -> Training:
+def training_of(settings: FinetuneSettings, case: Case) -> Training:
+    """Return what the settings say of a training step; its mode is left as it is by default."""
     training = Training(
         batch_size=settings.batch_size * (2 if settings.r_drop else 1),
         source_length=case.source_length,

@@ -264,9 +264,10 @@ class Training:
         half: activations inside of a layer have 16 bits, by autocast or because the weights do.
         rank: of the small matrices.
         recomputed: layers that keep their input alone, the encoder's first ones first.
-        accumulates: gradients of several batches are added up.
+        accumulates: gradients of several batches are added up, or kept from step to step.
         dropout: whether a layer keeps masks.
         cards: that share weights, gradients and states (FSDP2).
+        masked_share: of pre-training: the share of the source that the masked-LM head predicts.
     """
 
     batch_size: int
@@ -281,6 +282,7 @@ class Training:
     accumulates: bool = False
     dropout: bool = True
     cards: int = 1
+    masked_share: float = 0.0
 
     @property
     def stream(self) -> int:
@@ -340,7 +342,10 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     Raises:
         UsageError: 4 bits, and a layer cannot be parted into groups.
     """
-    num_labels = None if training.target_length else _FEW_LABELS
+    is_classifier = not (training.target_length or training.masked_share)
+    num_labels = _FEW_LABELS if is_classifier else None
+    if not training.target_length:
+        config = replace(config, num_decoder_layers=0)
     by_part = parts(config, num_labels)
     weights = weight_bytes(config, training.bits, training.stream, num_labels=num_labels)
     adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
@@ -400,6 +405,8 @@ def _blocks(config: PlugConfig, training: Training) -> Iterator[_Block]:
     yield _embedding(config, training, source)
     for index in range(config.num_hidden_layers):
         yield _layer_block(config, training, index, source)
+    if training.masked_share:
+        yield _head(config, training, round(source * training.masked_share))
     if not target:
         return
     yield _embedding(config, training, target)

@@ -55,26 +55,6 @@ class Attention(nn.Module):
             (batch, tgt, hidden).
         """
         query = self._split_heads(self.q_proj(hidden_states))  # (batch, heads, tgt, head_dim)
-        return self._mix(query, key, value, attention_mask, is_causal)
-
-    def attend_to_itself(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """`forward` with keys and values of the same states, (batch, tgt, hidden) to the same.
-
-        Training replaces it by one product for all three projections.
-        """
-        key, value = self.project_key_value(hidden_states)
-        return self(hidden_states, key, value, attention_mask, is_causal)
-
-    def _mix(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        is_causal: bool,
-    ) -> Tensor:
         context = F.scaled_dot_product_attention(
             query,
             key,

@@ -101,7 +101,8 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(batch, src, hidden) to the same; ``attention_mask`` as in `Attention.forward`."""
         normalized = self.attention_norm(hidden_states)
-        context = self.attention.attend_to_itself(normalized, attention_mask)
+        key, value = self.attention.project_key_value(normalized)
+        context = self.attention(normalized, key, value, attention_mask)
         hidden_states = hidden_states + self.dropout(context)
         transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(transformed)
@@ -140,15 +141,11 @@ class DecoderLayer(nn.Module):
             past_key_values: where self-attention keys and values of earlier positions are kept.
         """
         normalized = self.self_attention_norm(hidden_states)
-        is_causal = self_attention_mask is None
-        if past_key_values is None:
-            context = self.self_attention.attend_to_itself(
-                normalized, self_attention_mask, is_causal
-            )
-        else:
-            key, value = self.self_attention.project_key_value(normalized)
+        key, value = self.self_attention.project_key_value(normalized)
+        if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.index)
-            context = self.self_attention(normalized, key, value, self_attention_mask, is_causal)
+        is_causal = self_attention_mask is None
+        context = self.self_attention(normalized, key, value, self_attention_mask, is_causal)
         hidden_states = hidden_states + self.dropout(context)
         normalized = self.cross_attention_norm(hidden_states)
         context = self.cross_attention(normalized, *encoder_key_value, encoder_attention_mask)

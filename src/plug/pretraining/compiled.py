@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plug.model.attention import Attention
-from plug.model.layers import DecoderLayer, Embeddings, KeyValue
+from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer, KeyValue, KeyValueCache
 from plug.model.plug import Decoder, Plug
 from plug.pretraining import losses
 
@@ -33,12 +33,13 @@ def compile_model(model: Plug) -> None:
     Each layer is compiled alone: all of a kind share one graph, for all lengths, so that this takes
     seconds and not minutes.
     """
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.__class__ = _PackedAttention
+    for layer in model.encoder.layers:
+        layer.__class__ = _PackedEncoderLayer
     parts: list[nn.Module] = [model.embeddings, *model.encoder.layers, model.encoder.final_norm]
     if model.decoder is not None:
         model.decoder.__class__ = _PackedDecoder
+        for layer in model.decoder.layers:
+            layer.__class__ = _PackedDecoderLayer
         cast(_PackedDecoder, model.decoder).project = torch.compile(_project, dynamic=True)
         parts += [*model.decoder.layers, model.decoder.final_norm]
     for part in parts:
@@ -54,13 +55,34 @@ class _Bf16Embeddings(Embeddings):
         return super().forward(*arguments, **options).to(torch.bfloat16)
 
 
-class _PackedAttention(Attention):
-    def attend_to_itself(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, is_causal: bool = False
+class _PackedEncoderLayer(EncoderLayer):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        assert attention_mask is None, "passages fill their length"
+        context = _attend_to_itself(self.attention, self.attention_norm(hidden_states), False)
+        hidden_states = hidden_states + self.dropout(context)
+        transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return hidden_states + self.dropout(transformed)
+
+
+class _PackedDecoderLayer(DecoderLayer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_key_value: KeyValue,
+        encoder_attention_mask: Tensor | None,
+        self_attention_mask: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
     ) -> Tensor:
-        linears = [self.q_proj, self.k_proj, self.v_proj]
-        query, key, value = _project(linears, hidden_states, self.head_dim)
-        return self._mix(query, key, value, attention_mask, is_causal)
+        masks = (encoder_attention_mask, self_attention_mask, past_key_values)
+        assert masks == (None, None, None), "passages fill their length"
+        normalized = self.self_attention_norm(hidden_states)
+        context = _attend_to_itself(self.self_attention, normalized, True)
+        hidden_states = hidden_states + self.dropout(context)
+        normalized = self.cross_attention_norm(hidden_states)
+        context = self.cross_attention(normalized, *encoder_key_value)
+        hidden_states = hidden_states + self.dropout(context)
+        transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return hidden_states + self.dropout(transformed)
 
 
 class _PackedDecoder(Decoder):
@@ -71,6 +93,16 @@ class _PackedDecoder(Decoder):
         linears = [linear for each in attentions for linear in (each.k_proj, each.v_proj)]
         heads = self.project(linears, encoder_hidden_states, attentions[0].head_dim)
         return list(zip(heads[::2], heads[1::2], strict=True))
+
+
+def _attend_to_itself(attention: Attention, states: Tensor, is_causal: bool) -> Tensor:
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    query, key, value = _project(linears, states, attention.head_dim)
+    dropout = attention.dropout if attention.training else 0.0
+    context = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=is_causal
+    )
+    return cast(Tensor, attention.out_proj(context.transpose(1, 2).flatten(2)))
 
 
 def _project(linears: list[nn.Linear], states: Tensor, head_dim: int) -> list[Tensor]:
