@@ -31,6 +31,7 @@ from plug.pretraining.tokens import DomainCounts, write_json
 from plug.tokenization import PlugTokenizer
 
 HERE = Path(__file__).resolve().parent.parent
+LOSSES = ("lm", "mlm", "word", "sentence")
 WARM = 0.3  # share of the steps that the rates leave out
 TINY = [
     *("preset=test", "batch_tokens=2048", "micro_batch_tokens=1024", "compile=false"),
@@ -80,7 +81,7 @@ def train(
             *(f"--nproc-per-node={cards}", "-m", "plug"),
         ]
     command = [sys.executable, *launcher, "pretrain", f"stage{stage}"]
-    command += ["--config", str(HERE / "configs" / f"mini-stage{stage}.toml")]
+    command += ["--config", str(source / "configs" / f"mini-stage{stage}.toml")]
     for setting in [*settings, f'output="{output}"']:
         command += ["--set", setting]
     environment = os.environ | {"PYTHONPATH": str(source / "src")}
@@ -100,23 +101,22 @@ def rate(rows: list[dict[str, float]]) -> float:
 
 def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, float]:
     """How far the losses of two runs are apart: at most, and at the end on average."""
-    names = [name for name in ("lm", "mlm", "word", "sentence") if name in ours[0]]
     apart = [
-        [one[name] - other[name] for name in names if name in one]
+        {name: one[name] - other[name] for name in LOSSES if name in one}
         for one, other in zip(ours, theirs, strict=True)
     ]
+    last = apart[-len(apart) // 5 :]
+    means = [statistics.mean(row[name] for row in last if name in row) for name in last[-1]]
     return {
-        "most": max(abs(value) for row in apart for value in row),
-        "mean_of_last_fifth": max(
-            abs(statistics.mean(values)) for values in zip(*apart[-len(apart) // 5 :], strict=True)
-        ),
+        "most": max(abs(value) for row in apart for value in row.values()),
+        "mean_of_last_fifth": max(abs(mean) for mean in means),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--before", type=Path, help="a checkout of the earlier build")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, nargs=2, default=[200, 200], help="of each stage")
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--two-cards", action="store_true", help="also stage 2 on two cards")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
@@ -135,13 +135,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         write_corpus(corpus, *((64, 256) if arguments.tiny else (16384, 2048)))
-        settings = [f'corpus="{corpus}"', f"steps={arguments.steps}", 'init_from=""']
+        settings = [f'corpus="{corpus}"', 'init_from=""']
         settings += ["checkpoint_every=1000000", "checkpoint_minutes=0.0"]
         settings += TINY if arguments.tiny else []
 
         def run(name: str, stage: int, source: Path, *more: str, cards: int = 1) -> Any:
             shapes = [TINY_SHAPES[stage]] if arguments.tiny else []
-            given = [*settings, *shapes, *more]
+            given = [*settings, f"steps={arguments.steps[stage - 1]}", *shapes, *more]
             given += [] if source != HERE else arguments.set
             rows = train(source, stage, given, Path(folder) / name, cards)
             if arguments.logs:

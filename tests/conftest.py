@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import sys
 import traceback
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from torch.distributed import TCPStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -319,5 +323,49 @@ def run_plug(
         capsys.readouterr()
         status = main()
         return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+WORKER = Path(__file__).parent / "distributed" / "worker.py"  # what each process runs
+
+
+@pytest.fixture(scope="session")
+def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """`run_together(2, "write", …)`: what each of two processes answers (see `worker.py`).
+
+    They work together, without the seconds that `torchrun` takes to start. With ``fails`` all of
+    them are to end with an error.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["plug.generation.generator", "plug.finetuning.run"]
+    )  # once for all
+
+    def run(count: int, function: str, fails: bool = False, **options: Any) -> list[Any]:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's
+        answers = [tmp_path_factory.mktemp("answers") / f"{rank}.json" for rank in range(count)]
+        processes = []
+        for rank, answer in enumerate(answers):
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+            environment |= {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
+            given = {
+                "environment": {name: str(value) for name, value in environment.items()},
+                "job": (function, options),
+                "output": str(answer),
+            }
+            arguments = (str(WORKER), given, "worker")
+            processes.append(context.Process(target=runpy.run_path, args=arguments))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+            process.kill()
+        if fails:
+            assert all(process.exitcode for process in processes)
+            return []
+        assert [process.exitcode for process in processes] == [0] * count
+        return [json.loads(answer.read_text(encoding="utf-8")) for answer in answers]
 
     return run

@@ -231,6 +231,21 @@ class Biases:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A table of other options: an object of a settings dataclass, or a mapping."""
+
+    settings: type
+    word_type = str
+    is_repeated = False
+    limits = "a table"
+
+    def check(self, name: str, value: object) -> Any:
+        if not isinstance(value, (self.settings, Mapping)):
+            raise UsageError(f"{name}={_shown(value)} 应是一个表，如 [{name}]。")
+        return merge(self.settings, value, {})
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     """What a field's metadata says under "option".
 
@@ -349,8 +364,14 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             values = merge_tables(values, tomllib.loads(f"{name} = {value}"))
         except (tomllib.TOMLDecodeError, RecursionError):
-            values[name.strip()] = value.strip()
+            values = merge_tables(values, _nested(name.strip(), value.strip()))
     return values
+
+
+def _nested(name: str, value: str) -> dict[str, Any]:
+    """``("a.b", "x")`` as ``{"a": {"b": "x"}}``."""
+    first, dot, rest = name.partition(".")
+    return {first: _nested(rest, value) if dot else value}
 
 
 def merge_tables(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -161,3 +161,21 @@ def test_a_fine_tuned_classifier_has_no_decoder(
     shown = run_plug("info", "--model", tmp_path / "classifier")
     assert shown.status == 0
     assert "写作需要的显存" not in shown.out
+
+
+def test_a_cpu_is_told_what_it_needs_and_has(run_plug: Callable) -> None:
+    told = json.loads(run_plug("info", "--preset", "27b", "--device", "cpu", "--json").out)
+    assert [row["bits"] for row in told["precisions"]] == [32, 16, 8, 4]
+    [four] = [row for row in told["precisions"] if row["bits"] == 4]
+    assert 14.9e9 < four["bytes"]["weights"] < 15e9  # 14.2 GB of the file, its words in float32
+    assert four["need_bytes"] == sum(four["bytes"].values())
+    if told["free_bytes"] is not None:
+        assert four["fits"] == (four["need_bytes"] <= told["free_bytes"])
+    shown = run_plug("info", "--preset", "test", "--device", "cpu").out
+    assert "不支持" in shown  # too narrow for 4 bits
+    assert told["instructions"] in shown
+
+
+def test_a_directory_has_the_precision_it_was_saved_in(run_plug: Callable) -> None:
+    told = json.loads(run_plug("info", "--device", "cpu", "--json").out)
+    assert [row["bits"] for row in told["precisions"]] == [16]

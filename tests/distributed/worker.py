@@ -80,11 +80,68 @@ def close(fails: bool) -> dict[str, Any]:
     return {"saw": owner.saw, "is_left": dist.is_initialized()}
 
 
+def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -> dict[str, Any]:
+    """Fine-tune: the metrics, and the most bytes of parameters that this process held at a step.
+
+    With ``kill_at`` the first process dies at that call of `save` of a sharded checkpoint, as by
+    `kill -9`, when half of the files are there.
+    """
+    from transformers import TrainerCallback
+
+    from plug.checkpoints import sharded
+    from plug.finetuning.run import finetune
+    from plug.finetuning.settings import FinetuneSettings
+
+    held = 0
+
+    class Holds(TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            nonlocal held
+            held = max(held, sum(local(x).nbytes for x in model.parameters()))
+
+    calls, save = 0, sharded.save
+
+    def save_and_die(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        save(*arguments, **options)
+        if calls == kill_at:
+            os._exit(9)
+
+    sharded.save = save_and_die  # type: ignore[assignment]
+    made = FinetuneSettings(**settings)
+    result = finetune(made, device="cpu", resume=resume, callbacks=[Holds()])
+    return {"metrics": result.metrics, "held": held, "facts": result.facts}
+
+
+def failing(**options: Any) -> str:
+    """What `finetune` says when it cannot be done."""
+    from plug.errors import PlugError
+
+    try:
+        finetune(**options)
+    except PlugError as error:
+        return str(error)
+    return ""
+
+
+def local(x: Any) -> torch.Tensor:
+    """The process's own part of a tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 if __name__ == "worker":
     given: dict[str, Any] = globals()
     os.environ.update(given["environment"])
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     function, options = given["job"]
-    answer = {"write": write, "command": command, "close": close}[function](**options)
+    jobs = {
+        "write": write,
+        "command": command,
+        "close": close,
+        "finetune": finetune,
+        "failing": failing,
+    }
+    answer = jobs[function](**options)
     Path(given["output"]).write_text(json.dumps(answer), encoding="utf-8")

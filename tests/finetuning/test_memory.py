@@ -119,7 +119,7 @@ def test_evaluations_take_less_than_training() -> None:
             [],
         ),
         (
-            {"memory": "lora"}, 80, None,
+            {"memory": "lora"}, 70, None,
             ["--memory lora 放不下", "--set recomputed_layers=", "约需"], ["--batch-size"],
         ),
         ({"memory": "qlora"}, 17, 4, ["--batch-size", "gradient_accumulation_steps="], []),

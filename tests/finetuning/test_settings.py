@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from plug.cli.options import options_from
+from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
 from plug.finetuning.settings import FLAGS, FinetuneSettings
 from plug.finetuning.tasks import TASKS
-from plug.options import markdown_table, options_of, parse_assignments
+from plug.options import markdown_table, merge_tables, options_of, parse_assignments
 
 NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
 
@@ -94,6 +95,7 @@ def test_a_command_gives_the_settings_that_it_was_made_from() -> None:
         "lora_rank": 3,
         "lora_alpha": 4.0, "lora_dropout": 0.2, "quantized_products": "bf16",
         "optimizer": "adamw8bit",
+        "parallel": ParallelSettings(sharding="fsdp", cpu_offload=True),
     }  # fmt: skip
     of_lora = {"memory", "rslora", "dora"}  # they exclude others of these
     assert NEEDED.keys() | changes.keys() | of_lora == options_of(FinetuneSettings).keys()
@@ -103,7 +105,7 @@ def test_a_command_gives_the_settings_that_it_was_made_from() -> None:
     while words:
         name = words.pop(0).removeprefix("--").replace("-", "_")
         if name == "set":
-            values |= parse_assignments([words.pop(0)])
+            values = merge_tables(values, parse_assignments([words.pop(0)]))
         elif name == "from_scratch":
             values[name] = True
         else:
@@ -120,3 +122,19 @@ def test_flags_are_fields() -> None:
 def test_the_documentation_has_the_table_that_the_fields_make() -> None:
     page = Path(__file__).parents[2] / "docs" / "finetuning.md"
     assert markdown_table(FinetuneSettings) in page.read_text(encoding="utf-8")
+    assert markdown_table(ParallelSettings) in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"sharding": "zero"}, "sharding='zero' 只能是"),
+        ({"shards": 2}, "没有选项 shards"),
+        ("fsdp", r"parallel='fsdp' 应是一个表，如 \[parallel\]"),
+        ({"sharding": "none", "cpu_offload": True}, "cpu_offload 只用于"),
+        ({"sharding": "fsdp", "deepspeed": "zero3.json"}, "只能用其中一个"),
+    ],
+)
+def test_a_layout_that_makes_no_sense(parallel: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        FinetuneSettings(**NEEDED, parallel=parallel)

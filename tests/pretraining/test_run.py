@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import plug.pretraining.run as run_module
 from plug.errors import PlugError, UsageError
 from plug.loading.load import load
+from plug.pretraining import losses
 from plug.pretraining.batches import StructBertBatches
-from plug.pretraining.record import FIELDS, Record, read_rows
+from plug.pretraining.record import FIELDS, MORE_FIELDS, Record, read_rows
 from plug.pretraining.run import pretrain
 from plug.pretraining.settings import RunConfig
 from plug.pretraining.tokens import write_tokens
@@ -24,7 +24,7 @@ from plug.tokenization import PlugTokenizer
 
 Settings = Callable[..., RunConfig]
 SHAPES = {1: [[32, 1.0], [24, 1.0]], 2: [[24, 16, 1.0], [16, 24, 1.0]]}
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "data_wait")
 
 
 def log(config: RunConfig) -> list[dict[str, float]]:
@@ -100,7 +100,7 @@ def test_stage_1_then_stage_2(
     assert [row["step"] for row in rows if "mlm" in row] == list(range(5, 31, 5))
     assert load(tmp_path / "two" / "model").decoder is not None
     header = (tmp_path / "two" / "log.csv").read_text().split("\n")[0]
-    assert header == ",".join([*FIELDS, "lm", "mlm"])
+    assert header == ",".join([*FIELDS, "lm", "mlm", *MORE_FIELDS])
 
 
 def test_stage_2_starts_from_the_weights_of_stage_1(settings: Settings, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_too_little_gpu_memory_is_one_line(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(run_module.loss_functions, "structbert_losses", full)
+    monkeypatch.setattr(losses, "structbert_losses", full)
     with pytest.raises(PlugError, match="micro_batch_tokens（现在是 65536）"):
         pretrain(1, settings(), device="cpu")
 

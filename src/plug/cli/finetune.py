@@ -34,9 +34,10 @@ def finetune(
 ) -> None:
     """微调：为一个任务训练模型，留下评测得分最高的一轮。"""
     from plug.finetuning.run import finetune as run
-    from plug.options import parse_assignments, read_toml
+    from plug.options import merge_tables, parse_assignments, read_toml
 
-    values = ({} if config is None else read_toml(config)) | changes | parse_assignments(set_)
+    values = ({} if config is None else read_toml(config)) | changes
+    values = merge_tables(values, parse_assignments(set_))
     if task is not None:
         values["task"] = task
     settings = FinetuneSettings.of(values)

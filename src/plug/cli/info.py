@@ -49,10 +49,21 @@ def info(
         typer.Option(help="显卡的显存，如 24GB：说明哪些方式放得下。", show_default=False),
     ] = None,
     cards: Annotated[int, typer.Option(min=1, help="几张这样的卡一起训练（FSDP2）。")] = 1,
+    device: Annotated[
+        Literal["cpu"] | None,
+        typer.Option(
+            help="cpu：在这台机器的 CPU 上写作要多少内存、够不够，以及用哪种指令。",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
 ) -> None:
     """查看模型各部分的参数量、各精度的字节数、每词元的计算量，或各种用法要多少显存。"""
     config, num_labels = _find_config(preset or model)
+    if device is not None:
+        lengths = (source_length, position)
+        _tell_cpu(preset or model, config, batch_size or 1, lengths, as_json)
+        return
     if memory is not None:
         lengths = (source_length, position if memory == "generate" else target_length)
         _tell_memory(preset or model, config, memory, batch_size, lengths, card, cards, as_json)
@@ -318,6 +329,99 @@ def _print_ways(told: dict[str, Any]) -> None:
     console.print(table)
     if gives_up:
         console.print("批：一次算几段×几次一步。重算：几层在反向时重算。状态：梯度和优化器。")
+
+
+def _tell_cpu(
+    model: str,
+    config: PlugConfig,
+    batch_size: int,
+    lengths: tuple[int | None, int | None],
+    as_json: bool,
+) -> None:
+    """Print what writing takes on this machine's CPU, and whether it has that."""
+    from plug.errors import UsageError
+    from plug.kernels.cpu.build import instructions
+    from plug.loading.estimate import Room
+    from plug.loading.host_memory import free_host_memory
+    from plug.loading.memory import need_on_cpu
+
+    if not config.num_decoder_layers:
+        raise UsageError(f"{model} 只有编码器，不能写作。请用有解码器的模型。")
+    source = _length("--source-length", lengths[0], 512, config)
+    position = _length("--position", lengths[1], 128, config)
+    room = Room(batch_size=batch_size, source_length=source, capacity=position)
+    free, rows = free_host_memory(), []
+    for bits in _saved_bits(model):
+        need = None
+        with contextlib.suppress(UsageError):  # too narrow for groups of 4 bits
+            need = need_on_cpu(config, bits, room)
+        rows.append(
+            {
+                "bits": bits,
+                "need_bytes": None if need is None else need.total,
+                "bytes": None if need is None else need.to_dict(),
+                "fits": None if need is None or free is None else need.total <= free,
+            }
+        )
+    told = {
+        "model": model,
+        "device": "cpu",
+        "batch_size": batch_size,
+        "source_length": source,
+        "position": position,
+        "free_bytes": free,
+        "instructions": instructions(),
+        "precisions": rows,
+    }
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+    else:
+        _print_cpu(told)
+
+
+def _saved_bits(model: str) -> tuple[int, ...]:
+    """Of the layers of a directory; all that there are, of a preset."""
+    from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
+    from plug.checkpoints.headers import read_places
+    from plug.model.configuration import PRESETS
+    from plug.quantization.scheme import read_scheme
+
+    if model in PRESETS:
+        return (32, 16, 8, 4)
+    directory = find_model_directory(model)
+    scheme = read_scheme(directory / CONFIG_FILE)
+    if scheme is not None:
+        return (scheme.bits,)
+    places = read_places(directory)
+    return (8 * places["embeddings.word_embeddings.weight"].spec.dtype.itemsize,)
+
+
+def _print_cpu(told: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"[bold]{told['model']} 在这台机器的 CPU 上写作要的内存（GB）："
+        f"一起写 {told['batch_size']} 段，各读 {told['source_length']}、"
+        f"写 {told['position']} 个词元[/bold]"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in ("权重的位数", "权重", "缓存", "运算", "合计", "够"):
+        table.add_column(head, justify="right")
+    for row in told["precisions"]:
+        if row["bytes"] is None:
+            table.add_row(str(row["bits"]), "不支持")
+            continue
+        each = [row["bytes"][name] for name in ("weights", "caches", "workspace")]
+        fits = {True: "是", False: "否", None: "不知道"}[row["fits"]]
+        numbers = (_gigabytes(count) for count in (*each, row["need_bytes"]))
+        table.add_row(str(row["bits"]), *numbers, fits)
+    console.print(table)
+    if told["free_bytes"] is not None:
+        console.print(f"可用的内存：{_gigabytes(told['free_bytes'])} GB。")
+    console.print(f"乘法：{told['instructions']}。")
 
 
 def _print_tables(model: str, costs: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +21,6 @@ from plug.interrupts import Interrupted, Interrupts
 
 STATE_FILE = "trainer_state.json"  # of the Trainer, which writes it last
 SYNCED_FILE = "synced"  # ours: everything else of the checkpoint is on the disk
-EPOCH_FILE = "epoch_rng_state_{}.pt"  # of a process; in checkpoints amid an epoch
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -69,35 +67,19 @@ def check_checkpoint(folder: Path) -> None:
 class Checkpoints(TrainerCallback):
     """Syncs each checkpoint before older ones are removed; saves one when a signal comes.
 
-    Of the older ones the best is kept. Amid an epoch a checkpoint also needs the random state that
-    the epoch began with, from which the order of its examples was drawn.
+    Of the older ones the best is kept.
 
     Args:
         interrupts: what is asked of this process; all processes stop at the same step.
         output: of the run, for the message.
-        resumed: the checkpoint that the run goes on from.
         resumable: whether checkpoints hold what ``--resume`` needs.
     """
 
-    def __init__(
-        self, interrupts: Interrupts, output: Path, resumed: Path | None, resumable: bool
-    ) -> None:
+    def __init__(self, interrupts: Interrupts, output: Path, resumable: bool) -> None:
         self.interrupts, self.output, self.resumable = interrupts, output, resumable
         self.processes = PartialState()
         self.vote = Vote(self.processes.num_processes)
         self.signal = 0
-        self.epoch_file = EPOCH_FILE.format(self.processes.process_index)
-        self.epoch_state = torch.get_rng_state()
-        self.restored: torch.Tensor | None = None
-        if resumed is not None and (resumed / self.epoch_file).is_file():
-            self.restored = torch.load(resumed / self.epoch_file, weights_only=True)
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        """Draw the order of the examples as the interrupted run drew it."""
-        if self.restored is not None:
-            torch.set_rng_state(self.restored)
-            self.restored = None
-        self.epoch_state = torch.get_rng_state()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Ask for a checkpoint if a signal came. At an epoch's end there is one in any case."""
@@ -111,8 +93,6 @@ class Checkpoints(TrainerCallback):
         """Sync the checkpoint that the Trainer has just written, and remove older ones."""
         folder = Path(args.output_dir)
         current = folder / f"checkpoint-{state.global_step}"
-        if not _is_whole_epoch(state):
-            torch.save(self.epoch_state, current / self.epoch_file)
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             sync_tree(current)

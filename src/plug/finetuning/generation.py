@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from plug.distributed.fully_sharded import is_fully_sharded, with_own_parameters
 from plug.errors import UsageError
 from plug.evaluation.metrics import characters, rouge_l
 from plug.evaluation.question_generation import score_generation
@@ -75,6 +76,18 @@ class Generation(Kind[GenerationExample, TokenIds]):
         batch_size: int,
         on_progress: OnProgress | None = None,
     ) -> list[TokenIds]:
+        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return with_own_parameters(
+            bare, lambda: self._predict(model, examples, batch_size, on_progress)
+        )
+
+    def _predict(
+        self,
+        model: Any,
+        examples: Sequence[GenerationExample],
+        batch_size: int,
+        on_progress: OnProgress | None,
+    ) -> list[TokenIds]:
         generator = Generator(
             as_plug(model),
             self.tokenizer,
@@ -130,7 +143,11 @@ def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:
     """The same modules as a `Plug`, which is what `Generator` writes with."""
     if isinstance(model, Plug):
         return model
-    bare: Any = without_peft(model) if hasattr(model, "get_base_model") else model
+    bare: Any = model
+    if hasattr(model, "get_base_model"):
+        # What is sharded stays in peft's layers: copies of them would not see weights gathered.
+        peft_model: Any = model
+        bare = peft_model.get_base_model() if is_fully_sharded(model) else without_peft(model)
     with torch.device("meta"):
         plug = Plug(bare.config.to_plug_config())
     for name, _ in list(plug.named_children()):

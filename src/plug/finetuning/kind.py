@@ -144,19 +144,10 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         Raises:
             PlugError: the weights are damaged or do not fit, or miss more than the head.
         """
-        from transformers import logging
-
-        from plug import hf as classes
-
-        logging.set_verbosity_error()  # its notes on heads that are new
-        logging.disable_progress_bar()
-        cls = getattr(classes, self.model_class)
+        cls, head = self._class_and_head()
         read_places(directory)  # what transformers would say of a damaged file is no sentence
-        head: dict[str, Any] = {}
-        if self.labels:
-            head = {"id2label": dict(enumerate(self.labels)), "label2id": self.label_ids}
         if from_scratch:
-            return cls(classes.PlugTransformersConfig.from_pretrained(directory, **head)).to(dtype)
+            return cls(cls.config_class.from_pretrained(directory, **head)).to(dtype)
         try:
             model, info = cls.from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **head
@@ -167,6 +158,33 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
         if missing:
             raise PlugError(f"{directory} 缺少权重 {missing[:5]} 等 {len(missing)} 个。")
         return model
+
+    def empty_model(self, directory: Path, *, dtype: torch.dtype) -> Any:
+        """The model of `load_model` without memory for its weights; its head has its values.
+
+        Raises:
+            PlugError: the directory has weights that this model has no place for.
+        """
+        cls, head = self._class_and_head()
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_pretrained(directory, **head)).to(dtype)
+        model.check_saved_names(directory, read_places(directory))
+        if hasattr(model, "classifier"):
+            model.classifier = model.new_head(directory).to(dtype)
+        return model
+
+    def _class_and_head(self) -> tuple[Any, dict[str, Any]]:
+        """The class of the model, and what its config says of the labels."""
+        from transformers import logging
+
+        from plug import hf as classes
+
+        logging.set_verbosity_error()  # its notes on heads that are new
+        logging.disable_progress_bar()
+        head: dict[str, Any] = {}
+        if self.labels:
+            head = {"id2label": dict(enumerate(self.labels)), "label2id": self.label_ids}
+        return getattr(classes, self.model_class), head
 
 
 _KINDS: dict[KindName, tuple[str, str]] = {  # file beside this one, class

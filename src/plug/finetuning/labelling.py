@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,19 +100,30 @@ class Labelling(Kind[LabellingExample, Tags]):
             for _, _, inputs, where in self._windows(example.tokens[bare[number]])
         ]
         collate = Collator(self.tokenizer.pad_token_id)
-        scores: dict[int, Tensor] = {}
         inputs = [window[1] for window in windows]
+        paths: list[Tags] = [()] * len(examples)
+        counts = Counter(number for number, _, _ in windows)
+        scores: dict[int, dict[int, Tensor]] = {}  # by text and window, of texts not yet whole
+        whole: dict[int, Tensor] = {}
+
+        def decode() -> None:
+            found = best_paths(list(whole.values()), self.labels)
+            for (number, own), path in zip(whole.items(), found, strict=True):
+                paths[number] = tuple(self.labels[tag] for tag in path[: len(own)])
+            whole.clear()
+
         for indices, output in run_batches(model, inputs, collate, batch_size, on_progress):
             for index, logits in zip(indices, output.logits.float().cpu(), strict=True):
-                scores[index] = logits[windows[index][2]].log_softmax(-1)
-        whole: list[list[Tensor]] = [[torch.empty(0, len(self.labels))] for _ in examples]
-        for index, (number, _, _) in enumerate(windows):
-            whole[number].append(scores[index])
-        paths: list[Tags] = []
-        for first in range(0, len(examples), batch_size):
-            batch = [torch.cat(parts) for parts in whole[first : first + batch_size]]
-            for path, own in zip(best_paths(batch, self.labels), batch, strict=True):
-                paths.append(tuple(self.labels[tag] for tag in path[: len(own)]))
+                number, _, where = windows[index]
+                parts = scores.setdefault(number, {})
+                parts[index] = logits[where].log_softmax(-1)
+                if len(parts) == counts[number]:
+                    del scores[number]
+                    whole[number] = torch.cat([parts[each] for each in sorted(parts)])
+            if len(whole) >= batch_size:
+                decode()
+        if whole:
+            decode()
         return [
             (OUTSIDE,) * part.start + path + (OUTSIDE,) * (len(example.tokens) - part.stop)
             for example, part, path in zip(examples, bare, paths, strict=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plug.checkpoints.directory import CONFIG_FILE
 from plug.errors import UsageError
@@ -111,9 +112,14 @@ def adapt(model: Any, settings: FinetuneSettings) -> Any:
     return adapted
 
 
-def save_adapter(model: Any, directory: Path, base: str) -> None:
-    """Write the adapter of peft's ``model`` alone; its base is named as the user named it."""
-    model.save_pretrained(directory, save_embedding_layers=False)
+def save_adapter(
+    model: Any, directory: Path, base: str, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapter of peft's ``model`` alone; its base is named as the user named it.
+
+    ``state`` are the tensors that are trained, where ``model`` has only a shard of each.
+    """
+    model.save_pretrained(directory, save_embedding_layers=False, state_dict=state)
     (directory / _MODEL_CARD).unlink(missing_ok=True)
     config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     write_json(directory / ADAPTER_CONFIG, config | {"base_model_name_or_path": base})

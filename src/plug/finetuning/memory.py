@@ -130,6 +130,7 @@ class Case:
         target_length: likewise; 0 where the task has no decoder.
         room: bytes free on the device; None where nobody says.
         on_gpu: whether it is one.
+        cards: that share weights, gradients and states (FSDP2); one: each has all of them.
     """
 
     config: PlugConfig
@@ -138,6 +139,7 @@ class Case:
     target_length: int
     room: int | None
     on_gpu: bool
+    cards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ def decide(settings: FinetuneSettings, case: Case) -> Decision:
         PlugError: the memory is too small; the message says for what, by how much, what would fit.
     """
     modes = _modes(settings, case)
-    training = _training(settings, case)
+    training = training_of(settings, case)
     accumulated = settings.gradient_accumulation_steps
     is_auto = settings.memory == "auto"
     if case.room is None or not case.on_gpu:
@@ -200,7 +202,7 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
         return [lora]
     if case.bits is not None:
         return [Mode(memory="qlora", bits=case.bits)]
-    if settings.optimizer == "adamw" and settings.can_be_fused:
+    if settings.optimizer == "adamw" and settings.can_be_fused and case.cards == 1:
         full.append(fused)
     needs_all = settings.fgm or settings.from_scratch or settings.optimizer != "adamw"
     needs_lora = settings.rslora or settings.dora
@@ -209,7 +211,8 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
     return [*([] if needs_lora else full), *([] if needs_all else [lora])]
 
 
-def _training(settings: FinetuneSettings, case: Case) -> Training:
+def training_of(settings: FinetuneSettings, case: Case) -> Training:
+    """Return what the settings say of a training step; its mode is left as it is by default."""
     training = Training(
         batch_size=settings.batch_size * (2 if settings.r_drop else 1),
         source_length=case.source_length,
@@ -219,6 +222,7 @@ def _training(settings: FinetuneSettings, case: Case) -> Training:
         recomputed=settings.recomputed_layers,
         accumulates=settings.gradient_accumulation_steps > 1,
         dropout=case.config.hidden_dropout_prob > 0,
+        cards=case.cards,
     )
     if settings.gradient_checkpointing and not settings.recomputed_layers:
         training = replace(training, recomputed=layers_in(case.config, training))

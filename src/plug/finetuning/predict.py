@@ -199,7 +199,8 @@ def _problem(run: Any) -> str:
         read = _settings_of(run)
     except UsageError as error:
         return str(error).rstrip("。")
-    if changed := [name for name, value in settings.items() if getattr(read, name) != value]:
+    kept = read.to_dict()
+    if changed := [name for name, value in settings.items() if kept[name] != value]:
         return f"settings 里的 {changed[0]}={shown(settings[changed[0]])} 不是训练时的值"
     if not isinstance(labels, list) or not all(is_text(each) and each for each in labels):
         return f"labels 应是文字的列表，却是 {shown(labels)}"
@@ -213,6 +214,8 @@ def _problem(run: Any) -> str:
         name in labels and is_text(words) for name, words in names.items()
     ):
         return f"label_names 应是各标签的名字，却是 {shown(names)}"
+    if type(processes := run.get("processes", 1)) is not int or processes < 1:
+        return f"processes 应是进程数，却是 {shown(processes)}"
     if not isinstance(run.get("pairs"), (bool, type(None))):
         return f"pairs 应是 true、false 或 null，却是 {shown(run.get('pairs'))}"
     return ""

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
+from plug.distributed.fully_sharded import reshard
 from plug.errors import NonFiniteError, PlugError, UsageError
 from plug.evaluation.report import Plot, curves_plot, write_report
 from plug.files import (
@@ -63,6 +64,13 @@ from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharded_state import check_is_sharded
+from plug.finetuning.sharding import (
+    find_layout,
+    gathered_adapter,
+    load_sharded,
+    save_model,
+)
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
@@ -75,6 +83,9 @@ from plug.quantization.scheme import read_scheme
 from plug.textfiles import Notes
 
 CHECKPOINTS = "checkpoints"
+PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
+# What a resumed run may change: the examples of a step are compared, not those of a process.
+_FREE_ON_RESUME = frozenset({"parallel", "batch_size", "gradient_accumulation_steps"})
 _ASKED = "asked"  # of `finetuning.json`: settings as they were before `auto` decided them
 
 
@@ -171,7 +182,10 @@ def _run(
         )
     features = kind.features(examples)
     asked = settings
-    decision = decide(settings, _case(config, directory, task, features, chosen))
+    case = _case(config, directory, task, features, chosen)
+    layout = find_layout(settings, case, chosen)
+    is_sharded = layout.mesh is not None
+    decision = decide(settings, replace(case, cards=layout.processes if is_sharded else 1))
     settings = decision.settings
     check_base(settings, directory)
     multiplies_in_fp8(settings, chosen)
@@ -182,19 +196,27 @@ def _run(
     is_fused = settings.optimizer == "adafactor"
     in_bf16 = settings.precision == "bf16"
     half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
-    model = kind.load_model(
-        directory,
-        from_scratch=settings.from_scratch,
-        dtype=torch.bfloat16 if half else torch.float32,
-    )
-    model = prepare(model, settings, chosen)
+    if is_sharded:
+        model = load_sharded(kind, directory, settings, layout)
+    else:
+        model = kind.load_model(
+            directory,
+            from_scratch=settings.from_scratch,
+            dtype=torch.bfloat16 if half else torch.float32,
+        )
+        model = prepare(model, settings, chosen)
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
         kept = {"settings": settings.to_dict(), **_asked(asked, settings)}
+        kept[PROCESSES_KEY] = layout.processes
         write_json(output / RUN_FILE, {**kept, **kind.to_dict(), **base})
 
     def predict(model: Any) -> list[Any]:
-        return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        try:
+            return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
+        finally:
+            if is_sharded:
+                reshard(model)
 
     best = _Best(task.metric)
 
@@ -210,18 +232,19 @@ def _run(
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     if checkpoint is not None:
+        check_is_sharded(checkpoint, is_sharded)
         check_checkpoint(checkpoint)
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
         model=model,
-        args=training_arguments(settings, task, output, chosen, resumable),
+        args=training_arguments(settings, task, output, chosen, resumable, is_sharded=is_sharded),
         train_dataset=features,
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[
             *_callbacks(settings, task),
-            Checkpoints(interrupts, output, checkpoint, resumable),
+            Checkpoints(interrupts, output, resumable),
             *callbacks,
         ],
     )
@@ -247,15 +270,23 @@ def _run(
         "device": torch.cuda.get_device_name() if chosen.type == "cuda" else "CPU",
         **({"precision": "fp32"} if chosen.type == "cpu" and not half else {}),
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
+        **({"processes": layout.processes} if layout.processes > 1 else {}),
+        **({"sharding": "fsdp"} if is_sharded else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    state = gathered_adapter(model) if is_adapter and is_sharded else None
+    if not is_main and is_sharded and not is_adapter:
+        save_model(model, None)
     if is_main:
         with add_files(output, last=_last_file(settings)) as new, writing_errors():
             if is_adapter:
-                save_adapter(model, new, settings.model)
+                save_adapter(model, new, settings.model, state)
             else:
-                model.save_pretrained(new)
+                if is_sharded:
+                    save_model(model, new)
+                else:
+                    model.save_pretrained(new)
                 tokenizer.save(
                     new,
                     model_max_length=config.max_source_length,
@@ -371,7 +402,17 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
     now = settings.to_dict()
     if now["memory"] == "auto" and _ASKED not in run:  # one that asked for what `auto` took
         before["memory"] = "auto"
-    changed = sorted(name for name in now if now[name] != before.get(name))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    together = before["batch_size"] * before.get("gradient_accumulation_steps", 1)
+    together *= run.get(PROCESSES_KEY, 1)
+    step = settings.batch_size * settings.gradient_accumulation_steps * processes
+    if step != together:
+        raise UsageError(
+            f"接着训练时每步的例子数不能变：原来是 {together}，现在是 {step}（batch_size"
+            f" {settings.batch_size} × {settings.gradient_accumulation_steps} 批 × {processes}"
+            " 个进程）。请改 batch_size 或 gradient_accumulation_steps。"
+        )
+    changed = sorted(name for name in now.keys() - _FREE_ON_RESUME if now[name] != before.get(name))
     if changed:
         told = "、".join(f"{name}：{before.get(name)} → {now[name]}" for name in changed)
         raise UsageError(f"接着训练时设置不能变（{told}）。请用原来的设置，或换一个输出目录。")
@@ -390,7 +431,13 @@ def _check_earlier_labels(directory: Path, settings: FinetuneSettings, labels: l
 
 
 def training_arguments(
-    settings: FinetuneSettings, task: Task, output: Path, device: torch.device, resumable: bool
+    settings: FinetuneSettings,
+    task: Task,
+    output: Path,
+    device: torch.device,
+    resumable: bool,
+    *,
+    is_sharded: bool = False,
 ) -> TrainingArguments:
     """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
@@ -408,7 +455,8 @@ def training_arguments(
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and in_bf16 and not is_fused,  # its weights are in bfloat16 already
+        # Adafactor's weights are in bfloat16 already; sharded layers are gathered in it.
+        bf16=on_gpu and in_bf16 and not is_fused and not is_sharded,
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
 from plug.finetuning.tasks import find_task
 from plug.generation.settings import MAX_BEAMS, MAX_PROMPT_TOKENS, WINDOW
@@ -23,6 +24,7 @@ from plug.options import (
     Choice,
     Float,
     Int,
+    Table,
     Text,
     check_options,
     merge,
@@ -223,6 +225,13 @@ class FinetuneSettings:
         "`gradient_checkpointing` says",
     )  # fmt: skip
 
+    parallel: ParallelSettings = option(
+        ParallelSettings(), Table(ParallelSettings),
+        "多张卡时怎样分工，见 docs/finetuning.md 的 [parallel]。",
+        "how several cards share a run; see below",
+        ("一张卡", "see below"),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_options(self)
         task = find_task(self.task)
@@ -306,10 +315,17 @@ class FinetuneSettings:
         for name, value in self.to_dict().items():
             if name == "task" or value == defaults[name]:
                 continue
-            if name not in FLAGS:
-                words.append(f"--set {shlex.quote(f'{name}={json.dumps(value)}')}")
+            if isinstance(value, dict):
+                changed = {k: v for k, v in value.items() if v != defaults[name][k]}
+                words += [_assignment(f"{name}.{k}", v) for k, v in changed.items()]
+            elif name not in FLAGS:
+                words.append(_assignment(name, value))
             elif value is True:
                 words.append(f"--{name.replace('_', '-')}")
             else:
                 words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(words)
+
+
+def _assignment(name: str, value: Any) -> str:
+    return f"--set {shlex.quote(f'{name}={json.dumps(value)}')}"

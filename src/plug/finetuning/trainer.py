@@ -7,15 +7,20 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from plug.distributed.fully_sharded import is_fully_sharded
 from plug.errors import PlugError
+from plug.finetuning import sharded_state
 from plug.finetuning.fused_backward import FusedAdafactor
 from plug.finetuning.settings import FinetuneSettings
 from plug.hf.base import cross_entropy
@@ -38,10 +43,77 @@ class FinetuneTrainer(Trainer):
         settings: FinetuneSettings,
         **options: Any,
     ) -> None:
+        self.is_sharded = is_fully_sharded(options["model"])
         super().__init__(**options)
         self.score = score
         self.settings = settings
         self.is_fused = settings.optimizer == "adafactor"  # steps are taken in the backward pass
+        self.order = torch.Generator()  # of the examples of an epoch; `Epochs` seeds it
+        self.add_callback(Epochs(self.order))
+        if self.is_sharded:
+            options["model"]._is_accelerate_prepared = True  # else Accelerate wraps it for DDP
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.is_sharded:  # shards are where they belong
+            super()._move_model_to_device(model, device)
+
+    def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Sampler[int]:
+        """Texts of like length together; the order is the same for any number of processes."""
+        args = self.args
+        together = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(together, dataset=self.train_dataset, generator=self.order)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.is_sharded:
+            return super()._clip_grad_norm(model)
+        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        return norm.full_tensor()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; of a sharded model each process writes what it trains."""
+        if not self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        sharded_state.write_weights(
+            Path(output_dir or str(self.args.output_dir)), self._bare_model()
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded_state.write_optimizer(
+            Path(output_dir), self._bare_model(), self._bare_optimizer(), self.lr_scheduler
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        sharded_state.read_weights(Path(resume_from_checkpoint), self._bare_model())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded_state.read_optimizer(
+            Path(checkpoint), self._bare_model(), self._bare_optimizer(), self.lr_scheduler
+        )
+
+    def _load_best_model(self) -> None:
+        if not self.is_sharded:
+            super()._load_best_model()
+            return
+        assert self.state.best_model_checkpoint is not None
+        sharded_state.read_weights(Path(self.state.best_model_checkpoint), self._bare_model())
+
+    def _bare_model(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> Any:
         """Metrics of the evaluation file, logged and told to the callbacks."""
@@ -183,6 +255,19 @@ def _depth(name: str, num_hidden_layers: int) -> int | None:
     if match := re.match(r"(encoder|decoder)\.layers\.(\d+)\.", name):
         return 1 + int(match[2]) + (num_hidden_layers if match[1] == "decoder" else 0)
     return num_hidden_layers if name.startswith("encoder.final_norm") else None
+
+
+class Epochs(TrainerCallback):
+    """Seeds the order of the examples by the run's seed and the epoch alone.
+
+    So a resumed run sees the examples that are left, on any number of processes.
+    """
+
+    def __init__(self, order: torch.Generator) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.order.manual_seed(args.seed * 1_000_003 + math.floor((state.epoch or 0) + 1e-6))
 
 
 class ChildTuning(TrainerCallback):

@@ -8,23 +8,34 @@ more than the arithmetic does. Sources are read by the modules of the encoder, w
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import is_sharded
+from plug.generation.cpu_choice import (
+    BFLOAT16,
+    KERNELS,
+    PYTORCH,
+    fastest_source,
+    fastest_step,
+    in_bfloat16,
+)
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel, with_products
 from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
 from plug.kernels.cpu.products import CpuProduct
 from plug.loading import adapters
+from plug.loading.adapters import AdaptedLinear
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
-from plug.model.plug import Plug
+from plug.model.plug import Decoder, Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.products import Product as ProductFunction
 from plug.quantization.scheme import Scheme
 
 # The products of a layer, in the order in which `step.cpp` has them.
@@ -50,18 +61,23 @@ class CpuModel(PlainModel):
         words = model.embeddings.word_embeddings.weight
         if words.device.type != "cpu" or words.dtype != torch.float32 or is_sharded(model):
             return False
-        found = library()
-        # FBGEMM is better than plain loops where there is no AVX-512; it has no product in which a
-        # text of a quantised model does not depend on its batch.
-        return found is not None and (
-            found.plug_instructions() == 512 or scheme_of(model) is not None
-        )
+        if library() is None or any(
+            isinstance(each, AdaptedLinear) and each.added is None for each in model.modules()
+        ):
+            return False
+        # PyTorch has no products in which a text of a quantised model does not depend on its batch.
+        return scheme_of(model) is not None or fastest_step(CpuModel) == KERNELS
 
     def _prepare_encoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._products: dict[nn.Module, CpuProduct] = {}
+        for_plain: Callable[[nn.Linear], ProductFunction] = self._product_of
+        if scheme_of(model) is None and fastest_source() == PYTORCH:
+            for_plain = _as_it_is
+        elif scheme_of(model) is None and fastest_source() == BFLOAT16:
+            for_plain = _in_bfloat16
         self._encoder = with_products(
-            model.encoder, self._product_of, self._product_of, self._adapters, "encoder."
+            model.encoder, self._product_of, for_plain, self._adapters, "encoder."
         )
         self._project_encoder = with_products(
             model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
@@ -75,8 +91,9 @@ class CpuModel(PlainModel):
         config = model.config
         self._sizes = (config.hidden_size, config.num_attention_heads, config.head_dim)
         self._eps = config.layer_norm_eps
-        self._kept: list[object] = []  # what the structures below point to
+        self._kept: list[Any] = []  # what the structures below point to
         self._layers = [self._layer(layer) for layer in model.decoder.layers]
+        self._own_parts = self._parts_of_layers(model.decoder)
         self._parts: ctypes.Array[LowRank] | None = None
         self._parts_version = 0
         self._final_norm = self._norm(model.decoder.final_norm)
@@ -117,6 +134,10 @@ class CpuModel(PlainModel):
     def _adapters_of(self, rows: int) -> Any:
         """What the rows of this step use besides the weights; None is nothing."""
         stack = self._adapters
+        if self._own_parts is not None:
+            assert stack is None, "adapters are stacked beside a model without any"
+            self._numbers = torch.zeros(rows, dtype=torch.long)
+            return byref(Adapters(self._own_parts, self._numbers.data_ptr(), 1))
         if stack is None or not stack.is_used:
             return None
         count = stack.count
@@ -129,16 +150,32 @@ class CpuModel(PlainModel):
                         found = adapter.layers.get(f"decoder.layers.{index}.{name}")
                         if found is not None:
                             place = (index * len(_PRODUCTS) + product) * count + number
-                            self._parts[place] = self._low_rank(found)
+                            self._parts[place] = self._low_rank(found, self._matrices)
             self._parts_version = stack.version
         choice = stack.choice
         numbers = torch.full((rows,), choice) if isinstance(choice, int) else choice.contiguous()
         self._numbers = numbers  # kept while the step runs
         return byref(Adapters(self._parts, numbers.data_ptr(), count))
 
-    def _low_rank(self, found: adapters.LowRank) -> LowRank:
+    def _parts_of_layers(self, decoder: Decoder) -> ctypes.Array[LowRank] | None:
+        """The adapter that `plug.load` put beside the weights; None where there is none."""
+        layers = [
+            cast(DecoderLayer, layer).get_submodule(name)
+            for layer in decoder.layers
+            for name in _PRODUCTS
+        ]
+        if not any(isinstance(each, AdaptedLinear) for each in layers):
+            return None
+        parts = (LowRank * len(layers))()
+        for place, layer in enumerate(layers):
+            if isinstance(layer, AdaptedLinear) and layer.added is not None:
+                parts[place] = self._low_rank(layer.added, self._kept)
+        return parts
+
+    def _low_rank(self, found: adapters.LowRank, kept: list[Any]) -> LowRank:
+        """``found`` as `step.cpp` has it; ``kept`` gets the tensors that it points to."""
         a, b = found.a.contiguous(), found.b.t().contiguous()
-        self._matrices += [a, b]
+        kept += [a, b]
         return LowRank(a.data_ptr(), b.data_ptr(), len(a))
 
     def _layers_with(self, cache: DecoderCache) -> ctypes.Array[Layer]:
@@ -171,7 +208,9 @@ class CpuModel(PlainModel):
         return Norm(*(each.data_ptr() for each in tensors))
 
     def _product(self, linear: nn.Module) -> Product:
-        return self._product_of(linear).product
+        return self._product_of(
+            linear.base if isinstance(linear, AdaptedLinear) else linear
+        ).product
 
     def _product_of(self, linear: nn.Module) -> CpuProduct:
         """The product of a linear layer; one copy of its weight serves reading and steps."""
@@ -196,8 +235,19 @@ class CpuModel(PlainModel):
         return found.product
 
 
+def _as_it_is(linear: nn.Linear) -> ProductFunction:
+    return linear
+
+
+def _in_bfloat16(linear: nn.Linear) -> ProductFunction:
+    return in_bfloat16(linear.weight, linear.bias) if _fits(linear.weight) else linear
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether bfloat16 holds float32 weights without loss, as all that were saved in it."""
+    return torch.equal(weight.bfloat16().float(), weight)
+
+
 def _plain(weight: Tensor, bias: Tensor | None) -> CpuProduct:
-    """In bfloat16 where it holds the weights without loss, as all that were saved in it."""
     weight = weight.detach()
-    in_bfloat16 = weight.bfloat16()
-    return CpuProduct(in_bfloat16 if torch.equal(in_bfloat16.float(), weight) else weight, bias)
+    return CpuProduct(weight.bfloat16() if _fits(weight) else weight, bias)

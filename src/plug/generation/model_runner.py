@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from plug.device import explain_out_of_memory, has_kernels
+from plug.distributed.fully_sharded import is_fully_sharded
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
 from plug.generation.adapter_stack import AdapterStack
 from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
-from plug.generation.plain_model import PlainModel
+from plug.generation.plain_model import PlainModel, ShardedModel
 from plug.generation.sampling import Plan, Sampler, log_probabilities
 from plug.generation.scheduler import NO_CHOICE, StepPlan
 from plug.generation.sequence import TokenLogprobs
@@ -111,11 +112,11 @@ class PreparedModel:
 def _prepare(
     model: Plug, granularity: int, adapters: AdapterStack | None, stacks_weights: bool
 ) -> PlainModel | FusedModel:
-    if has_adapters(model):
-        return PlainModel(model, granularity, adapters)
+    if is_fully_sharded(model):
+        return ShardedModel(model, granularity)
     words = model.embeddings.word_embeddings.weight
     is_half = words.dtype in (torch.float16, torch.bfloat16)
-    if stacks_weights and has_kernels(words.device) and is_half:
+    if stacks_weights and has_kernels(words.device) and is_half and not has_adapters(model):
         from plug.generation.fused_model import FusedModel  # imports Triton
 
         return FusedModel(model, adapters)
@@ -325,6 +326,7 @@ class ModelRunner:
                     source_length=self.size.source_length,
                     capacity=self.size.window,
                 )
+                self.prepared.model.expect(self.size.slots)
             self.cache.put_source(slot, key_values)
 
     def _rounded(self, rows: int) -> int:

@@ -79,9 +79,12 @@ class PlainModel:
             self._adapters,
             "decoder.",
         )
-        self._logits = _head(model)
+        self._logits: Product = _head(model)
         step_weights = accounting.step_weights(model.config)
         self._uses_one_thread = self._device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
+
+    def expect(self, rows: int) -> None:
+        """Make ready for steps of so many rows; `FusedModel` has something to do."""
 
     def encode(
         self, sources: Sequence[Sequence[int]], numbers: Sequence[int] = ()
@@ -154,6 +157,24 @@ class PlainModel:
         finally:
             if threads > 1:
                 torch.set_num_threads(threads)
+
+
+class ShardedModel(PlainModel):
+    """The modules as they are, of a model that FSDP2 shards: calling a layer gathers its weights.
+
+    All processes take the same steps together, inside of `with_own_parameters`.
+    """
+
+    def _prepare_encoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._encoder = model.encoder
+        self._project_encoder = model.decoder.project_encoder
+
+    def _prepare_decoder(self, model: Plug) -> None:
+        assert model.decoder is not None, "an encoder alone cannot decode"
+        self._decoder = model.decoder
+        self._logits = model.lm_logits
+        self._uses_one_thread = False
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:

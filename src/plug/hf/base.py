@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -97,8 +98,17 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        missing = [key for key in info["missing_keys"] if not key.startswith(_MAY_BE_NEW)]
-        strange = [key for key in info["unexpected_keys"] if not key.startswith("classifier.")]
+        cls._check_names(path, info["missing_keys"], info["unexpected_keys"])
+        if model.scheme is not None:
+            _restore_dtypes(model, Path(path))
+        check_finite(path, ((name, x) for name, x in model.named_parameters() if not x.is_meta))
+        return loaded if wants_info else model
+
+    @classmethod
+    def _check_names(cls, path: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+        """Raise a `PlugError` where weights are missing, or there are others."""
+        missing = [key for key in missing if not key.startswith(_MAY_BE_NEW)]
+        strange = [key for key in unexpected if not key.startswith("classifier.")]
         if missing or strange:
             told = [
                 f"{what}权重 {'、'.join(sorted(names)[:3])} 等 {len(names)} 个"
@@ -109,10 +119,31 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
                 f"{path} 与 {cls.__name__} 不符：{'；'.join(told)}。"
                 "如果是用 peft 训练的，请保存 merge_and_unload() 返回的模型。"
             )
-        if model.scheme is not None:
-            _restore_dtypes(model, Path(path))
-        check_finite(path, ((name, x) for name, x in model.named_parameters() if not x.is_meta))
-        return loaded if wants_info else model
+
+    def check_saved_names(self, directory: Path, found: Iterable[str]) -> None:
+        """Raise a `PlugError` unless the tensors ``found`` in a directory are this model's."""
+        wanted, names = self.state_dict().keys(), set(found)
+        ignored = self._keys_to_ignore_on_load_unexpected or ()
+        unexpected = [
+            name for name in names - wanted if not any(re.search(each, name) for each in ignored)
+        ]
+        self._check_names(directory, wanted - names, unexpected)
+
+    @torch.no_grad()
+    def new_head(self, directory: Path) -> nn.Linear:
+        """The linear layer `classifier` of ``directory``; else drawn as by `from_pretrained`."""
+        head = cast(nn.Linear, self.get_submodule("classifier").to_empty(device="cpu").float())
+        places = read_places(directory)
+        if "classifier.weight" in places:
+            parts = {
+                f"classifier.{name}": places[f"classifier.{name}"] for name in ("weight", "bias")
+            }
+            for name, tensor in map_tensors(parts):
+                head.get_parameter(name.removeprefix("classifier.")).copy_(tensor)
+        else:
+            nn.init.normal_(head.weight, std=self.config.initializer_range)
+            nn.init.zeros_(head.bias)
+        return head
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`.

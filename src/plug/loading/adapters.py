@@ -107,6 +107,11 @@ class AdaptedLinear(nn.Module):
             norm = (weight + self._b @ self._a).norm(dim=1)
             self._ratio = low_rank.magnitude.to(device) / norm
 
+    @property
+    def added(self) -> LowRank | None:
+        """What is added to the base's product; None where its rows are scaled besides (DoRA)."""
+        return LowRank(self._a, self._b) if self._ratio is None else None
+
     def forward(self, x: Tensor) -> Tensor:
         return self.with_product(self.base)(x)
 

@@ -131,6 +131,65 @@ def generation_need(
     )
 
 
+def cpu_weight_bytes(config: PlugConfig, bits: int, *, writes: bool, kernels: bool = True) -> int:
+    """Return the bytes of a model's weights in the memory of a CPU.
+
+    Integers stay as their file has them; all else is in float32. To write, `kernels/cpu` keeps the
+    matrices of a plain model a second time, in the bits they were saved in, and of a quantised one
+    the word table in 8 bits. Without it PyTorch keeps matrices a second time: the decoder's in
+    their own bits (16 at most), those of a quantised encoder in float16.
+
+    Args:
+        config: the shape.
+        bits: as saved.
+        writes: whether the model is to write.
+        kernels: whether `kernels/cpu` can be built.
+
+    Raises:
+        UsageError: as `weight_bytes`.
+    """
+    found = weight_bytes(config, 32) if bits >= 16 else weight_bytes(config, bits, 4)
+    if not writes:
+        return found
+    by_part = parts(config)
+    encoder, decoder = (by_part[name].matrix_parameters for name in ("encoder", "decoder"))
+    words = config.vocab_size * config.hidden_size
+    if bits < 16:
+        return found + words + (0 if kernels else 2 * encoder + decoder * bits // 8)
+    return found + ((encoder + decoder + words) * bits // 8 if kernels else 2 * (decoder + words))
+
+
+def cpu_generation_need(
+    config: PlugConfig,
+    *,
+    weights: int,
+    batch_size: int,
+    source_length: int,
+    capacity: int,
+) -> Need:
+    """Return what writing takes on a CPU, which reads sources one by one, in float32.
+
+    The workspace is an encoder layer's inside, (8 h + 3 f) values a token of a source with the
+    rounded inputs of products; keys and values of sources that are not yet in the caches; four
+    copies of the logits.
+
+    Args:
+        config: the shape.
+        weights: `cpu_weight_bytes`.
+        batch_size: texts written together.
+        source_length: tokens of a source.
+        capacity: tokens of a window.
+    """
+    token = cache_bytes(config, 4)
+    inside = (8 * config.hidden_size + 3 * config.intermediate_size) * source_length * 4
+    logits = 4 * batch_size * config.vocab_size * 4
+    return Need(
+        weights=weights,
+        caches=batch_size * (source_length + capacity) * token,
+        workspace=inside + batch_size * source_length * token + logits,
+    )
+
+
 def resident_share(config: PlugConfig) -> float:
     """Return the part of the parameters that a device map keeps on the device at least.
 
@@ -170,6 +229,17 @@ class Room:
             bits=bits,
         )
 
+    def need_on_cpu(self, config: PlugConfig, weights: int) -> Need:
+        """Likewise on a CPU; ``weights`` from `cpu_weight_bytes`."""
+        longest = config.max_position_embeddings
+        return cpu_generation_need(
+            config,
+            weights=weights,
+            batch_size=self.batch_size,
+            source_length=min(self.source_length, longest),
+            capacity=min(self.capacity, longest),
+        )
+
 
 # --- training -------------------------------------------------------------------------------------
 
@@ -194,9 +264,10 @@ class Training:
         half: activations inside of a layer have 16 bits, by autocast or because the weights do.
         rank: of the small matrices.
         recomputed: layers that keep their input alone, the encoder's first ones first.
-        accumulates: gradients of several batches are added up.
+        accumulates: gradients of several batches are added up, or kept from step to step.
         dropout: whether a layer keeps masks.
         cards: that share weights, gradients and states (FSDP2).
+        masked_share: of pre-training: the share of the source that the masked-LM head predicts.
     """
 
     batch_size: int
@@ -211,6 +282,7 @@ class Training:
     accumulates: bool = False
     dropout: bool = True
     cards: int = 1
+    masked_share: float = 0.0
 
     @property
     def stream(self) -> int:
@@ -270,7 +342,10 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     Raises:
         UsageError: 4 bits, and a layer cannot be parted into groups.
     """
-    num_labels = None if training.target_length else _FEW_LABELS
+    is_classifier = not (training.target_length or training.masked_share)
+    num_labels = _FEW_LABELS if is_classifier else None
+    if not training.target_length:
+        config = replace(config, num_decoder_layers=0)
     by_part = parts(config, num_labels)
     weights = weight_bytes(config, training.bits, training.stream, num_labels=num_labels)
     adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
@@ -330,6 +405,8 @@ def _blocks(config: PlugConfig, training: Training) -> Iterator[_Block]:
     yield _embedding(config, training, source)
     for index in range(config.num_hidden_layers):
         yield _layer_block(config, training, index, source)
+    if training.masked_share:
+        yield _head(config, training, round(source * training.masked_share))
     if not target:
         return
     yield _embedding(config, training, target)

@@ -20,7 +20,7 @@ from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.loading.adapters import attach, read_adapter
 from plug.loading.estimate import STREAMED_AT_ONCE, Room
-from plug.loading.memory import check_dtype, check_memory
+from plug.loading.memory import check_dtype, check_host_memory, check_memory
 from plug.loading.offload import DeviceMap, choose, is_elsewhere, keep_elsewhere, layer_bytes
 from plug.loading.transfer import Part, Transfer
 from plug.model.configuration import PlugConfig
@@ -100,6 +100,8 @@ def load(
         weights = _read(directory, places, specs, regions, device, model, room)
         tensor_parallel.shard_model(model, weights, processes)
     elif device.type == "cpu" and not kept:
+        if dtype == torch.float32:
+            check_host_memory(model.config, _saved_bits(model, places), room)
         mapped = ((name, x.to(specs[name].dtype)) for name, x in map_tensors(places))
         weights = dict(finite(directory, mapped))
         model.load_state_dict(weights, assign=True)
@@ -152,6 +154,14 @@ def _specs(
         keeps = dtype is None or is_exact
         specs[name] = saved if keeps or dtype is None else saved._replace(dtype=dtype)
     return specs
+
+
+def _saved_bits(model: Plug, places: Mapping[str, Place]) -> int:
+    """Of the layers' weights in their file; those of the word table where no scheme is told."""
+    scheme = scheme_of(model)
+    if scheme is not None:
+        return scheme.bits
+    return 8 * places["embeddings.word_embeddings.weight"].spec.dtype.itemsize
 
 
 def _read(

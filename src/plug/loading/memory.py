@@ -11,7 +11,9 @@ from dataclasses import replace
 import torch
 
 from plug.errors import PlugError, UsageError
-from plug.loading.estimate import Need, Room, resident_share, weight_bytes
+from plug.kernels.cpu.build import library
+from plug.loading.estimate import Need, Room, cpu_weight_bytes, resident_share, weight_bytes
+from plug.loading.host_memory import free_host_memory
 from plug.model.configuration import PlugConfig
 
 
@@ -74,6 +76,59 @@ def check_memory(
         + ("可以：" + "；".join(ways) if ways else "请换显存更大的卡，或用 --device cpu")
         + "。"
     )
+
+
+def check_host_memory(config: PlugConfig, bits: int, room: Room | None) -> None:
+    """Raise a `PlugError` unless the host has the memory for a model on the CPU.
+
+    Args:
+        config: its shape.
+        bits: of its layers' weights, as they were saved.
+        room: what writing needs besides the weights; None is nothing.
+    """
+    free = free_host_memory()
+    if free is None:
+        return
+    need = need_on_cpu(config, bits, room)
+    if need.total <= free:
+        return
+    parts = f"权重 {_gb(need.weights)}，缓存 {_gb(need.caches)}，运算 {_gb(need.workspace)}"
+    ways = _ways_to_fit_host(config, bits, room, free)
+    raise PlugError(
+        f"内存不够：约需 {_gb(need.total)} GB（{parts}），可用 {_gb(free)} GB。可以："
+        + "；".join([*ways, "关掉占内存的程序，或换内存更大的机器"])
+        + "。"
+    )
+
+
+def need_on_cpu(config: PlugConfig, bits: int, room: Room | None) -> Need:
+    """Return what a model takes on this machine's CPU; arguments as in `check_host_memory`."""
+    if room is None:
+        return Need(cpu_weight_bytes(config, bits, writes=False))
+    weights = cpu_weight_bytes(config, bits, writes=True, kernels=library() is not None)
+    return room.need_on_cpu(config, weights).with_overhead()
+
+
+def _ways_to_fit_host(config: PlugConfig, bits: int, room: Room | None, free: int) -> list[str]:
+    ways = []
+    fewer = 1 if room is None else room.batch_size
+    while room is not None and fewer > 1:
+        fewer //= 2
+        size = need_on_cpu(config, bits, replace(room, batch_size=fewer)).total
+        if size <= free:
+            ways.append(f"--batch-size {fewer}（现在 {room.batch_size}），约需 {_gb(size)} GB")
+            break
+    for fewer_bits in (8, 4):
+        with contextlib.suppress(UsageError):  # too narrow for groups of 4 bits
+            size = need_on_cpu(config, fewer_bits, room).total
+            if fewer_bits < bits and size <= free:
+                ways.append(f"plug quantize --bits {fewer_bits}，约需 {_gb(size)} GB")
+    if room is not None and library() is None:
+        weights = cpu_weight_bytes(config, bits, writes=True)
+        size = room.need_on_cpu(config, weights).with_overhead().total
+        if size <= free:
+            ways.append(f"装好 C++ 编译器（如 apt install g++），约需 {_gb(size)} GB")
+    return ways
 
 
 def _ways_to_fit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,9 @@ LABELS = {  # loss -> the batch's labels it is computed on
     "word": "word_labels",
     "sentence": "sentence_label",
 }
+
+HeadLoss = Callable[[Plug, Tensor, Tensor], Tensor]
+MOST_LOGITS = 2**30  # of one piece
 
 
 def prediction_counts(batch: Batch) -> dict[str, Tensor]:
@@ -51,7 +56,7 @@ def palm_losses(model: Plug, batch: Batch) -> dict[str, Tensor]:
     """
     hidden_states = model.encode(batch["input_ids"])
     decoded = model.decode(batch["decoder_input_ids"], hidden_states)
-    losses = {"lm": cross_entropy_sum(model.lm_logits(decoded), batch["labels"])}
+    losses = {"lm": _in_pieces(lm_loss, model, decoded.flatten(0, 1), batch["labels"].flatten())}
     if batch["mlm_labels"].numel():
         losses["mlm"] = _token_loss(
             model, hidden_states, batch["mlm_positions"], batch["mlm_labels"]
@@ -71,7 +76,24 @@ def _token_loss(model: Plug, hidden_states: Tensor, positions: Tensor, labels: T
     batch, length, hidden = hidden_states.shape
     rows = torch.arange(batch, device=positions.device)[:, None] * length
     selected = hidden_states.reshape(-1, hidden).index_select(0, (positions + rows).flatten())
-    return cross_entropy_sum(model.mlm_logits(selected), labels)
+    return _in_pieces(mlm_loss, model, selected, labels.flatten())
+
+
+def _in_pieces(loss: HeadLoss, model: Plug, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    """Add up a head's loss over pieces of (n, hidden) whose logits fit 32-bit indices."""
+    rows = max(1, MOST_LOGITS // model.config.vocab_size)
+    pieces = zip(hidden_states.split(rows), labels.split(rows), strict=True)
+    return torch.stack([loss(model, *piece) for piece in pieces]).sum()
+
+
+def lm_loss(model: Plug, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    """Return the decoder's summed loss on (n, hidden) states and (n,) labels."""
+    return cross_entropy_sum(model.lm_logits(hidden_states), labels)
+
+
+def mlm_loss(model: Plug, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    """Return the masked-LM head's summed loss on (n, hidden) states and (n,) labels."""
+    return cross_entropy_sum(model.mlm_logits(hidden_states), labels)
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

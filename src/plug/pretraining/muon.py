@@ -45,6 +45,7 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
             for (short, long), parameters in by_shape.items():
+                parameters.sort(key=lambda each: each.shape[0] > each.shape[1])  # the wide first
                 size = max(1, MOST_STACKED // (short * long)) * self._world_size
                 for start in range(0, len(parameters), size):
                     self._step_together(parameters[start : start + size], group)
@@ -56,13 +57,14 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = self._updates(gradients, momenta, group)
         scale = _rate(group["lr"], group["adjust_lr_fn"], parameters[0].shape)
-        tall = [i for i, each in enumerate(parameters) if each.shape[0] > each.shape[1]]
-        wide = [i for i in range(len(parameters)) if i not in set(tall)]
+        wide = sum(each.shape[0] <= each.shape[1] for each in parameters)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for chosen, stack in ((wide, updates), (tall, updates.mT)):
-            if chosen:
-                steps = stack[chosen].to(parameters[0].dtype, memory_format=torch.contiguous_format)
-                torch._foreach_add_([parameters[i] for i in chosen], steps.unbind(), alpha=-scale)
+        # Slices: a list of indices would be copied to the device, and wait for it.
+        chosen = ((parameters[:wide], updates[:wide]), (parameters[wide:], updates[wide:].mT))
+        for some, stack in chosen:
+            if some:
+                steps = stack.to(some[0].dtype, memory_format=torch.contiguous_format)
+                torch._foreach_add_(some, steps.unbind(), alpha=-scale)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -22,8 +22,9 @@ from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
-from plug.pretraining import losses as loss_functions
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
+from plug.pretraining.compiled import compile_model, keep_bf16
+from plug.pretraining.end_page import write_page
 from plug.pretraining.loop import Batches, train
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
@@ -84,6 +85,7 @@ def pretrain(
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
             if processes.is_first:
                 _plot(output)
+                write_page(output, stage, config, state.skipped)
 
 
 def _wait(processes: Processes) -> None:
@@ -201,8 +203,10 @@ def _build_model(
     model.to(device).train()
     if stage == 2:
         model.sentence_head.requires_grad_(False)
+    if settings.precision == "bf16":
+        keep_bf16(model)
     if settings.compile:
-        compile_layers(model)
+        compile_model(model)
     return model
 
 
@@ -253,12 +257,3 @@ def _build_batches(
         clean_from=round(config.mlm_fraction * config.steps),
         whole_sentence_share=config.whole_sentence_share,
     )
-
-
-def compile_layers(model: Plug) -> None:
-    """Compile each layer in place. All share one compiled graph, so this takes seconds."""
-    for part in (model.encoder, model.decoder):
-        for layer in part.layers if part is not None else ():
-            layer.compile()
-    model.embeddings.compile()
-    loss_functions.cross_entropy_sum = torch.compile(loss_functions.cross_entropy_sum)

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,15 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError) as error:
         logger.warning("没能载入 %s（%s），用 PyTorch 的乘法。删去它就会重新编译。", target, error)
         return None
+
+
+def instructions() -> str:
+    """What the products use on this machine, for people."""
+    found = library()
+    if found is None:
+        return "PyTorch 的乘法（没有 C++ 编译器，或没能编译）"
+    names = {512: "AVX-512 VNNI", 256: "AVX2", 128: "Arm 点积", 0: "普通循环"}
+    return f"{names[found.plug_instructions()]}（为这台机器编译）"
 
 
 def library_file() -> Path:
@@ -115,6 +125,8 @@ def _run(command: list[str], name: str) -> None:
         raise PlugError(f"{name} 没有成功：{error}") from error
     if run.returncode:
         reason = (run.stderr.strip() or f"退出码 {run.returncode}").splitlines()[0]
+        if run.returncode == -getattr(signal, "SIGILL", 0):
+            reason = "处理器没有其中的指令"
         raise PlugError(f"{name} 没有成功：{reason}")
 
 

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
 #define PLUG_AVX512 1
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -36,6 +36,14 @@ inline float from_bfloat16(uint16_t bits) {
   return value;
 }
 
+#if defined(PLUG_AVX512) || defined(PLUG_AVX2)
+inline float sum_of_four(__m128 four) {
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+inline float sum_of_eight(__m256 eight) { return sum_of_four(_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1))); }
+#endif
+
 #if defined(PLUG_AVX512)
 
 constexpr int INSTRUCTIONS = 512;
@@ -53,6 +61,10 @@ inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// The sum of the lanes, in one order everywhere: to each the one 8, 4, 2 and 1 behind it is added.
+inline float sum_of(Floats values) {
+  return sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256(values), _mm512_extractf32x8_ps(values, 1)));
+}
 // Of pairs of bfloat16: the first ones, the second ones.
 inline Floats first_of_pairs(const uint16_t* pairs) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(pairs), 16));
@@ -209,6 +221,7 @@ inline Floats multiply(Floats a, Floats b) {
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.part[0], b.part[0], c.part[0]), _mm256_fmadd_ps(a.part[1], b.part[1], c.part[1])};
 }
+inline float sum_of(Floats values) { return sum_of_eight(_mm256_add_ps(values.part[0], values.part[1])); }
 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline Floats first_of_pairs(const uint16_t* pairs) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(load_256(pairs), 16)),
@@ -264,6 +277,49 @@ inline Bytes low_halves(Bytes bytes) {
 inline Bytes high_halves(Bytes bytes) {
   return low_halves({_mm256_srli_epi16(bytes.part[0], 4), _mm256_srli_epi16(bytes.part[1], 4)});
 }
+inline Floats widened(const uint16_t* bits) {  // bfloat16
+  const __m256i words = load_256(bits);
+  const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words)), high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+}
+
+// The sums of the lanes of each of 16.
+inline void sums_of_lanes(const Ints* a, int32_t* found) {
+  UNROLL for (int i = 0; i < 16; i += 8) {
+    __m256i eight[8];
+    UNROLL for (int j = 0; j < 8; ++j) eight[j] = _mm256_add_epi32(a[i + j].part[0], a[i + j].part[1]);
+    const __m256i first = _mm256_hadd_epi32(_mm256_hadd_epi32(eight[0], eight[1]), _mm256_hadd_epi32(eight[2], eight[3]));
+    const __m256i second = _mm256_hadd_epi32(_mm256_hadd_epi32(eight[4], eight[5]), _mm256_hadd_epi32(eight[6], eight[7]));
+    const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(found + i), sums);
+  }
+}
+
+// Turns 4 x 4 words of each half.
+inline void turn_fours(__m256i (&a)[4]) {
+  const __m256i b[4] = {_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]), _mm256_unpacklo_epi32(a[2], a[3]),
+                        _mm256_unpackhi_epi32(a[2], a[3])};
+  a[0] = _mm256_unpacklo_epi64(b[0], b[2]);
+  a[1] = _mm256_unpackhi_epi64(b[0], b[2]);
+  a[2] = _mm256_unpacklo_epi64(b[1], b[3]);
+  a[3] = _mm256_unpackhi_epi64(b[1], b[3]);
+}
+inline void transpose_whole(const uint8_t* from, int64_t stride, uint32_t (*to)[LANES]) {
+  for (int row = 0; row < 16; row += 8)
+    for (int word = 0; word < 16; word += 8) {
+      __m256i first[4], second[4];
+      UNROLL for (int i = 0; i < 4; ++i) {
+        first[i] = load_256(from + (row + i) * stride + 4 * word);
+        second[i] = load_256(from + (row + i + 4) * stride + 4 * word);
+      }
+      turn_fours(first);
+      turn_fours(second);
+      UNROLL for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[word + i] + row), _mm256_permute2x128_si256(first[i], second[i], 0x20));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[word + i + 4] + row), _mm256_permute2x128_si256(first[i], second[i], 0x31));
+      }
+    }
+}
 
 #elif defined(PLUG_NEON)
 
@@ -297,6 +353,11 @@ inline Floats multiply(Floats a, Floats b) {
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
   UNROLL for (int i = 0; i < 4; ++i) c.val[i] = vfmaq_f32(c.val[i], a.val[i], b.val[i]);
   return c;
+}
+inline float sum_of(Floats values) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(values.val[0], values.val[2]), vaddq_f32(values.val[1], values.val[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 inline Floats first_of_pairs(const uint16_t* pairs) {
   Floats found;
@@ -353,6 +414,36 @@ inline Bytes high_halves(Bytes bytes) {
     bytes.val[i] = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(bytes.val[i]), 4));
   return bytes;
 }
+inline Floats widened(const uint16_t* bits) {  // bfloat16
+  Floats found;
+  UNROLL for (int i = 0; i < 4; ++i) found.val[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(bits + 4 * i), 16));
+  return found;
+}
+
+// The sums of the lanes of each of 16.
+inline void sums_of_lanes(const Ints* a, int32_t* found) {
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    int32x4_t four[4];
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const Ints& each = a[i + j];
+      four[j] = vaddq_s32(vaddq_s32(each.val[0], each.val[1]), vaddq_s32(each.val[2], each.val[3]));
+    }
+    vst1q_s32(found + i, vpaddq_s32(vpaddq_s32(four[0], four[1]), vpaddq_s32(four[2], four[3])));
+  }
+}
+
+inline void transpose_whole(const uint8_t* from, int64_t stride, uint32_t (*to)[LANES]) {
+  for (int row = 0; row < 16; row += 4)
+    for (int word = 0; word < 16; word += 4) {
+      uint32x4_t a[4];
+      UNROLL for (int i = 0; i < 4; ++i) a[i] = vreinterpretq_u32_u8(vld1q_u8(from + (row + i) * stride + 4 * word));
+      const uint32x4x2_t first = vtrnq_u32(a[0], a[1]), second = vtrnq_u32(a[2], a[3]);
+      vst1q_u32(to[word] + row, vcombine_u32(vget_low_u32(first.val[0]), vget_low_u32(second.val[0])));
+      vst1q_u32(to[word + 1] + row, vcombine_u32(vget_low_u32(first.val[1]), vget_low_u32(second.val[1])));
+      vst1q_u32(to[word + 2] + row, vcombine_u32(vget_high_u32(first.val[0]), vget_high_u32(second.val[0])));
+      vst1q_u32(to[word + 3] + row, vcombine_u32(vget_high_u32(first.val[1]), vget_high_u32(second.val[1])));
+    }
+}
 
 #else
 
@@ -391,6 +482,11 @@ inline Floats multiply(Floats a, Floats b) {
   return a;
 }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return add(multiply(a, b), c); }
+inline float sum_of(Floats values) {
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) values.lane[i] += values.lane[i + step];
+  return values.lane[0];
+}
 inline Floats first_of_pairs(const uint16_t* pairs) {
   Floats found;
   for (int i = 0; i < LANES; ++i) found.lane[i] = from_bfloat16(pairs[2 * i]);
@@ -445,6 +541,20 @@ inline Bytes high_halves(Bytes bytes) {
     for (int8_t& byte : each) byte = static_cast<int8_t>(static_cast<uint8_t>(byte) >> 4);
   return bytes;
 }
+inline Floats widened(const uint16_t* bits) {  // bfloat16
+  Floats found;
+  for (int i = 0; i < LANES; ++i) found.lane[i] = from_bfloat16(bits[i]);
+  return found;
+}
+
+inline void sums_of_lanes(const Ints* a, int32_t* found) {
+  for (int i = 0; i < 16; ++i) found[i] = sum_of(a[i]);
+}
+
+inline void transpose_whole(const uint8_t* from, int64_t stride, uint32_t (*to)[LANES]) {
+  for (int row = 0; row < 16; ++row)
+    for (int word = 0; word < 16; ++word) std::memcpy(&to[word][row], from + row * stride + 4 * word, 4);
+}
 
 #endif
 
@@ -455,9 +565,10 @@ inline Floats load_some(const float* from, int64_t count) {
   return load(lanes);
 }
 inline Floats load_some(const uint16_t* from, int64_t count) {  // bfloat16
-  float lanes[LANES];
-  for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? from_bfloat16(from[i]) : 0;
-  return load(lanes);
+  if (count >= LANES) return widened(from);
+  uint16_t lanes[LANES] = {};
+  std::memcpy(lanes, from, count * sizeof(uint16_t));
+  return widened(lanes);
 }
 inline Floats load_some(const int32_t* from, int64_t count) {
   if (count >= LANES) return to_floats(load_ints(from));
@@ -467,20 +578,25 @@ inline Floats load_some(const int32_t* from, int64_t count) {
 }
 
 inline void transpose(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, uint32_t (*to)[LANES]) {
-  if (rows < LANES || bytes < 64) std::memset(to, 0, 64 * LANES);
+  if (rows == LANES && bytes >= 64) return transpose_whole(from, stride, to);
+  std::memset(to, 0, 64 * LANES);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t word = 0; 4 * word < bytes; ++word)
       std::memcpy(&to[word][row], from + row * stride + 4 * word, bytes - 4 * word < 4 ? bytes - 4 * word : 4);
 }
 
-inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) {
+inline Ints nibble_sums(const uint8_t* packed, const int8_t* q) {
   const Bytes bytes = load_bytes(packed);
-  return sum_of(dot(dot(zero_ints(), low_halves(bytes), load_bytes(q)), high_halves(bytes), load_bytes(q + GROUP / 2)));
+  return dot(dot(zero_ints(), low_halves(bytes), load_bytes(q)), high_halves(bytes), load_bytes(q + GROUP / 2));
 }
+inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) { return sum_of(nibble_sums(packed, q)); }
 inline void nibble_dots(const uint8_t* packed, const int8_t* q, int32_t* found) {
-  for (int i = 0; i < 16; ++i) found[i] = nibble_dot(packed + i * (GROUP / 2), q + i * GROUP);
+  Ints sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = nibble_sums(packed + i * (GROUP / 2), q + i * GROUP);
+  sums_of_lanes(sums, found);
 }
-inline int32_t byte_dot(const int8_t* weights, const int8_t* q, int64_t count) {
+
+inline Ints byte_sums(const int8_t* weights, const int8_t* q, int64_t count) {
   Ints sum = zero_ints();
   int64_t k = 0;
   for (; k + 64 <= count; k += 64) sum = dot(sum, flipped(load_bytes(weights + k)), load_bytes(q + k));
@@ -489,21 +605,15 @@ inline int32_t byte_dot(const int8_t* weights, const int8_t* q, int64_t count) {
     std::memcpy(rest, weights + k, count - k);
     sum = dot(sum, flipped(load_bytes(rest)), load_bytes(q + k));
   }
-  return sum_of(sum);
+  return sum;
 }
+inline int32_t byte_dot(const int8_t* weights, const int8_t* q, int64_t count) { return sum_of(byte_sums(weights, q, count)); }
 inline void byte_dots(const int8_t* weights, const int8_t* q, int64_t count, int32_t* found) {
-  for (int i = 0; i < 16; ++i) found[i] = byte_dot(weights + i * count, q, count);
+  Ints sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = byte_sums(weights + i * count, q, count);
+  sums_of_lanes(sums, found);
 }
 
 #endif
-
-// The sum of the lanes; in this order everywhere: each adds the one half as far away as the last.
-inline float sum_of(Floats values) {
-  float lanes[LANES];
-  store(lanes, values);
-  for (int step = LANES / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
-}
 
 }  // namespace plug

@@ -84,8 +84,8 @@ struct Rows {  // made ready for the products with weights of some bits
   std::vector<float> x;        // 32, 16 bits: with one zero more where the inputs are odd
   std::vector<uint16_t> half;  // 16 bits, where pairs are multiplied
   std::vector<int8_t> q;       // 8 bits: padded with zeros to whole groups; 4 bits: see `one_row_4`
-  std::vector<float> scale;    // a row (8 bits) or a row and group (4 bits)
-  std::vector<float> summed;   // 4 bits: scale times the sum of the group's integers
+  std::vector<float> scale;    // a row (8 bits) or a row and group, with zeros to whole vectors (4 bits)
+  std::vector<float> summed;   // 4 bits: scale times the sum of the group's integers, likewise
   std::vector<int32_t> sum;    // 8 bits: the sum of the row's integers
 };
 
@@ -108,6 +108,7 @@ inline void by_rows(int64_t rows, const Act& act, int64_t row = 0) {
 }
 
 inline void put(float* y, const Floats& values, const float* bias, int64_t count) {
+  if (count == LANES) return store(y, bias ? add(values, load(bias)) : values);
   float lanes[LANES];
   store(lanes, values);
   for (int64_t i = 0; i < count; ++i) y[i] = lanes[i] + (bias ? bias[i] : 0);
@@ -204,11 +205,12 @@ inline Floats shift_of(const Floats& center, const Floats& scale) { return multi
 inline void one_row_4(const Product& p, const Rows& x, int64_t row, float* y, int64_t from, int64_t to) {
   const int64_t G = p.in / GROUP;
   const int8_t* q = x.q.data() + row * (G + LANES) * GROUP;
-  const float *row_scale = x.scale.data() + row * G, *summed = x.summed.data() + row * G;
+  const float* row_scale = x.scale.data() + row * rounded_up(G, LANES);
+  const float* summed = x.summed.data() + row * rounded_up(G, LANES);
   static thread_local std::vector<int32_t> own;
   std::vector<int32_t>& dots = own;
   const int64_t at_once = std::max<int64_t>(1, 256 / G);
-  dots.resize(at_once * G + 16);
+  dots.resize(at_once * G + LANES);
   for (int64_t begin = from; begin < to; begin += at_once) {
     const int64_t end = std::min(begin + at_once, to), count = (end - begin) * G;
     const uint8_t* weight = static_cast<const uint8_t*>(p.weight) + begin * G * (GROUP / 2);
@@ -218,11 +220,12 @@ inline void one_row_4(const Product& p, const Rows& x, int64_t row, float* y, in
     for (int64_t o = begin; o < end; ++o) {
       Floats sum = zero();
       for (int64_t g = 0; g < G; g += LANES) {
-        const int64_t left = G - g;
+        // What is read behind the row's last group counts nothing: `row_scale` and `summed` are 0 there.
+        const int64_t left = std::min<int64_t>(p.out * G - (o * G + g), LANES);
         const Floats scale = load_some(static_cast<const uint16_t*>(p.scale) + o * G + g, left);
         const Floats center = load_some(static_cast<const uint16_t*>(p.center) + o * G + g, left);
-        add_groups(sum, load_some(dots.data() + (o - begin) * G + g, left), scale, shift_of(center, scale),
-                   load_some(row_scale + g, left), load_some(summed + g, left));
+        add_groups(sum, to_floats(load_ints(dots.data() + (o - begin) * G + g)), scale, shift_of(center, scale), load(row_scale + g),
+                   load(summed + g));
       }
       y[o] = sum_of(sum) + (p.bias ? p.bias[o] : 0);
     }
@@ -321,7 +324,7 @@ inline void turn(Turned& turned, const void* of, int64_t G, int64_t o, int64_t g
 }
 
 inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
-  const int64_t G = p.in / GROUP, kept = std::min<int64_t>(G, LANES);
+  const int64_t G = p.in / GROUP, kept = std::min<int64_t>(G, LANES), width = rounded_up(G, LANES);
   static thread_local Scratch own;
   Tile& tile = own.tile;
   auto& sums = own.sums_4;
@@ -345,7 +348,7 @@ inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows,
           const int64_t row = first + r;
           dots<R>(tile, x.q.data() + (row * G + g) * GROUP, G * GROUP, found);
           UNROLL for (int i = 0; i < R; ++i) {
-            const Floats row_scale = all(x.scale[(row + i) * G + g]), summed = all(x.summed[(row + i) * G + g]);
+            const Floats row_scale = all(x.scale[(row + i) * width + g]), summed = all(x.summed[(row + i) * width + g]);
             UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v) {
               float* at = sums[g % LANES][r + i] + v * LANES;
               Floats sum = g < LANES ? zero() : load(at);
@@ -384,7 +387,7 @@ inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r,
   } else {
     const int64_t groups = in / GROUP, width = groups + (one_by_one ? LANES : 0);
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = r * groups + g;
+      const int64_t at = r * rounded_up(groups, LANES) + g;
       int8_t q[GROUP];
       int32_t sum;
       ready.scale[at] = round_values(x + g * GROUP, GROUP, q, &sum);
@@ -417,8 +420,8 @@ inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, in
   } else {
     const int64_t groups = rows * (in / GROUP);
     ready.q.resize((groups + (one_by_one ? rows * LANES : 0)) * GROUP);
-    ready.scale.resize(groups);
-    ready.summed.resize(groups);
+    ready.scale.assign(rows * rounded_up(in / GROUP, LANES), 0);
+    ready.summed.assign(ready.scale.size(), 0);
   }
   const int64_t at_once = rows < 4 ? rows : (rows + 15) / 16;
   if (rows)

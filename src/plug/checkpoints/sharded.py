@@ -1,0 +1,91 @@
+"""Sharded checkpoints: every process writes its shards, any number of processes reads them.
+
+The format is PyTorch's (`torch.distributed.checkpoint`): a file of tensors from each process and
+`.metadata`, which says where each part of each tensor lies. The directory is written by
+`plug.files`, whole or not at all. Processes on several hosts need one file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from plug.checkpoints.weights import check_finite
+from plug.errors import PlugError
+from plug.files import replace_directory
+
+METADATA_FILE = ".metadata"  # written last by torch; shows that a directory is such a checkpoint
+
+
+def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
+    """Write ``tensors`` (nested dicts of sharded or plain tensors); all processes call it together.
+
+    An older checkpoint in ``directory`` is replaced when the new one is whole.
+
+    Raises:
+        PlugError: the disk is full, or the directory cannot be written.
+    """
+    with ExitStack() as stack:
+        place = [directory]
+        if dist.get_rank() == 0:
+            place = [stack.enter_context(replace_directory(directory, METADATA_FILE))]
+        dist.broadcast_object_list(place, src=0)
+        save(dict(tensors), storage_writer=FileSystemWriter(place[0]))
+        # The block of the first process ends: files are synced, and the directory gets its name.
+    dist.barrier()
+
+
+def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:
+    """Fill ``tensors`` in place from a checkpoint that any number of processes wrote.
+
+    Args:
+        directory: that `write_sharded` wrote.
+        tensors: of the names and shapes that are wanted, sharded as this process needs them. Other
+            values are replaced by those saved.
+
+    Raises:
+        PlugError: a file is missing or damaged, tensors have other names or shapes, or values are
+            NaN or infinite.
+    """
+    try:
+        load(tensors, storage_reader=FileSystemReader(directory))
+    except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        reason = _first_reason(error)
+        raise PlugError(
+            f"检查点 {directory} 已损坏，或与这个模型的形状不符（{reason}）。"
+            "请用训练时的模型和设置，或从更早的检查点继续。"
+        ) from None
+    check_finite(directory, _flat("", tensors))
+
+
+def is_sharded(directory: Path) -> bool:
+    """Return whether ``directory`` holds what `write_sharded` wrote."""
+    return (directory / METADATA_FILE).is_file()
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Any:
+    """This process's part of each tensor in nested dicts, with its name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{name}.", value)
+        elif isinstance(value, DTensor):
+            yield f"{prefix}{name}", value.to_local()
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+
+
+def _first_reason(error: BaseException) -> str:
+    """What went wrong in the first process that says so, on one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

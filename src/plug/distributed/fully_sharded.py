@@ -1,0 +1,147 @@
+"""FSDP2 applied to a model from outside: each process keeps a shard of every layer.
+
+A layer's parameters are gathered when it computes and freed after it (Zhao et al. 2023,
+arXiv:2304.11277; PyTorch's `fully_shard`). What is gathered together:
+
+- each layer of encoder and decoder;
+- of each decoder layer, the two projections of the encoder's output: `Decoder.project_encoder`
+  runs them for all layers before the first layer runs;
+- all else in the root's group: the word table, which inputs and outputs share, norms, heads.
+
+Sharded parameters are the masters: with `compute_dtype` layers compute in that, and the optimizer
+steps in the parameters' own dtype. Gradients are reduced in float32.
+
+FSDP2 takes two seconds to import, so it is imported where a model is sharded: decoding asks
+`is_fully_sharded` of every model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from plug.distributed.settings import ParallelSettings
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+_MARK = "gathers_its_weights"  # an attribute of modules that FSDP2 manages
+_CALL = "call_with_own_parameters"
+
+
+def shard(
+    model: Any,
+    mesh: DeviceMesh,
+    settings: ParallelSettings,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Shard ``model`` in place over ``mesh``; its parameters become `DTensor`s.
+
+    Args:
+        model: has the parts of `PlugParts`; parameters may be on the meta device.
+        mesh: of one dimension.
+        settings: of the run.
+        compute_dtype: what layers compute in; None is the parameters' own.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Of the projections of the encoder's output; nobody writes into them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy(),
+    }
+    reshard = settings.reshard_after_forward
+    decoder = getattr(model, "decoder", None)
+    decoder_layers = list(decoder.layers) if decoder is not None else []
+    for layer in decoder_layers:
+        projections = [layer.cross_attention.k_proj, layer.cross_attention.v_proj]
+        fully_shard(projections, reshard_after_forward=reshard, **options)
+    for layer in [*model.encoder.layers, *decoder_layers]:
+        fully_shard(layer, reshard_after_forward=reshard, **options)
+        setattr(layer, _MARK, True)
+    setattr(model, _MARK, True)
+    setattr(model, _CALL, _call)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, _CALL)
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Return whether each process holds a shard of ``model``, by `shard`, or of a part of it."""
+    return any(hasattr(module, _MARK) for module in model.modules())
+
+
+def with_own_parameters(model: Any, function: Callable[[], T]) -> T:
+    """Return what ``function`` returns, called while the root's own parameters are gathered.
+
+    For what runs layers without the model's `forward`: the word table is whole meanwhile, and the
+    layers gather themselves. All processes call it together. A model that is not sharded is left
+    as it is.
+    """
+    if not hasattr(model, _MARK):
+        return function()
+    try:
+        return getattr(model, _CALL)(function)
+    finally:
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what is gathered; parameters are the process's shards again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def own_region(parameter: DTensor) -> tuple[slice, ...]:
+    """Return the slices of a sharded parameter that this process holds; they may be empty."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
+
+
+def as_shard(local: Tensor, like: DTensor) -> DTensor:
+    """Return ``local``, this process's `own_region`, as a sharded tensor like ``like``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor whole, one at a time; all processes take part."""
+    from torch.distributed.tensor import DTensor
+
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,83 @@
+"""Checkpoints of a sharded run: what is trained in `weights`, AdamW's states in `optimizer`.
+
+Both are directories of `plug.checkpoints.sharded`, inside of the Trainer's checkpoint. Frozen
+weights are not saved: they are in the model's own directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from plug.checkpoints.sharded import is_sharded, read_sharded, write_sharded
+from plug.checkpoints.weights import save_pickle
+from plug.errors import PlugError, UsageError
+
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer"
+SCHEDULE_FILE = "schedule.pt"  # the learning rate's, which is the same in all processes
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
+_FLAT = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+
+
+def write_weights(folder: Path, model: nn.Module) -> None:
+    """Write what is trained of ``model`` into the checkpoint ``folder``."""
+    write_sharded(folder / WEIGHTS, get_model_state_dict(model, options=_TRAINED))
+
+
+def read_weights(folder: Path, model: nn.Module) -> None:
+    """Read what `write_weights` wrote, for any number of processes.
+
+    Raises:
+        UsageError: the checkpoint is of a run that was not sharded.
+        PlugError: it is damaged, or of a model of another shape.
+    """
+    check_is_sharded(folder, True)
+    read_sharded(folder / WEIGHTS, get_model_state_dict(model, options=_TRAINED))
+
+
+def write_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
+) -> None:
+    """Write the optimizer's states and the schedule into the checkpoint ``folder``."""
+    state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    write_sharded(folder / OPTIMIZER, state)
+    if dist.get_rank() == 0:
+        save_pickle(schedule.state_dict(), folder / SCHEDULE_FILE)
+
+
+def read_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
+) -> None:
+    """Read what `write_optimizer` wrote; raises as `read_weights`."""
+    state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    read_sharded(folder / OPTIMIZER, state)
+    set_optimizer_state_dict(model, optimizer, state, options=_FLAT)
+    try:
+        schedule.load_state_dict(torch.load(folder / SCHEDULE_FILE, weights_only=True))
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError):
+        raise PlugError(
+            f"检查点的 {folder / SCHEDULE_FILE} 已损坏，不能接着训练。"
+            f"请删去 {folder}，从更早的检查点接着训练。"
+        ) from None
+
+
+def check_is_sharded(folder: Path, wanted: bool) -> None:
+    """Raise a `UsageError` where a checkpoint was written with other `parallel.sharding`."""
+    if is_sharded(folder / WEIGHTS) == wanted:
+        return
+    was, now = ("none", "fsdp") if wanted else ("fsdp", "none")
+    raise UsageError(
+        f"检查点 {folder} 是用 parallel.sharding={was} 训练的，现在是 {now}。"
+        f"请用 --set parallel.sharding={was} 接着训练，或换一个输出目录。"
+    )

@@ -1,0 +1,182 @@
+"""Fine-tuning over several processes of which none holds the whole model, by FSDP2.
+
+`run.py` asks here how a run is shared, and gets a sharded model; `trainer.py` writes and reads the
+sharded checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from plug.distributed.fully_sharded import gathered, is_fully_sharded, shard
+from plug.errors import PlugError, UsageError
+from plug.finetuning.kind import Kind
+from plug.finetuning.lora import adapt
+from plug.finetuning.memory import Case, decide
+from plug.finetuning.recomputation import layers_of, recompute_layers
+from plug.finetuning.settings import FinetuneSettings
+from plug.loading.shards import fill, write_gathered
+
+_UNSUPPORTED = ("fgm", "from_scratch", "dora")  # need whole weights in one process
+_PEFT_NAMES = (".base_layer", ".original_module")  # what peft puts into names of frozen parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How this run is shared.
+
+    Attributes:
+        processes: how many there are.
+        device: of this process.
+        mesh: over which the model is sharded; None: each process has a copy.
+    """
+
+    processes: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+
+def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) -> Layout:
+    """Return how the run is shared, as `settings.parallel` and the launcher's variables say.
+
+    Joins the process group if there are several processes.
+
+    Raises:
+        UsageError: sharding is asked for without a launcher, or with what it cannot do.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    is_launched = "LOCAL_RANK" in os.environ
+    sharding = settings.parallel.sharding
+    if sharding == "fsdp" and not is_launched:
+        raise UsageError(
+            "parallel.sharding=fsdp 要由 torchrun 启动："
+            "torchrun --nproc-per-node 卡数 -m plug finetune …。"
+        )
+    if device.type == "cuda" and is_launched:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if sharding == "auto":
+        sharding = "fsdp" if processes > 1 and not _fits(settings, case) else "none"
+    if sharding == "none":
+        return Layout(processes, device)
+    if settings.memory == "qlora":
+        raise UsageError(
+            "--memory qlora 的整数权重不能分片。请用 --memory lora，或 parallel.sharding=none。"
+        )
+    asked = [name for name in _UNSUPPORTED if getattr(settings, name)]
+    if settings.optimizer == "adafactor":
+        asked.append("optimizer=adafactor")
+    if settings.child_tuning < 1:
+        asked.append("child_tuning")
+    if asked:
+        raise UsageError(
+            f"{'、'.join(asked)} 不能与 parallel.sharding=fsdp 一起用。请去掉其中一个。"
+        )
+    if not dist.is_initialized():
+        # gloo carries what `cpu_offload` keeps in the host's memory.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Layout(processes, device, init_device_mesh(device.type, (processes,)))
+
+
+def _fits(settings: FinetuneSettings, case: Case) -> bool:
+    """Whether each card has room for all of a run."""
+    try:
+        decide(settings, case)
+    except UsageError:
+        raise
+    except PlugError:
+        return False
+    return True
+
+
+def load_sharded(
+    kind: Kind[Any, Any], directory: Path, settings: FinetuneSettings, layout: Layout
+) -> Any:
+    """Return the model of ``directory`` for training, of which each process reads its shard.
+
+    Heads and adapters that are new are drawn alike in all processes.
+
+    Raises:
+        PlugError: the weights are damaged, or do not fit.
+    """
+    assert layout.mesh is not None
+    on_gpu = layout.device.type == "cuda"
+    half = on_gpu and settings.precision == "bf16"
+    is_adapter = settings.is_adapter
+    model = kind.empty_model(
+        directory, dtype=torch.bfloat16 if half and is_adapter else torch.float32
+    )
+    if is_adapter:
+        before = torch.get_rng_state()
+        model = adapt(model, settings)
+        torch.set_rng_state(before)
+        _draw_adapters(model)
+    every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
+    recompute_layers(model, settings.recomputed_layers or every_layer)
+    bare = without_wrapper(model)
+    shard(bare, layout.mesh, settings.parallel, torch.bfloat16 if half else None)
+    place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
+    fill(bare, directory, place, _saved_name)
+    return model
+
+
+def _draw_adapters(model: Any) -> None:
+    """Give the adapters of peft's ``model`` their values, drawn as peft draws them.
+
+    Beside layers without memory, peft's adapters have lost theirs.
+    """
+    for layer in model.modules():
+        for adapter in getattr(layer, "lora_A", {}):
+            for parts in (layer.lora_A, layer.lora_B):
+                size = parts[adapter].in_features, parts[adapter].out_features
+                parts[adapter] = nn.Linear(*size, bias=parts[adapter].bias is not None)
+            layer.reset_lora_parameters(adapter, init_lora_weights=True)
+
+
+def without_wrapper(model: Any) -> Any:
+    """The model inside of peft's, or ``model``."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _saved_name(name: str) -> str:
+    for word in _PEFT_NAMES:
+        name = name.replace(word, "")
+    return name
+
+
+def save_model(model: Any, directory: Path | None) -> None:
+    """Write a sharded model's config and weights as `save_pretrained` does; all call it together.
+
+    Args:
+        model: of `plug.hf`, sharded.
+        directory: exists; None in the processes that write nothing.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    write_gathered(directory or Path(), state, writes=directory is not None)
+    if directory is None:
+        return
+    config = model.config
+    config.architectures = [plain_class(model).__name__]
+    config.dtype = next(iter(state.values())).dtype
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+def plain_class(model: Any) -> type:
+    """The class of ``model``; FSDP2 makes a subclass of it."""
+    return type(model).__mro__[2] if is_fully_sharded(model) else type(model)
+
+
+def gathered_adapter(model: Any) -> dict[str, Tensor]:
+    """Return what is trained of a sharded model, whole, on the CPU; all processes take part."""
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    return {name: x.cpu() for name, x in gathered(trained)}

@@ -1,0 +1,133 @@
+"""Fine-tuning of which no process holds the whole model: as one process with all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file
+
+from plug.distributed.settings import ParallelSettings
+from plug.errors import UsageError
+from plug.finetuning.run import finetune
+from plug.finetuning.settings import FinetuneSettings
+
+Make = Callable[..., FinetuneSettings]
+Together = Callable[..., list[Any]]
+FSDP = {"sharding": "fsdp"}
+
+
+def losses(output: str) -> list[float]:
+    lines = Path(output, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def numbers(output: str, key: str) -> list[float]:
+    lines = Path(output, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry[key] for entry in map(json.loads, lines) if key in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["full", "lora"])
+@pytest.mark.parametrize("task", ["generation", "classification"])
+def test_one_two_and_four_processes_learn_as_one_that_holds_all(
+    task: str,
+    memory: str,
+    settings: Make,
+    data: Callable[..., Path],
+    run_together: Together,
+    tmp_path: Path,
+) -> None:
+    """Losses, gradient norms and scores of every epoch; then each tensor that is saved."""
+    if memory == "lora":
+        pytest.importorskip("peft")
+    options = {"epochs": 2.0, "memory": memory, "num_beams": 2, "clip_grad_norm": 0.5}
+    options |= {"lora_dropout": 0.0, "target_length": 6}
+    one = settings(task, data(task), batch_size=4, output=f"{tmp_path}/one", **options)
+    expected = finetune(one, device="cpu")
+    name = "model.safetensors" if memory == "full" else "adapter_model.safetensors"
+    weights = load_file(f"{one.output}/{name}")
+    for count in (1, 2, 4):
+        output = f"{tmp_path}/{count}"
+        shared = settings(
+            task, data(task), batch_size=4 // count, output=output, parallel=FSDP, **options
+        )
+        answers = run_together(count, "finetune", settings=asdict(shared))
+        assert answers[0]["metrics"] == pytest.approx(expected.metrics, abs=1e-5)
+        assert losses(output) == pytest.approx(losses(one.output), abs=1e-5)
+        assert numbers(output, "grad_norm") == pytest.approx(
+            numbers(one.output, "grad_norm"), rel=1e-4
+        )
+        found = load_file(f"{output}/{name}")
+        assert found.keys() == weights.keys()
+        for key, tensor in found.items():
+            assert tensor.abs().sum() > 0 or not weights[key].any(), key
+            torch.testing.assert_close(tensor, weights[key], rtol=1e-4, atol=1e-5)
+        held = [answer["held"] for answer in answers]
+        assert max(held) < 1.2 * sum(held) / count  # each holds its share
+        files = {path.name for path in Path(output).iterdir()}
+        assert files == {path.name for path in Path(one.output).iterdir()}
+        if memory == "full":
+            ours, theirs = (Path(x, "config.json").read_text() for x in (output, one.output))
+            assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["full", "lora"])
+def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
+    memory: str,
+    settings: Make,
+    data: Callable[..., Path],
+    run_together: Together,
+    tmp_path: Path,
+) -> None:
+    """Two processes die while the second epoch's checkpoint is written; one or four go on."""
+    if memory == "lora":
+        pytest.importorskip("peft")
+    options = {"epochs": 3.0, "memory": memory, "lora_dropout": 0.0, "parallel": FSDP}
+
+    def of(name: str, batch_size: int, task: str = "classification") -> FinetuneSettings:
+        output = f"{tmp_path}/{name}"
+        return settings(task, data(task), batch_size=batch_size, output=output, **options)
+
+    run_together(2, "finetune", settings=asdict(of("whole", 2)))
+    run_together(2, "finetune", fails=True, settings=asdict(of("broken", 2)), kill_at=4)
+    broken, kept = tmp_path / "broken", tmp_path / "kept"
+    assert not (broken / "config.json").exists()
+    shutil.copytree(broken, kept)
+    for count in (1, 4):
+        with pytest.raises(UsageError, match="原来是 4，现在是 3（batch_size 3"):
+            finetune(of("broken", 3), device="cpu", resume=True)
+        run_together(count, "finetune", settings=asdict(of("broken", 4 // count)), resume=True)
+        assert losses(f"{broken}") == pytest.approx(losses(f"{tmp_path}/whole"), abs=1e-5)
+        assert not (broken / "checkpoints").exists()
+        shutil.rmtree(broken)
+        shutil.copytree(kept, broken)
+    unsharded = replace(of("broken", 4), parallel=ParallelSettings(sharding="none"))
+    with pytest.raises(UsageError, match=r"是用 parallel.sharding=fsdp 训练的，现在是 none"):
+        finetune(unsharded, device="cpu", resume=True)
+
+    (checkpoint,) = broken.glob("checkpoints/checkpoint-5")
+    for file in checkpoint.glob("weights/*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    told = run_together(2, "failing", settings=asdict(of("broken", 2)), resume=True)
+    assert all(each.startswith(f"检查点 {checkpoint}/weights 已损坏") for each in told)
+
+
+def test_sharding_needs_a_launcher(
+    settings: Make, data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    asked = settings("classification", data("classification"), parallel=FSDP)
+    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
+        finetune(asked, device="cpu")
+    assert not Path(asked.output).exists()
