@@ -198,7 +198,7 @@ def measure_every_parameter(arguments: argparse.Namespace, **settings: Any) -> F
 
 MODES: dict[str, Callable[[argparse.Namespace], Found]] = {
     "full": lambda a: measure_every_parameter(a, batch_size=12),
-    "full_batch16": lambda a: measure_every_parameter(a, batch_size=16, recomputed_layers=24),
+    "full_batch16": lambda a: measure_every_parameter(a, batch_size=16, recomputed_layers=20),
     "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=16),
     "lora_batch4": lambda a: measure_adapters(a, bits=16, batch=4),
     "lora8": lambda a: measure_adapters(a, bits=8, batch=16),
