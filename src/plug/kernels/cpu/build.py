@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -132,6 +133,8 @@ def _run(command: list[str], name: str) -> None:
         raise PlugError(f"{name} 没有成功：{error}") from error
     if run.returncode:
         reason = (run.stderr.strip() or f"退出码 {run.returncode}").splitlines()[0]
+        if run.returncode == -getattr(signal, "SIGILL", 0):
+            reason = "处理器没有其中的指令"
         raise PlugError(f"{name} 没有成功：{reason}")
 
 
