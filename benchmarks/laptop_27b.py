@@ -52,18 +52,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.folder.exists():
         write_random(arguments.folder, PRESETS[arguments.preset])
-    bandwidth = read_bandwidth()
-    began = time.perf_counter()
-    model = plug.load(arguments.folder)
-    prepared = PreparedModel(model)
-    found = {"load_s": round(time.perf_counter() - began, 1)} | measure(prepared)
-    step_bytes = step_weight_bytes(model)
-    found |= {
-        "gb_a_token": round(step_bytes / 1e9, 3),
-        "read_gb_per_s": round(bandwidth / 1e9, 1),
-        "share_of_bandwidth": round(found["tokens_per_s"] * step_bytes / bandwidth, 3),
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-    }
+    found = measure_directory(arguments.folder)
     line = {
         "laptop_27b": found,
         "preset": arguments.preset,
@@ -79,6 +68,22 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def measure_directory(folder: Path) -> dict[str, float]:
+    """Memory, speed and share of the bandwidth of the model in ``folder``."""
+    bandwidth = read_bandwidth()
+    began = time.perf_counter()
+    model = plug.load(folder)
+    prepared = PreparedModel(model)
+    found = {"load_s": round(time.perf_counter() - began, 1)} | measure(prepared)
+    step_bytes = step_weight_bytes(model)
+    return found | {
+        "gb_a_token": round(step_bytes / 1e9, 3),
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "share_of_bandwidth": round(found["tokens_per_s"] * step_bytes / bandwidth, 3),
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
 
 
 def write_random(folder: Path, config: PlugConfig) -> None:
