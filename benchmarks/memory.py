@@ -37,10 +37,10 @@ from plug.generation.settings import GenerationSettings
 from plug.loading.estimate import Training, generation_need, training_need, weight_bytes
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.gradients import Gradients
 from plug.pretraining.loop import take_step
 from plug.pretraining.optimization import build_optimizers
-from plug.pretraining.run import compile_layers
 from plug.tokenization import PlugTokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -263,8 +263,9 @@ def pretrain(
         model = Plug(replace(config, **no_dropout)).train()
     if stage == 2:
         model.sentence_head.requires_grad_(False)
+    keep_bf16(model)
     if compiled:
-        compile_layers(model)
+        compile_model(model)
     optimizers = build_optimizers(
         model, name=optimizer, learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.01
     )
