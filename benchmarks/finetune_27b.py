@@ -40,6 +40,7 @@ from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task
 from plug.finetuning.trainer import FinetuneTrainer
 from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
+from plug.loading.estimate import Training, training_need
 from plug.model.accounting import encoder_flops, training_flops
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.quantization.linear import QuantizedLinear
@@ -145,7 +146,23 @@ def measure(
         timed = time_steps(trainer, arguments, device)
     flops = training_flops(config, SOURCE, TARGET, every_parameter=every_parameter)
     again = recomputed_flops(config, model)
-    return report(run.batch_size, timed, flops, again, device)
+    found = report(run.batch_size, timed, flops, again, device)
+    return found | {"predicted_gb": predicted_gb(config, run, bits, model)}
+
+
+def predicted_gb(config: PlugConfig, run: FinetuneSettings, bits: int, model: nn.Module) -> float:
+    """What the estimator of `--memory auto` and `plug info` says of the peak."""
+    training = Training(
+        batch_size=run.batch_size,
+        source_length=SOURCE,
+        target_length=TARGET,
+        memory=run.memory,
+        optimizer=run.optimizer,
+        bits=bits,
+        rank=RANK,
+        recomputed=sum(map(is_recomputed, layers_of(model))),
+    )
+    return round(training_need(config, training).total / 1e9, 2)
 
 
 def recomputed_flops(config: PlugConfig, model: nn.Module) -> int:
@@ -181,13 +198,16 @@ def measure_every_parameter(arguments: argparse.Namespace, **settings: Any) -> F
 MODES: dict[str, Callable[[argparse.Namespace], Found]] = {
     "full": lambda a: measure_every_parameter(a, batch_size=12),
     "full_batch16": lambda a: measure_every_parameter(a, batch_size=16, recomputed_layers=24),
-    "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=17),
+    "lora": lambda a: measure_adapters(a, bits=16, batch=16, recomputed_layers=16),
     "lora_batch4": lambda a: measure_adapters(a, bits=16, batch=4),
     "lora8": lambda a: measure_adapters(a, bits=8, batch=16),
     "lora8_recomputed": lambda a: measure_adapters(
         a, bits=8, batch=16, gradient_checkpointing=True
     ),
     "qlora": lambda a: measure_adapters(a, bits=4, batch=16, gradient_checkpointing=True),
+    "qlora_bf16": lambda a: measure_adapters(
+        a, bits=4, batch=16, gradient_checkpointing=True, quantized_products="bf16"
+    ),
     "qlora_batch4": lambda a: measure_adapters(a, bits=4, batch=4, gradient_checkpointing=True),
 }
 

@@ -112,14 +112,14 @@ def test_gradients_with_dropout_are_those_of_the_loss() -> None:
     _, found = gradients(model, inputs)
     length = sum(g.double().square().sum() for g in found.values()).sqrt()
     losses = []
-    for step in (1e-4, -1e-4):
+    for step in (1e-3, -1e-3):  # the loss is in float32
         moved = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for name, parameter in moved.items():
             parameter.data += step * found[name] / length
         losses.append(gradients(model, inputs)[0])
         for name, parameter in moved.items():
             parameter.data -= step * found[name] / length
-    assert ((losses[0] - losses[1]) / 2e-4).item() == pytest.approx(length.item(), rel=1e-4)
+    assert ((losses[0] - losses[1]) / 2e-3).item() == pytest.approx(length.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -134,6 +134,17 @@ def test_gradients_in_fp8_point_where_float32_s_do(bits: int) -> None:
         assert cosine > 0.96, name
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_may_be_unpacked_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(PlugForConditionalGeneration, bits)
+    adapt_layers(model, in_fp8=True)
+    expected = gradients(model, batch(padded=False))[1]
+    monkeypatch.setattr(adapted_products, "_ELEMENTS_AT_ONCE", 1)
+    found = gradients(model, batch(padded=False))[1]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, **CLOSE, msg=name)
+
+
 def test_a_classifier_s_head_is_trained_too() -> None:
     model = made(PlugForTokenClassification, 8)
     inputs = {**batch(padded=True), "labels": batch(padded=False)["input_ids"] % 3}
@@ -146,22 +157,21 @@ def test_a_classifier_s_head_is_trained_too() -> None:
         torch.testing.assert_close(found[name], gradient, **CLOSE, msg=name)
 
 
-def test_a_layer_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes kept for a token: x 2h, q k v 6h, context 2h, x 2h, fc1's output 2f, in halves."""
+def test_only_recomputed_layers_multiply_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(PlugForConditionalGeneration, 16)
     adapt_layers(model, in_fp8=False)
     seen: list[Any] = []
-    forward = adapted_products.Products.forward
+    base = adapted_products.Products.base
 
     def spy(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         seen.append(x.shape[0])
-        return forward(self, x, *args, **options)
+        return base(self, x, *args, **options)
 
-    monkeypatch.setattr(adapted_products.Products, "forward", spy)
+    monkeypatch.setattr(adapted_products.Products, "base", spy)
     loss = model(**batch(padded=False)).loss
-    first = len(seen)
+    seen.clear()
     loss.backward()
-    assert len(seen) == first  # nothing is multiplied again
+    assert not seen
 
     recompute_layers(model, 99)
     loss = model(**batch(padded=False)).loss

@@ -176,7 +176,7 @@ def test_modes_that_do_not_fit_the_model_are_refused_before_anything_is_written(
 ) -> None:
     train = data("classification")
     for changes, match in (
-        ({"model": str(small_base)}, "不能训练每个权重.*qlora"),
+        ({"model": str(small_base), "memory": "full"}, "不能训练每个权重.*qlora"),
         ({"model": str(small_base), "memory": "lora"}, "要未量化的模型.*qlora"),
         ({"memory": "qlora"}, "没有量化.*plug quantize"),
     ):
@@ -184,7 +184,7 @@ def test_modes_that_do_not_fit_the_model_are_refused_before_anything_is_written(
             finetune(settings("classification", train, **changes), device="cpu")
         assert not (tmp_path / "output").exists() or not list((tmp_path / "output").iterdir())
     for changes, match in (
-        ({"dora": True}, "rslora 和 dora"),
+        ({"memory": "full", "dora": True}, "rslora 和 dora"),
         ({"memory": "lora", "fgm": 1.0}, "fgm"),
         ({"memory": "lora", "from_scratch": True}, "from_scratch"),
         ({"memory": "half"}, "memory='half'"),

@@ -33,7 +33,7 @@ def x(generator: torch.Generator) -> torch.Tensor:
     return torch.randn(ROWS, SIZE + 6, generator=generator)[:, :SIZE]  # with strides
 
 
-@pytest.mark.parametrize("options", [{}, {"gelu": True}, {"rate": 0.3, "seed": 1234567}])
+@pytest.mark.parametrize("options", [{}, {"rate": 0.3, "seed": 1234567}])
 def test_thin_products(
     options: dict[str, Any], x: torch.Tensor, generator: torch.Generator
 ) -> None:
@@ -49,32 +49,53 @@ def test_thin_products(
     torch.testing.assert_close(turned, plain.outer(u, x, transposed=True, **options), **CLOSE)
 
 
-def test_the_gradient_of_a_thin_matrix_is_summed_in_parts(generator: torch.Generator) -> None:
-    u, x = torch.randn(700, 16, generator=generator), torch.randn(700, 64, generator=generator)
+def test_thin_products_in_parts(generator: torch.Generator) -> None:
+    u, x = torch.randn(700, 16, generator=generator), torch.randn(700, 3000, generator=generator)
     torch.testing.assert_close(kernels.outer(u, x), u.t() @ x, rtol=1e-4, atol=1e-4)
+    a = torch.randn(16, 3000, generator=generator)
+    torch.testing.assert_close(kernels.project(x, a), x @ a.t(), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_adding_a_thin_product(
-    rate: float, before: bool, x: torch.Tensor, generator: torch.Generator
+    rate: float, with_residual: bool, x: torch.Tensor, generator: torch.Generator
 ) -> None:
     u = torch.randn(ROWS, RANK, generator=generator)
     b = torch.randn(SIZE, RANK, generator=generator).t()
-    inside = torch.randn(ROWS, SIZE, generator=generator) if before else None
-    options = {"alpha": 0.5, "rate": rate, "seed": 99, "before_gelu": inside}
+    residual = torch.randn(ROWS, SIZE, generator=generator) if with_residual else None
+    options: dict[str, Any] = {"alpha": 0.5, "rate": rate, "seed": 99, "residual": residual}
 
     expected = plain.expand_(x.clone(), u, b, **options)
     torch.testing.assert_close(kernels.expand_(x, u, b, **options), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("wants_gelu", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_residual_sums_and_their_gradient(rate: float, generator: torch.Generator) -> None:
-    y, z = torch.randn(2, 70, 90, generator=generator)
-    expected = plain.residual_(y.clone(), z, rate=rate, seed=5)
-    gradient = plain.dropped(z, rate=rate, seed=5)
-    torch.testing.assert_close(kernels.dropped(z, rate=rate, seed=5), gradient, **CLOSE)
-    torch.testing.assert_close(kernels.residual_(y, z, rate=rate, seed=5), expected, **CLOSE)
+def test_between_two_layers_there_and_back(
+    rate: float, wants_gelu: bool, generator: torch.Generator
+) -> None:
+    y, gradient = torch.randn(2, ROWS, SIZE, generator=generator)
+    u, after = (torch.randn(ROWS, rank, generator=generator) for rank in (RANK, 19))
+    b = torch.randn(SIZE, RANK, generator=generator).t()
+    a = torch.randn(19, SIZE, generator=generator)
+    options: dict[str, Any] = {"alpha": 0.5, "rate": rate, "seed": 2**31 - 5}
+    there: list[Any] = []
+    back: list[Any] = []
+    for module in (kernels, plain):
+        own, own_gradient = y.clone(), gradient.clone()
+        there.append((*module.through_gelu_(own, u, b, a, wants_gelu=wants_gelu, **options), own))
+        found = module.back_through_gelu_(own_gradient, own, after, a, u, **options)
+        back.append((*found, own_gradient))
+    for one, other in (there, back):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_dropout(rate: float, generator: torch.Generator) -> None:
+    x = torch.randn(70, 90, generator=generator)
+    expected = plain.dropped(x, rate=rate, seed=5)
+    torch.testing.assert_close(kernels.dropped(x, rate=rate, seed=5), expected, **CLOSE)
 
 
 def test_dropout_keeps_its_share_and_another_share_with_another_seed() -> None:
@@ -87,13 +108,12 @@ def test_dropout_keeps_its_share_and_another_share_with_another_seed() -> None:
     assert both == pytest.approx(0.49, abs=0.01)
 
 
-def test_norms_and_gelu(generator: torch.Generator) -> None:
+def test_norms(generator: torch.Generator) -> None:
     value, gradient, residual = torch.randn(3, 9, 96, generator=generator)
     layer = nn.LayerNorm(96)
     layer.weight.data = 1 + 0.1 * torch.randn(96, generator=generator)
     layer.bias.data = torch.randn(96, generator=generator)
     torch.testing.assert_close(kernels.norm(value, layer), plain.norm(value, layer), **CLOSE)
-    torch.testing.assert_close(kernels.gelu(value), plain.gelu(value), **CLOSE)
     expected = plain.norm_backward_(gradient.clone(), value, layer, residual)
     found = kernels.norm_backward_(gradient, value, layer, residual)
     torch.testing.assert_close(found, expected, **CLOSE)
@@ -110,6 +130,12 @@ def test_rows_in_fp8(
     check_fp8(found[0], expected[0])
 
 
+def _of(name: str, bits: int, columns: slice) -> slice:
+    """Where a part of a quantised weight has some columns."""
+    each = (8 // bits if bits == 4 else 1) if name == "weight" else 128
+    return slice(columns.start // each, columns.stop // each)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("bits", [8, 4])
@@ -119,11 +145,16 @@ def test_unpacked_weights(
     weight = torch.randn(80, 384, generator=generator)
     tensors = Scheme.of(bits).quantize(weight)
     units = torch.rand(80, generator=generator) + 0.1 if bits == 4 else None
-    shape = (384, 80) if transposed else (80, 384)
+    columns = slice(128, 384)  # of all 384
+    shape = (256, 80) if transposed else (80, 256)
+    cut = {
+        name: each if each.ndim == 1 else each[:, _of(name, bits, columns)]
+        for name, each in tensors.items()
+    }
     wide = [torch.zeros(shape[0], shape[1] + 16).to(dtype) for _ in range(2)]
     for module, out in zip((kernels, plain), wide, strict=True):
         module.unpack(
-            tensors["weight"], tensors["scale"], tensors.get("center"), out[:, 16:],
+            cut["weight"], cut["scale"], cut.get("center"), out[:, 16:],
             units=units, transposed=transposed,
         )  # fmt: skip
     if dtype == torch.float32:

@@ -330,8 +330,10 @@ class _Attention:
                 dropout_p=self.attention_rate,
                 is_causal=self.is_causal and mask is None,
             )
-        (y,), thin_out = self.out.forward(_flat(context.detach()), seed + 2)
-        y = run.residual_(y, x, rate=self.rate, seed=seed + 3)
+        flat = _flat(context.detach())
+        thin_out = self.out.thin(flat, seed + 2)
+        (y,) = self.out.base(flat)
+        y = self.out.finish(y, thin_out, x, rate=self.rate, seed=seed + 3)
         return y, _KeptAttention(x, leaves, context, thin, thin_out, seed)
 
     def backward(
@@ -352,7 +354,7 @@ class _Attention:
         kept.leaves, kept.context = [], gradient  # their memory is free
         del of_context, context
         source = None
-        if len(self.own.layers) == 1:
+        if len(self.own.bases) == 1:
             source = (gradients[1], gradients[2])
             del gradients[1:]
         flat = [_flat(each) for each in gradients]
@@ -393,31 +395,56 @@ class _Feeding:
     def forward(self, x: Tensor, seed: int, *, complete: bool) -> tuple[Tensor, _KeptFeeding]:
         """Return the output, or ``x`` unless ``complete``, and what `backward` needs."""
         run = functions(x)
-        (inside,), thin = self.first.forward(run.norm(x, self.norm), seed)
-        if not complete:
-            return x, _KeptFeeding(
-                x, inside, thin, self.second.thin(inside, seed + 1, gelu=True), seed
-            )
-        (y,), thin_out = self.second.forward(inside, seed + 1, gelu=True)
+        normalized = run.norm(x, self.norm)
+        thin = self.first.thin(normalized, seed)
+        (inside,) = self.first.base(normalized)
+        del normalized
+        thin_out, activated = run.through_gelu_(
+            inside,
+            thin,
+            self.first.b,
+            self.second.stacked_a(),
+            alpha=self.first.scale,
+            rate=self.second.rate,
+            seed=seed + 1,
+            wants_gelu=complete and not self.second.in_fp8,
+        )
         kept = _KeptFeeding(x, inside, thin, thin_out, seed)
-        return run.residual_(y, x, rate=self.rate, seed=seed + 2), kept
+        if not complete:
+            return x, kept
+        if activated is None:
+            (y,) = self.second.base(inside, gelu=True)
+        else:
+            (y,) = self.second.base(activated)
+        return self.second.finish(y, thin_out, x, rate=self.rate, seed=seed + 2), kept
 
     def backward(self, gradient: Tensor, kept: _KeptFeeding) -> tuple[Tensor, list[Tensor]]:
         run = functions(gradient)
         seed = kept.seed
         dropped = run.dropped(gradient, rate=self.rate, seed=seed + 2)
-        of_inside, of_second = self.second.backward(
-            [dropped], kept.inside, kept.thin_out, seed + 1, gelu=True
-        )
+        u = self.second.thin_backward([dropped])
+        of_b = self.second.of_b([dropped], kept.thin_out)
+        of_inside = self.second.base_backward([dropped])
         del dropped
+        of_a, of_first_b = run.back_through_gelu_(
+            of_inside,
+            kept.inside,
+            u,
+            self.second.stacked_a(),
+            kept.thin,
+            alpha=self.first.scale,
+            rate=self.second.rate,
+            seed=seed + 1,
+        )
         kept.inside = gradient  # its memory is free
-        assert of_inside is not None
         normalized = run.norm(kept.x, self.norm)
-        of_norm, of_first = self.first.backward([of_inside], normalized, kept.thin, seed)
+        of_norm, of_first = self.first.backward(
+            [of_inside], normalized, kept.thin, seed, of_b=[of_first_b]
+        )
         del of_inside, normalized
         assert of_norm is not None
         found = run.norm_backward_(of_norm, kept.x, self.norm, gradient)
-        return found, of_first + of_second
+        return found, [*of_first, of_a, *of_b]
 
 
 class _Projection(torch.autograd.Function):

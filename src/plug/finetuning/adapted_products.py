@@ -19,6 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from plug.quantization.linear import QuantizedLinear
+from plug.quantization.scheme import GROUP_SIZE
+
+FP8 = torch.float8_e4m3fn
+_ELEMENTS_AT_ONCE = 2**26  # of a weight in FP8: a copy of the largest weights would be 268 MB
 
 
 def functions(x: Tensor) -> ModuleType:
@@ -41,56 +45,60 @@ class Products:
     """
 
     def __init__(self, layers: Sequence[Any], *, in_fp8: bool) -> None:
-        self.layers = list(layers)
-        self.in_fp8 = in_fp8 and isinstance(layers[0].get_base_layer(), QuantizedLinear)
-        (self.name,) = layers[0].active_adapters
-        dropout = layers[0].lora_dropout[self.name]
+        self.bases = [layer.get_base_layer() for layer in layers]
+        self.in_fp8 = in_fp8 and isinstance(self.bases[0], QuantizedLinear)
+        (name,) = layers[0].active_adapters
+        dropout = layers[0].lora_dropout[name]
         self.rate = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        self.scale = layers[0].scaling[self.name]
+        self.scale = layers[0].scaling[name]
+        self._thin_layers = [
+            part[name] for layer in layers for part in (layer.lora_A, layer.lora_B)
+        ]
+        self._ranks = [layer.r[name] for layer in layers]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each layer in turn."""
-        return [
-            part[self.name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B)
-        ]
+        return [each.weight for each in self._thin_layers]
 
-    def forward(
-        self, x: Tensor, seed: int, *, gelu: bool = False
-    ) -> tuple[Sequence[Tensor], Tensor]:
+    def forward(self, x: Tensor, seed: int) -> tuple[Sequence[Tensor], Tensor]:
         """Compute the outputs of all layers.
 
         Args:
             x: (rows, in), contiguous.
             seed: of the adapters' dropout; one mask for all layers.
-            gelu: the layers read the GELU of ``x``.
 
         Returns:
             (rows, out) of each layer, and `thin`.
         """
         run = functions(x)
-        thin = self.thin(x, seed, gelu=gelu)
-        outputs: Sequence[Tensor]
-        if self.in_fp8:
-            rows = run.quantize(x, gelu=gelu)
-            weight, units, bias = self._fp8_weight(run)
-            product = run.multiply_fp8(rows, weight, units, bias)
-            del rows, weight
-            outputs = product.split([layer.out_features for layer in self.bases], dim=1)
-        else:
-            read = run.gelu(x) if gelu else x
-            outputs = [
-                torch.addmm(_bias(layer), read, _weight(layer, x.dtype).t()) for layer in self.bases
-            ]
-        bs = self.parameters[1::2]
-        for y, part, b in zip(outputs, self._split(thin), bs, strict=True):
-            run.expand_(y, part, b.detach().t(), alpha=self.scale)
+        thin = self.thin(x, seed)
+        outputs = self.base(x)
+        for y, part, b in zip(outputs, self._split(thin), self._bs(), strict=True):
+            run.expand_(y, part, b, alpha=self.scale)
         return outputs, thin
 
-    def thin(self, x: Tensor, seed: int, *, gelu: bool = False) -> Tensor:
+    def finish(
+        self, y: Tensor, thin: Tensor, residual: Tensor, *, rate: float, seed: int
+    ) -> Tensor:
+        """Add the adapter's part to what `base` of one layer gave, drop, and add ``residual``."""
+        options = {"alpha": self.scale, "rate": rate, "seed": seed}
+        return functions(y).expand_(y, thin, self.b, residual=residual, **options)
+
+    def base(self, x: Tensor, *, gelu: bool = False) -> Sequence[Tensor]:
+        """Compute the outputs without the adapters.
+
+        Args:
+            x: (rows, in), contiguous.
+            gelu: read the GELU of ``x``; in FP8 alone.
+        """
+        if self.in_fp8:
+            return self._base_fp8(x, gelu=gelu)
+        return [torch.addmm(_bias(layer), x, _weight(layer, x.dtype).t()) for layer in self.bases]
+
+    def thin(self, x: Tensor, seed: int) -> Tensor:
         """Compute dropout(x) A^T of all layers, (rows, sum of ranks)."""
-        run = functions(x)
-        return run.project(x, self._stacked_a(), gelu=gelu, rate=self.rate, seed=seed)
+        return functions(x).project(x, self.stacked_a(), rate=self.rate, seed=seed)
 
     def backward(
         self,
@@ -99,93 +107,122 @@ class Products:
         thin: Tensor,
         seed: int,
         *,
-        gelu: bool = False,
+        of_b: list[Tensor] | None = None,
         wants_input: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Compute the gradients of the input and of `parameters`.
 
         Args:
             gradients: of the outputs, (rows, out) each.
-            x: as in `forward`, as ``seed`` and ``gelu``.
+            x: as in `forward`, as ``seed``.
             thin: that `forward` returned.
             seed: as in `forward`.
-            gelu: as in `forward`; the gradient is that of what stands before the GELU.
+            of_b: the gradients of each B, where they are known.
             wants_input: whether the input's gradient is needed.
 
         Returns:
             (rows, in) or None, and a list like `parameters`, in float32.
         """
         run = functions(x)
-        a, bs = self._stacked_a(), self.parameters[1::2]
-        thin_gradients = [
-            run.project(gradient, b.detach().t(), alpha=self.scale)
-            for gradient, b in zip(gradients, bs, strict=True)
-        ]
-        u = thin_gradients[0] if len(bs) == 1 else torch.cat(thin_gradients, 1)
-        a_gradients = run.outer(u, x, gelu=gelu, rate=self.rate, seed=seed)
-        found: list[Tensor] = []
-        ranks = [b.shape[1] for b in bs]
-        for gradient, part, of_a in zip(
-            gradients, self._split(thin), a_gradients.split(ranks), strict=True
-        ):
-            found += [of_a, run.outer(part, gradient, alpha=self.scale, transposed=True)]
+        u = self.thin_backward(gradients)
+        of_b = self.of_b(gradients, thin) if of_b is None else of_b
+        of_a = run.outer(u, x, rate=self.rate, seed=seed).split(self._ranks)
+        found = [each for pair in zip(of_a, of_b, strict=True) for each in pair]
         if not wants_input:
             return None, found
+        of_x = self.base_backward(gradients)
+        return run.expand_(of_x, u, self.stacked_a(), rate=self.rate, seed=seed), found
+
+    def thin_backward(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Compute the gradient of `thin`."""
+        run = functions(gradients[0])
+        found = [
+            run.project(gradient, b, alpha=self.scale)
+            for gradient, b in zip(gradients, self._bs(), strict=True)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def of_b(self, gradients: Sequence[Tensor], thin: Tensor) -> list[Tensor]:
+        """Compute the gradients of each B, (out, rank)."""
+        run = functions(thin)
+        return [
+            run.outer(part, gradient, alpha=self.scale, transposed=True)
+            for gradient, part in zip(gradients, self._split(thin), strict=True)
+        ]
+
+    def base_backward(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Compute the gradient of the input by the frozen weights alone."""
+        dtype = gradients[0].dtype
         if self.in_fp8:
-            joined = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), 1)
-            weight, units = self._fp8_transposed(run)
-            rows = run.quantize(joined, units)
-            del joined
-            of_x = run.multiply_fp8(rows, weight, _ones(x.shape[1], x.device), None)
-            del rows, weight
-        else:
-            first, *others = zip(gradients, self.bases, strict=True)
-            of_x = first[0] @ _weight(first[1], x.dtype)
-            for gradient, layer in others:
-                of_x.addmm_(gradient, _weight(layer, x.dtype))
-        before = x if gelu else None
-        run.expand_(of_x, u, a, rate=self.rate, seed=seed, before_gelu=before)
-        return of_x, found
+            return self._base_backward_fp8(gradients)
+        first, *others = zip(gradients, self.bases, strict=True)
+        found = first[0] @ _weight(first[1], dtype)
+        for gradient, layer in others:
+            found.addmm_(gradient, _weight(layer, dtype))
+        return found
 
-    @property
-    def bases(self) -> list[Any]:
-        """The layers without their adapters."""
-        return [layer.get_base_layer() for layer in self.layers]
-
-    def _stacked_a(self) -> Tensor:
-        matrices = [each.detach() for each in self.parameters[0::2]]
+    def stacked_a(self) -> Tensor:
+        """Each A, (sum of ranks, in)."""
+        matrices = [each.weight.detach() for each in self._thin_layers[0::2]]
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
+    @property
+    def b(self) -> Tensor:
+        """The B of a single layer, (rank, out)."""
+        (found,) = self._bs()
+        return found
+
+    def _bs(self) -> list[Tensor]:
+        """Each B, (rank, out)."""
+        return [each.weight.detach().t() for each in self._thin_layers[1::2]]
+
     def _split(self, thin: Tensor) -> Sequence[Tensor]:
-        return thin.split([b.shape[1] for b in self.parameters[1::2]], dim=1)
+        return thin.split(self._ranks, dim=1)
 
-    def _fp8_weight(self, run: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
-        """FP8 (sum of out, in), the units of its rows, and the biases."""
+    def _base_fp8(self, x: Tensor, *, gelu: bool) -> Sequence[Tensor]:
+        run = functions(x)
+        rows = run.quantize(x, gelu=gelu)
+        outs = [layer.out_features for layer in self.bases]
+        product = torch.empty(len(x), sum(outs), dtype=x.dtype, device=x.device)
+        found = product.split(outs, dim=1)
+        for layer, whole in zip(self.bases, found, strict=True):
+            weight, scale, center = _parts(layer)
+            units, inputs = _units(layer), layer.in_features
+            piece = torch.empty(_at_once(inputs), inputs, dtype=FP8, device=x.device)
+            for first in range(0, layer.out_features, len(piece)):
+                own = slice(first, min(first + len(piece), layer.out_features))
+                part = piece[: own.stop - first]
+                own_center = None if center is None else center[own]
+                own_units = None if center is None else units[own]
+                run.unpack(weight[own], scale[own], own_center, part, units=own_units)
+                run.multiply_fp8(rows, part, units[own], layer.bias[own], whole[:, own])
+        return found
+
+    def _base_backward_fp8(self, gradients: Sequence[Tensor]) -> Tensor:
+        run, device = functions(gradients[0]), gradients[0].device
         bases = self.bases
-        outs = [layer.out_features for layer in bases]
-        shape = (sum(outs), bases[0].in_features)
-        stacked = torch.empty(shape, dtype=torch.float8_e4m3fn, device=bases[0].bias.device)
-        for layer, place in zip(bases, stacked.split(outs), strict=True):
-            run.unpack(*_parts(layer), place, units=_row_units(layer))
-        biases = [layer.bias for layer in bases]
-        return stacked, self._units(), biases[0] if len(biases) == 1 else torch.cat(biases)
-
-    def _fp8_transposed(self, run: ModuleType) -> tuple[Tensor, Tensor]:
-        """FP8 (in, sum of out), and the units of its columns."""
-        bases = self.bases
-        outs = [layer.out_features for layer in bases]
-        shape = (bases[0].in_features, sum(outs))
-        beside = torch.empty(shape, dtype=torch.float8_e4m3fn, device=bases[0].bias.device)
-        for layer, place in zip(bases, beside.split(outs, dim=1), strict=True):
-            run.unpack(*_parts(layer), place, units=_row_units(layer), transposed=True)
-        return beside, self._units()
-
-    def _units(self) -> Tensor:
-        units = [_row_units(layer) for layer in self.bases]
-        if units[0] is None:
-            units = [layer.scale for layer in self.bases]
-        found = [each for each in units if each is not None]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        units = [_units(layer) for layer in bases]
+        joined = gradients[0] if len(gradients) == 1 else torch.cat(list(gradients), 1)
+        rows = run.quantize(joined, units[0] if len(units) == 1 else torch.cat(units))
+        del joined
+        outs, inputs = [layer.out_features for layer in bases], bases[0].in_features
+        found = torch.empty(len(rows[0]), inputs, dtype=gradients[0].dtype, device=device)
+        piece = torch.empty(_at_once(sum(outs)), sum(outs), dtype=FP8, device=device)
+        for first in range(0, inputs, len(piece)):
+            last = min(first + len(piece), inputs)
+            part = piece[: last - first]
+            for layer, of_units, place in zip(bases, units, part.split(outs, dim=1), strict=True):
+                weight, scale, center = _parts(layer)
+                if center is None:
+                    run.unpack(weight[:, first:last], scale, None, place, transposed=True)
+                else:
+                    group = slice(first // GROUP_SIZE, last // GROUP_SIZE)
+                    packed = weight[:, first // 2 : last // 2]
+                    groups = scale[:, group], center[:, group]
+                    run.unpack(packed, *groups, place, units=of_units, transposed=True)
+            ones = _ones(len(part), device)
+            run.multiply_fp8(rows, part, ones, None, found[:, first:last])
+        return found
 
 
 def _bias(layer: Any) -> Tensor:
@@ -201,26 +238,33 @@ def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def _parts(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, scale and center, in the order of the format (`PackedLinear` leaves views)."""
-    names = ("weight", "scale", "center") if layer.scheme.bits == 4 else ("weight", "scale")
-    found = [layer.get_buffer(name) for name in names]
-    if layer.scheme.bits == 4:
-        found = [each.reshape(layer.out_features, -1) for each in found]
-        return found[0], found[1], found[2]
-    return found[0], found[1], None
+    buffers: Any = layer._buffers
+    weight, scale, center = buffers["weight"], buffers["scale"], buffers.get("center")
+    if center is not None and weight.dim() > 2:
+        rows = layer.out_features
+        return weight.reshape(rows, -1), scale.reshape(rows, -1), center.reshape(rows, -1)
+    return weight, scale, center
 
 
-def _row_units(layer: QuantizedLinear) -> Tensor | None:
-    """Units of FP8 in which a row of 4-bit weights just fits; None: 8 bits have their own."""
-    if layer.scheme.bits == 8:
-        return None
+def _units(layer: QuantizedLinear) -> Tensor:
+    """The units of FP8 in which rows of a weight are multiplied, float32 (out,).
+
+    They are the scales of 8 bits, whose integers become FP8; of 4 bits those in which a row fits.
+    """
+    _, scale, center = _parts(layer)
+    if center is None:
+        return scale
     found: Tensor | None = getattr(layer, "_fp8_units", None)
-    if found is None or found.device != layer.bias.device:
-        _, scale, center = _parts(layer)
-        assert center is not None
+    if found is None or found.device != scale.device:
         largest = (center.float().abs() + 8 * scale.float().abs()).amax(1)
-        found = largest.clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        found = largest.clamp_min(1e-12) / torch.finfo(FP8).max
         layer._fp8_units = found
     return found
+
+
+def _at_once(size: int) -> int:
+    """Rows of a weight of ``size`` columns that are unpacked together, whole groups of them."""
+    return max(GROUP_SIZE, _ELEMENTS_AT_ONCE // size // GROUP_SIZE * GROUP_SIZE)
 
 
 _kept_ones: dict[tuple[int, torch.device], Tensor] = {}

@@ -17,16 +17,10 @@ class Fp8Rows(tuple[Tensor, Tensor, torch.dtype]):
 
 
 def project(
-    x: Tensor,
-    a: Tensor,
-    *,
-    alpha: float = 1.0,
-    gelu: bool = False,
-    rate: float = 0.0,
-    seed: int = 0,
+    x: Tensor, a: Tensor, *, alpha: float = 1.0, rate: float = 0.0, seed: int = 0
 ) -> Tensor:
     """Compute alpha * dropout(x) a^T."""
-    return alpha * (_input(x, gelu, rate, seed) @ a.t().to(x.dtype))
+    return alpha * (dropped(x, rate=rate, seed=seed) @ a.t().to(x.dtype))
 
 
 def outer(
@@ -34,13 +28,12 @@ def outer(
     x: Tensor,
     *,
     alpha: float = 1.0,
-    gelu: bool = False,
     rate: float = 0.0,
     seed: int = 0,
     transposed: bool = False,
 ) -> Tensor:
     """Compute alpha * u^T dropout(x) in float32, or its transpose."""
-    found = alpha * (u.float().t() @ _input(x, gelu, rate, seed).float())
+    found = alpha * (u.float().t() @ dropped(x, rate=rate, seed=seed).float())
     return found.t() if transposed else found
 
 
@@ -52,26 +45,60 @@ def expand_(
     alpha: float = 1.0,
     rate: float = 0.0,
     seed: int = 0,
-    before_gelu: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Add alpha * dropout(u b) in place; then multiply by the derivative of GELU."""
-    y += alpha * _dropout(u @ b.to(u.dtype), rate, seed)
-    if before_gelu is not None:
-        with torch.enable_grad():
-            x = before_gelu.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(F.gelu(x).sum(), x)
-        y *= slope
+    """Add alpha * u b in place, then ``residual``; see the kernel for what is dropped."""
+    added = alpha * (u @ b.to(u.dtype))
+    if residual is None:
+        y += dropped(added, rate=rate, seed=seed)
+    else:
+        y.copy_(residual + dropped(y + added, rate=rate, seed=seed))
     return y
 
 
-def residual_(y: Tensor, x: Tensor, *, rate: float, seed: int) -> Tensor:
-    """Return x + dropout(y)."""
-    return x + _dropout(y, rate, seed)
+def through_gelu_(
+    y: Tensor,
+    u: Tensor,
+    b: Tensor,
+    a: Tensor,
+    *,
+    alpha: float,
+    rate: float,
+    seed: int,
+    wants_gelu: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Add alpha * u b to ``y``; return dropout(gelu(y)) a^T, and gelu(y)."""
+    expand_(y, u, b, alpha=alpha)
+    activated = F.gelu(y)
+    return project(activated, a, rate=rate, seed=seed), activated if wants_gelu else None
+
+
+def back_through_gelu_(
+    gradient: Tensor,
+    y: Tensor,
+    u: Tensor,
+    a: Tensor,
+    thin: Tensor,
+    *,
+    alpha: float,
+    rate: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Make ``gradient`` that of ``y``; return those of the thin matrices."""
+    of_a = outer(u, F.gelu(y), rate=rate, seed=seed)
+    with torch.enable_grad():
+        x = y.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(F.gelu(x).sum(), x)
+    expand_(gradient, u, a, rate=rate, seed=seed).mul_(slope)
+    return of_a, outer(thin, gradient, alpha=alpha, transposed=True)
 
 
 def dropped(gradient: Tensor, *, rate: float, seed: int) -> Tensor:
-    """Return the gradient of y in `residual_`."""
-    return _dropout(gradient, rate, seed)
+    """Return dropout of a tensor."""
+    if rate == 0:
+        return gradient
+    kept = _kept(gradient.shape, rate, seed, gradient.device)
+    return torch.where(kept, gradient / (1 - rate), 0.0)
 
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
@@ -87,11 +114,6 @@ def norm_backward_(gradient: Tensor, x: Tensor, layer: nn.LayerNorm, residual: T
     return residual + found
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Return the exact GELU."""
-    return F.gelu(x)
-
-
 def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> Fp8Rows:
     """Round the rows of x * units to FP8."""
     value = F.gelu(x.float()) if gelu else x.float()
@@ -101,11 +123,13 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     return Fp8Rows(((value / scale).to(FP8), scale, x.dtype))
 
 
-def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_fp8(
+    x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
     """Multiply rows with a weight in FP8 (out, in), whose rows have the units ``scale``."""
-    values, units, dtype = x
+    values, units, _ = x
     found = (values.float() * units) @ (weight.float() * scale[:, None]).t()
-    return (found if bias is None else found + bias).to(dtype)
+    out.copy_(found if bias is None else found + bias)
 
 
 def unpack(
@@ -130,24 +154,11 @@ def unpack(
     out.copy_(found.t() if transposed else found)
 
 
-def _input(x: Tensor, gelu: bool, rate: float, seed: int) -> Tensor:
-    return _dropout(F.gelu(x) if gelu else x, rate, seed)
-
-
-def _dropout(x: Tensor, rate: float, seed: int) -> Tensor:
-    if rate == 0:
-        return x
-    return torch.where(_kept(x.shape, rate, seed, x.device), x / (1 - rate), 0.0)
-
-
 def _kept(shape: torch.Size, rate: float, seed: int, device: torch.device) -> Tensor:
     """Return which elements dropout keeps: the kernels' hash of place and seed, in 32 bits."""
     h = torch.arange(shape.numel(), device=device) & _WORD
-    h = ((h ^ (seed & _WORD)) * 0x9E3779B1) & _WORD
-    h = h ^ (h >> 15)
-    h = (h + ((seed * 0x27D4EB2F) & _WORD)) & _WORD
-    h = (h * 0x85EBCA6B) & _WORD
-    h = h ^ (h >> 13)
-    h = (h * 0xC2B2AE35) & _WORD
-    h = h ^ (h >> 16)
+    h = h ^ (seed & _WORD)
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _WORD
+    h = ((h ^ (h >> 15)) + ((seed * 0x27D4EB2F) & _WORD)) & _WORD
+    h = (h * 0x846CA68B) & _WORD
     return (h >= (int(rate * 2**32) & _WORD)).view(shape)

@@ -10,6 +10,8 @@ pass asks again.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,17 +20,31 @@ from torch import Tensor, nn
 from plug.kernels.rows import FP8, Fp8Rows
 
 _BLOCK = 4096  # elements of a program of an elementwise kernel
+
+
+class _Shape(NamedTuple):
+    """What a program takes at a time, how often, and by how many warps."""
+
+    rows: int
+    columns: int
+    steps: int  # along the columns, or along the rows where rows are summed up
+    warps: int
+
+
+# Measured on an H100 with 6,144 rows of 8,192 and 32,768 columns.
+_SHAPES = {
+    "project": _Shape(64, 128, 16, 8),
+    "outer": _Shape(64, 128, 16, 4),
+    "expand": _Shape(32, 128, 1, 4),
+    "through_gelu": _Shape(64, 64, 4, 4),
+    "back_through_gelu": _Shape(16, 128, 16, 4),
+    "quantize": _Shape(1, 0, 1, 32),
+}
 _SEEDS = ("seed", "second", "threshold")  # whose values make no other kernel
 
 
 def project(
-    x: Tensor,
-    a: Tensor,
-    *,
-    alpha: float = 1.0,
-    gelu: bool = False,
-    rate: float = 0.0,
-    seed: int = 0,
+    x: Tensor, a: Tensor, *, alpha: float = 1.0, rate: float = 0.0, seed: int = 0
 ) -> Tensor:
     """Compute alpha * dropout(x) a^T for few outputs: reads ``x`` once and writes little.
 
@@ -36,7 +52,6 @@ def project(
         x: (rows, size).
         a: (rank, size), any strides and float dtype.
         alpha: factor.
-        gelu: take the exact GELU of ``x`` first.
         rate: of dropout; 0 is none.
         seed: of dropout.
 
@@ -45,14 +60,17 @@ def project(
     """
     rows, size = x.shape
     rank = len(a)
-    out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
-    block = 32 if rows > 1024 else 16
-    _project[(triton.cdiv(rows, block),)](
-        x, a, out, rows, size, rank, x.stride(0), a.stride(0), a.stride(1),
+    shape = _SHAPES["project"]
+    chunk = shape.columns * shape.steps
+    parts = triton.cdiv(size, chunk)
+    out = torch.empty(parts, rows, rank, dtype=torch.float32, device=x.device)
+    _project[(triton.cdiv(rows, shape.rows), parts)](
+        x, a, out, rows, size, rank, chunk, x.stride(0), a.stride(0), a.stride(1),
         alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        GELU=gelu, RANK=_whole(rank), ROWS=block, COLUMNS=128, num_stages=4,
+        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_stages=4, num_warps=shape.warps,
     )  # fmt: skip
-    return out
+    return _total(out).to(x.dtype)
 
 
 def outer(
@@ -60,7 +78,6 @@ def outer(
     x: Tensor,
     *,
     alpha: float = 1.0,
-    gelu: bool = False,
     rate: float = 0.0,
     seed: int = 0,
     transposed: bool = False,
@@ -71,8 +88,7 @@ def outer(
         u: (rows, rank).
         x: (rows, size).
         alpha: factor.
-        gelu: as in `project`, and so ``rate`` and ``seed``.
-        rate: of dropout.
+        rate: of dropout, as in `project`, and so ``seed``.
         seed: of dropout.
         transposed: return (size, rank).
 
@@ -81,17 +97,19 @@ def outer(
     """
     rows, size = x.shape
     rank = u.shape[1]
-    columns = triton.cdiv(size, 128)
-    parts = max(1, min(512 // columns, rows // 256))
-    shape = (parts, size, rank) if transposed else (parts, rank, size)
-    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    shape = _SHAPES["outer"]
+    chunk = shape.rows * shape.steps
+    columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
+    sizes = (parts, size, rank) if transposed else (parts, rank, size)
+    out = torch.empty(sizes, dtype=torch.float32, device=x.device)
     strides = (1, rank) if transposed else (size, 1)
     _outer[(columns, parts)](
-        u, x, out, rows, size, rank, triton.cdiv(rows, parts), u.stride(0), x.stride(0), *strides,
+        u, x, out, rows, size, rank, chunk, u.stride(0), x.stride(0), *strides,
         alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        GELU=gelu, RANK=_whole(rank), ROWS=64, COLUMNS=128, num_stages=3,
+        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_stages=3, num_warps=shape.warps,
     )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
+    return _total(out)
 
 
 def expand_(
@@ -102,49 +120,130 @@ def expand_(
     alpha: float = 1.0,
     rate: float = 0.0,
     seed: int = 0,
-    before_gelu: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Add alpha * dropout(u b) to ``y`` in place, and return it.
+    """Add alpha * u b to ``y`` in place, with one dropout and one sum more, and return it.
 
     Args:
         y: (rows, size).
         u: (rows, rank).
         b: (rank, size), any strides and float dtype.
         alpha: factor.
-        rate: of dropout.
+        rate: of dropout; of the product without ``residual``, else of the whole.
         seed: of dropout.
-        before_gelu: (rows, size): multiply the sum by the derivative of GELU there.
+        residual: (rows, size): return residual + dropout(y + alpha * u b).
     """
     rows, size = y.shape
     rank = u.shape[1]
-    grid = (triton.cdiv(rows, 64) * triton.cdiv(size, 128),)
-    inside = y if before_gelu is None else before_gelu
+    shape = _SHAPES["expand"]
+    grid = (triton.cdiv(rows, shape.rows) * triton.cdiv(size, shape.columns),)
+    other = y if residual is None else residual
     _expand[grid](
-        y, u, b, inside, rows, size, rank, y.stride(0), u.stride(0), b.stride(0), b.stride(1),
-        inside.stride(0), alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        GELU=before_gelu is not None, RANK=_whole(rank), ROWS=64, COLUMNS=128,
+        y, u, b, other, rows, size, rank, y.stride(0), u.stride(0), b.stride(0), b.stride(1),
+        other.stride(0), alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
+        RESIDUAL=residual is not None, RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
     )  # fmt: skip
     return y
 
 
-def residual_(y: Tensor, x: Tensor, *, rate: float, seed: int) -> Tensor:
-    """Return x + dropout(y), written over ``y``; both contiguous."""
-    _residual[(triton.cdiv(y.numel(), _BLOCK),)](
-        y, x, y, y.numel(), 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        ADD=True, BLOCK=_BLOCK,
+def through_gelu_(
+    y: Tensor,
+    u: Tensor,
+    b: Tensor,
+    a: Tensor,
+    *,
+    alpha: float,
+    rate: float,
+    seed: int,
+    wants_gelu: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Between two layers: finish the first one's output, and project its GELU for the second.
+
+    Args:
+        y: (rows, size); alpha * u b is added to it in place.
+        u: (rows, rank).
+        b: (rank, size), any strides and float dtype.
+        a: (next rank, size), likewise.
+        alpha: factor.
+        rate: of dropout before the projection, as ``seed``.
+        seed: of dropout.
+        wants_gelu: return the GELU too.
+
+    Returns:
+        dropout(gelu(y)) a^T (rows, next rank), and gelu(y).
+    """
+    rows, size = y.shape
+    rank, next_rank = u.shape[1], len(a)
+    shape = _SHAPES["through_gelu"]
+    chunk = shape.columns * shape.steps
+    parts = triton.cdiv(size, chunk)
+    out = torch.empty(parts, rows, next_rank, dtype=torch.float32, device=y.device)
+    activated = torch.empty_like(y) if wants_gelu else None
+    # Read again for every few rows: in halves, and in order.
+    b, a = (each.to(y.dtype, memory_format=torch.contiguous_format) for each in (b, a))
+    _through_gelu[(triton.cdiv(rows, shape.rows), parts)](
+        y, u, b, a, out, y if activated is None else activated, rows, size, rank, next_rank, chunk,
+        y.stride(0), u.stride(0), b.stride(0), b.stride(1), a.stride(0), a.stride(1),
+        alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0, GELU=wants_gelu,
+        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
     )  # fmt: skip
-    return y
+    return _total(out).to(y.dtype), activated
+
+
+def back_through_gelu_(
+    gradient: Tensor,
+    y: Tensor,
+    u: Tensor,
+    a: Tensor,
+    thin: Tensor,
+    *,
+    alpha: float,
+    rate: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Do what `through_gelu_` did, backward.
+
+    Args:
+        gradient: of gelu(y) by the second layer's weight (rows, size); becomes that of ``y``.
+        y: that `through_gelu_` finished.
+        u: (rows, next rank), the gradient of what it returned first.
+        a: (next rank, size), as there.
+        thin: (rows, rank), its ``u``.
+        alpha: as there, as ``rate`` and ``seed``.
+        rate: of dropout.
+        seed: of dropout.
+
+    Returns:
+        The gradients of ``a``, and of ``b`` as (size, rank), in float32.
+    """
+    rows, size = y.shape
+    rank, next_rank = thin.shape[1], u.shape[1]
+    shape = _SHAPES["back_through_gelu"]
+    chunk = shape.rows * shape.steps
+    columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
+    of_a = torch.empty(parts, next_rank, size, dtype=torch.float32, device=y.device)
+    of_b = torch.empty(parts, size, rank, dtype=torch.float32, device=y.device)
+    a = a.to(y.dtype)
+    _back_through_gelu[(columns, parts)](
+        gradient, y, u, a, thin, of_a, of_b, rows, size, rank, next_rank, chunk,
+        gradient.stride(0), y.stride(0), u.stride(0), a.stride(0), a.stride(1), thin.stride(0),
+        alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
+        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
+    )  # fmt: skip
+    return _total(of_a), _total(of_b)
 
 
 def dropped(gradient: Tensor, *, rate: float, seed: int) -> Tensor:
-    """Return the gradient of y in `residual_`; ``gradient`` itself where nothing is dropped."""
+    """Return the gradient of y in x + dropout(y); itself where nothing is dropped."""
     if rate == 0:
         return gradient
     out = torch.empty_like(gradient)
-    _residual[(triton.cdiv(out.numel(), _BLOCK),)](
-        gradient, gradient, out, out.numel(), 1 / (1 - rate), *_dropout(rate, seed), DROP=True,
-        ADD=False, BLOCK=_BLOCK,
-    )  # fmt: skip
+    _dropped[(triton.cdiv(out.numel(), _BLOCK),)](
+        gradient, out, out.numel(), 1 / (1 - rate), *_dropout(rate, seed), BLOCK=_BLOCK
+    )
     return out
 
 
@@ -154,7 +253,7 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     rows, size = x.shape
     _norm[(rows,)](
         x, layer.weight, layer.bias, out, layer.eps, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+        BLOCK=triton.next_power_of_2(size), num_warps=min(16, _warps(size)),
     )  # fmt: skip
     return out
 
@@ -171,16 +270,9 @@ def norm_backward_(gradient: Tensor, x: Tensor, layer: nn.LayerNorm, residual: T
     rows, size = x.shape
     _norm_backward[(rows,)](
         gradient, x, layer.weight, residual, layer.eps, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+        BLOCK=triton.next_power_of_2(size), num_warps=min(16, _warps(size)),
     )  # fmt: skip
     return gradient
-
-
-def gelu(x: Tensor) -> Tensor:
-    """Return the exact GELU of ``x``, contiguous."""
-    out = torch.empty_like(x)
-    _gelu_to[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK)
-    return out
 
 
 def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> Fp8Rows:
@@ -200,12 +292,14 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     _quantize[(rows,)](
         x, x if units is None else units, out.values, out.scale, size, x.stride(0),
         GELU=gelu, UNITS=units is not None,
-        BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+        BLOCK=triton.next_power_of_2(size), num_warps=min(_SHAPES["quantize"].warps, _warps(size)),
     )  # fmt: skip
     return out
 
 
-def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_fp8(
+    x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
     """Multiply rows with a weight in FP8.
 
     Args:
@@ -213,13 +307,11 @@ def multiply_fp8(x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None)
         weight: FP8 (out, in).
         scale: float32 (out,), the units of the weight's rows.
         bias: bfloat16 (out,).
-
-    Returns:
-        bfloat16 (rows, out).
+        out: bfloat16 (rows, out), a slice of a wider tensor too.
     """
-    return torch._scaled_mm(
+    torch._scaled_mm(
         x.values, weight.t(), scale_a=x.scale, scale_b=scale[None, :], bias=bias,
-        out_dtype=torch.bfloat16, use_fast_accum=True,
+        out_dtype=torch.bfloat16, use_fast_accum=True, out=out,
     )  # fmt: skip
 
 
@@ -235,9 +327,10 @@ def unpack(
     """Dequantise a weight of `plug.quantization.scheme` into ``out``.
 
     Args:
-        weight: int8 (rows, size), or of 4 bits uint8 (rows, size / 2).
+        weight: int8 (rows, size), or of 4 bits uint8 (rows, size / 2); rows or whole groups of
+            columns of a larger one too.
         scale: of the format.
-        center: of the format with 4 bits; None: 8 bits.
+        center: of the format with 4 bits, its strides those of ``scale``; None: 8 bits.
         out: (rows, size), or (size, rows) where ``transposed``; the second dimension contiguous.
         units: float32 (rows,), with 4 bits: write in units of them. The units of 8 bits are their
             scales: the integers are written where ``out`` is FP8.
@@ -252,10 +345,14 @@ def unpack(
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(size, 128))
     _unpack[grid](
         weight, scale, scale if center is None else center, scale if units is None else units,
-        out, rows, size, out.stride(0),
+        out, rows, size, weight.stride(0), scale.stride(0), out.stride(0),
         BITS=bits, IN_UNITS=units is not None, PLAIN=bits == 8 and out.dtype == FP8,
         TRANSPOSED=transposed, ROWS=block_rows, COLUMNS=128,
     )  # fmt: skip
+
+
+def _total(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def _whole(rank: int) -> int:
@@ -263,7 +360,7 @@ def _whole(rank: int) -> int:
 
 
 def _warps(size: int) -> int:
-    return min(16, max(1, size // 1024))
+    return min(32, max(1, size // 1024))
 
 
 def _dropout(rate: float, seed: int) -> tuple[int, int, int]:
@@ -279,43 +376,45 @@ def _signed(value: int) -> int:
 @triton.jit
 def _kept(place, seed, second, threshold):
     h = place.to(tl.uint32) ^ seed.to(tl.uint32)
-    h = h * 0x9E3779B1
-    h = h ^ (h >> 15)
-    h = h + second.to(tl.uint32)
-    h = h * 0x85EBCA6B
-    h = h ^ (h >> 13)
-    h = h * 0xC2B2AE35
-    h = h ^ (h >> 16)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = ((h ^ (h >> 15)) + second.to(tl.uint32)) * 0x846CA68B
     return h >= threshold.to(tl.uint32)
 
 
 @triton.jit
-def _gelu(value):
-    return 0.5 * value * (1.0 + tl.math.erf(value * 0.7071067811865476))
+def _cdf(x):
+    """The normal distribution's, within 1e-7, and exp(-x^2 / 2).
+
+    Source: Abramowitz and Stegun 1964, 7.1.26.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    e = tl.exp(-z * z)
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    tail = ((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736
+    tail = (tail * t + 0.254829592) * t * e * 0.5
+    return tl.where(x < 0, tail, 1.0 - tail), e
 
 
 @triton.jit
-def _gelu_slope(value):
-    cdf = 0.5 * (1.0 + tl.math.erf(value * 0.7071067811865476))
-    return cdf + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+def _gelu(x):
+    cdf, _ = _cdf(x)
+    return x * cdf
 
 
 @triton.jit(do_not_specialize=_SEEDS)
 def _project(
-    x, a, out, rows, size, rank, x_stride, a_stride, a_step,
+    x, a, out, rows, size, rank, chunk, x_stride, a_stride, a_step,
     alpha, seed, second, threshold,
-    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    DROP: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
     r = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
-    for first in range(0, size, COLUMNS):
+    for first in range(part * chunk, tl.minimum(size, (part + 1) * chunk), COLUMNS):
         k = first + tl.arange(0, COLUMNS)
         inside = (m[:, None] < rows) & (k[None, :] < size)
         value = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
-        if GELU:
-            value = _gelu(value.to(tl.float32)).to(value.dtype)
         if DROP:
             kept = _kept(m[:, None] * size + k[None, :], seed, second, threshold)
             value = tl.where(kept, value, 0.0)
@@ -324,7 +423,7 @@ def _project(
             mask=(k[:, None] < size) & (r[None, :] < rank), other=0.0,
         )  # fmt: skip
         total = tl.dot(value, thin.to(value.dtype), total, input_precision="ieee")
-    at = out + m[:, None] * rank + r[None, :]
+    at = out + part * rows * rank + m[:, None] * rank + r[None, :]
     tl.store(at, total * alpha, mask=(m[:, None] < rows) & (r[None, :] < rank))
 
 
@@ -332,8 +431,7 @@ def _project(
 def _outer(
     u, x, out, rows, size, rank, chunk, u_stride, x_stride, out_rank, out_step,
     alpha, seed, second, threshold,
-    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    DROP: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
@@ -344,8 +442,6 @@ def _outer(
         m = first + tl.arange(0, ROWS)
         inside = (m[:, None] < end) & (k[None, :] < size)
         value = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
-        if GELU:
-            value = _gelu(value.to(tl.float32)).to(value.dtype)
         if DROP:
             kept = _kept(m[:, None] * size + k[None, :], seed, second, threshold)
             value = tl.where(kept, value, 0.0)
@@ -360,9 +456,9 @@ def _outer(
 
 @triton.jit(do_not_specialize=_SEEDS)
 def _expand(
-    y, u, b, before_gelu, rows, size, rank, y_stride, u_stride, b_stride, b_step, gelu_stride,
-    alpha, seed, second, threshold,
-    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    y, u, b, residual, rows, size, rank, y_stride, u_stride, b_stride, b_step, residual_stride,
+    alpha, scale, seed, second, threshold,
+    DROP: tl.constexpr, RESIDUAL: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(size, COLUMNS)
@@ -378,30 +474,120 @@ def _expand(
         b + r[:, None] * b_stride + n[None, :] * b_step,
         mask=(r[:, None] < rank) & (n[None, :] < size), other=0.0,
     )  # fmt: skip
-    added = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee") * alpha
+    total = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee") * alpha
+    at = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
+    before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        total += before
+        place = residual + m[:, None].to(tl.int64) * residual_stride + n[None, :]
+        before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if DROP:
         kept = _kept(m[:, None] * size + n[None, :], seed, second, threshold)
-        added = tl.where(kept, added, 0.0)
-    at = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
-    total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + added
-    if GELU:
-        place = before_gelu + m[:, None].to(tl.int64) * gelu_stride + n[None, :]
-        total *= _gelu_slope(tl.load(place, mask=inside, other=0.0).to(tl.float32))
-    tl.store(at, total, mask=inside)
+        total = tl.where(kept, total * scale, 0.0)
+    tl.store(at, before + total, mask=inside)
 
 
 @triton.jit(do_not_specialize=_SEEDS)
-def _residual(
-    y, x, out, count, scale, seed, second, threshold,
-    DROP: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+def _through_gelu(
+    y, u, b, a, out, activated, rows, size, rank, next_rank, chunk,
+    y_stride, u_stride, b_stride, b_step, a_stride, a_step,
+    alpha, scale, seed, second, threshold,
+    DROP: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, NEXT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    r, s = tl.arange(0, RANK), tl.arange(0, NEXT)
+    thin = tl.load(
+        u + m[:, None] * u_stride + r[None, :],
+        mask=(m[:, None] < rows) & (r[None, :] < rank), other=0.0,
+    )  # fmt: skip
+    total = tl.zeros((ROWS, NEXT), tl.float32)
+    for first in range(part * chunk, tl.minimum(size, (part + 1) * chunk), COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        inside = (m[:, None] < rows) & (k[None, :] < size)
+        at = m[:, None].to(tl.int64) * y_stride + k[None, :]
+        loaded = tl.load(y + at, mask=inside, other=0.0)
+        wide = tl.load(
+            b + r[:, None] * b_stride + k[None, :] * b_step,
+            mask=(r[:, None] < rank) & (k[None, :] < size), other=0.0,
+        )  # fmt: skip
+        added = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee")
+        value = (loaded.to(tl.float32) + added * alpha).to(loaded.dtype)
+        tl.store(y + at, value, mask=inside)
+        gelu = _gelu(value.to(tl.float32)).to(loaded.dtype)
+        if GELU:
+            tl.store(activated + at, gelu, mask=inside)
+        if DROP:
+            kept = _kept(m[:, None] * size + k[None, :], seed, second, threshold)
+            gelu = tl.where(kept, gelu, 0.0)
+        next_thin = tl.load(
+            a + k[:, None] * a_step + s[None, :] * a_stride,
+            mask=(k[:, None] < size) & (s[None, :] < next_rank), other=0.0,
+        )  # fmt: skip
+        total = tl.dot(gelu, next_thin.to(gelu.dtype), total, input_precision="ieee")
+    at = out + part * rows * next_rank + m[:, None] * next_rank + s[None, :]
+    tl.store(at, total * scale, mask=(m[:, None] < rows) & (s[None, :] < next_rank))
+
+
+@triton.jit(do_not_specialize=_SEEDS)
+def _back_through_gelu(
+    gradient, y, u, a, thin, of_a, of_b, rows, size, rank, next_rank, chunk,
+    gradient_stride, y_stride, u_stride, a_stride, a_step, thin_stride,
+    alpha, scale, seed, second, threshold,
+    DROP: tl.constexpr, RANK: tl.constexpr, NEXT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    r, s = tl.arange(0, RANK), tl.arange(0, NEXT)
+    wide = tl.load(
+        a + s[:, None] * a_stride + k[None, :] * a_step,
+        mask=(s[:, None] < next_rank) & (k[None, :] < size), other=0.0,
+    )  # fmt: skip
+    total_a = tl.zeros((NEXT, COLUMNS), tl.float32)
+    total_b = tl.zeros((RANK, COLUMNS), tl.float32)
+    end = tl.minimum(rows, (part + 1) * chunk)
+    for first in range(part * chunk, end, ROWS):
+        m = first + tl.arange(0, ROWS)
+        inside = (m[:, None] < end) & (k[None, :] < size)
+        at = gradient + m[:, None].to(tl.int64) * gradient_stride + k[None, :]
+        slope = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        place = y + m[:, None].to(tl.int64) * y_stride + k[None, :]
+        loaded = tl.load(place, mask=inside, other=0.0)
+        value = loaded.to(tl.float32)
+        after = tl.load(
+            u + m[:, None] * u_stride + s[None, :],
+            mask=(m[:, None] < end) & (s[None, :] < next_rank), other=0.0,
+        )  # fmt: skip
+        before = tl.load(
+            thin + m[None, :] * thin_stride + r[:, None],
+            mask=(m[None, :] < end) & (r[:, None] < rank), other=0.0,
+        )  # fmt: skip
+        cdf, e = _cdf(value)
+        gelu = value * cdf
+        added = tl.dot(after, wide.to(after.dtype), input_precision="ieee")
+        if DROP:
+            kept = _kept(m[:, None] * size + k[None, :], seed, second, threshold)
+            gelu = tl.where(kept, gelu, 0.0)
+            added = tl.where(kept, added * scale, 0.0)
+        total_a = tl.dot(tl.trans(after), gelu.to(loaded.dtype), total_a, input_precision="ieee")
+        slope = (slope + added) * (cdf + value * 0.3989422804014327 * e)
+        found = slope.to(loaded.dtype)
+        tl.store(at, found, mask=inside)
+        total_b = tl.dot(before, found, total_b, input_precision="ieee")
+    at = of_a + part * next_rank * size + s[:, None] * size + k[None, :]
+    tl.store(at, total_a * scale, mask=(s[:, None] < next_rank) & (k[None, :] < size))
+    at = of_b + part * rank * size + k[None, :] * rank + r[:, None]
+    tl.store(at, total_b * alpha, mask=(r[:, None] < rank) & (k[None, :] < size))
+
+
+@triton.jit(do_not_specialize=_SEEDS)
+def _dropped(y, out, count, scale, seed, second, threshold, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     value = tl.load(y + i, mask=inside, other=0.0).to(tl.float32)
-    if DROP:
-        value = tl.where(_kept(i, seed, second, threshold), value * scale, 0.0)
-    if ADD:
-        value += tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(_kept(i, seed, second, threshold), value * scale, 0.0)
     tl.store(out + i, value, mask=inside)
 
 
@@ -437,13 +623,6 @@ def _norm_backward(gradient, x, weight, residual, eps, size, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _gelu_to(x, out, count, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    tl.store(out + i, _gelu(tl.load(x + i, mask=inside, other=0.0).to(tl.float32)), mask=inside)
-
-
-@triton.jit
 def _quantize(
     x, units, out, scale, size, x_stride,
     GELU: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -469,7 +648,7 @@ def _nibble(word, shift: tl.constexpr):
 
 @triton.jit
 def _unpack(
-    weight, scale, center, units, out, rows, size, out_stride,
+    weight, scale, center, units, out, rows, size, weight_stride, scale_stride, out_stride,
     BITS: tl.constexpr, IN_UNITS: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -477,21 +656,21 @@ def _unpack(
     group = tl.program_id(1)  # of 128 columns, which share a scale with 4 bits
     k = group * COLUMNS + tl.arange(0, COLUMNS)
     if BITS == 8:
-        at = weight + n[:, None].to(tl.int64) * size + k[None, :]
+        at = weight + n[:, None].to(tl.int64) * weight_stride + k[None, :]
         value = tl.load(at, mask=(n[:, None] < rows) & (k[None, :] < size), other=0)
         value = value.to(tl.float32)
         if not PLAIN:
             value *= tl.load(scale + n, mask=n < rows, other=0.0)[:, None]
     else:
         # Eight neighbours in a word, see `NIBBLES`: column c stands at bit 4 (c / 2) + 16 (c % 2).
-        at = n.to(tl.int64) * (size // 128) + group
+        at = n.to(tl.int64) * scale_stride + group
         step = tl.load(scale + at, mask=n < rows, other=0.0).to(tl.float32)
         least = tl.load(center + at, mask=n < rows, other=0.0).to(tl.float32) - 8.0 * step
         if IN_UNITS:
             unit = tl.load(units + n, mask=n < rows, other=1.0)
             step, least = step / unit, least / unit
         word = group * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        at = weight + n[:, None].to(tl.int64) * (size // 8) + word[None, :]
+        at = weight + n[:, None].to(tl.int64) * weight_stride + word[None, :]
         w = tl.load(at, mask=n[:, None] < rows, other=0)
         even = tl.interleave(
             tl.interleave(_nibble(w, 0), _nibble(w, 8)),

@@ -24,6 +24,7 @@ from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
 from plug.pretraining.compiled import compile_model, keep_bf16
+from plug.pretraining.end_page import write_page
 from plug.pretraining.loop import Batches, train
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
@@ -84,6 +85,7 @@ def pretrain(
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
             if processes.is_first:
                 _plot(output)
+                write_page(output, stage, config, state.skipped)
 
 
 def _wait(processes: Processes) -> None:
