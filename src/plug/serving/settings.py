@@ -76,7 +76,7 @@ class ServeSettings:
         "一步里最多编码多少个输入词元；小则首字快、正在写的不停顿，大则总的快。",
         "source tokens encoded in one step; the others wait for the next, so that what runs is not "
         "held up by all sources that came together",
-        unset=("CPU 上 256，显卡上 4096", "256 on a CPU, 4096 on a GPU"),
+        unset=("CPU 上 256，显卡上 16384", "256 on a CPU, 16384 on a GPU"),
     )  # fmt: skip
     gpu_memory_utilization: float = option(
         0.9, Float(0.01, 1),

@@ -1,0 +1,96 @@
+"""`PlanSettings`: what `plug pretrain plan` is asked, and the cards it knows. Imports no torch.
+
+What was measured is in `CARDS`, with the place where it is written down. All else is an assumption,
+has an option, and is named as one in the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plug.model.configuration import PRESETS
+from plug.options import Choice, Float, Int, check_options, option
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A kind of card.
+
+    Attributes:
+        memory: bytes that a program may use.
+        product: operations a second of a large product in bf16.
+        source: where the product was measured; empty: an assumption.
+        price: of an hour, in yuan; always an assumption.
+    """
+
+    memory: float
+    product: float
+    source: str
+    price: float
+
+
+CARDS = {
+    "H100": Card(83e9, 778e12, "docs/experiments.md", 15.0),
+    "H200": Card(149e9, 788e12, "docs/experiments.md", 20.0),
+    "A100": Card(83e9, 250e12, "", 8.0),
+    "H20": Card(95e9, 140e12, "", 6.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanSettings:
+    """What is to be trained, on what.
+
+    Raises:
+        UsageError: a value is not accepted.
+    """
+
+    preset: str = option("27b", Choice(tuple(PRESETS)), "规格名。", "the size")
+    card: str = option("H100", Choice(tuple(CARDS)), "显卡。", "the kind of card")
+    cards: int = option(64, Int(1, 2**20), "几张。", "how many")
+    characters: float = option(
+        3e10, Float(1e3, 1e15), "训练多少字，如 3e10。", "Chinese characters to train on"
+    )
+    characters_per_token: float = option(
+        1.0, Float(0.1, 10), "一个词元多少字。27B 的词表约一字一个。", "characters of a token"
+    )
+    source_length: int = option(512, Int(8, 2**20), "一段读多少词元。", "tokens of a source")
+    target_length: int = option(
+        512, Int(0, 2**20), "一段写多少词元；0 为第一阶段。", "tokens of a target; 0: stage 1"
+    )
+    batch_tokens: int = option(
+        4_194_304, Int(1, 2**40), "一步多少词元，所有卡合计。", "tokens of a step, of all cards"
+    )
+    optimizer: str = option(
+        "adamw8bit", Choice(("adamw", "adamw8bit", "muon")), "优化器。", "the optimizer"
+    )
+    tflops: float = option(
+        0.0, Float(0.001, 1e5, zero=True),
+        "每张卡训练时每秒的模型 TFLOP（不计重算）；0：矩阵乘的速度乘以 mfu。",
+        "model TFLOP/s of a card while training, recomputation not counted; 0: product x `mfu`",
+    )  # fmt: skip
+    mfu: float = option(
+        0.5, Float(0.01, 1), "tflops 是矩阵乘速度的几分之几。", "share of the product's speed"
+    )
+    network: float = option(
+        50.0, Float(0.1, 1e4), "卡间每秒多少 GB，每张卡。", "GB/s of a card to the others"
+    )
+    price: float = option(
+        0.0, Float(0.001, 1e6, zero=True),
+        "一张卡一小时多少元；0：表里的假设。", "yuan an hour of a card; 0: that of the table",
+    )  # fmt: skip
+    failure_hours: float = option(
+        50_677.0, Float(1, 1e9),
+        "一张卡平均多少小时坏一次（Llama 3：16,384 张 54 天 419 次）。",
+        "mean hours between failures of one card (Llama 3, arXiv 2407.21783, section 3.3.4: 419 in "
+        "54 days on 16,384 cards)",
+    )  # fmt: skip
+    checkpoint_seconds: float = option(
+        10.0, Float(0.001, 1e5), "存一次检查点训练停多少秒。", "seconds that a checkpoint stops it"
+    )
+    restart_minutes: float = option(
+        15.0, Float(0.01, 1e5), "从出故障到接着训练多少分钟。", "minutes from a failure to work"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
