@@ -9,7 +9,7 @@ import typer
 
 from plug.cli.convert import Precision
 from plug.cli.options import Device, Model, options_from
-from plug.errors import PlugError, UsageError
+from plug.errors import PlugError, UsageError, install
 from plug.serving.settings import ServeSettings
 from plug.shipped import SHIPPED_MODEL
 
@@ -43,9 +43,7 @@ def serve(
     try:
         from plug.serving.server import serve as run
     except ModuleNotFoundError as error:
-        raise PlugError(
-            f'缺少 {error.name}。请安装服务所需的包：pip install "plug-zh[serve]"'
-        ) from None
+        raise PlugError(f"缺少 {error.name}。请安装服务所需的包：{install('serve')}") from None
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
     from plug.distributed.processes import start_processes

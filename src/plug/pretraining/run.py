@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from plug.checkpoints.directory import find_model_directory, refuse_quantized
 from plug.distributed.processes import Processes, start_processes
-from plug.errors import PlugError, UsageError
+from plug.errors import PlugError, UsageError, install
 from plug.files import hold, recover
 from plug.loading.load import load
 from plug.loading.save import save
@@ -102,7 +102,7 @@ def _plot(output: Path) -> None:
     try:
         plot_losses(output / "log.csv", output / "loss.png")
     except ImportError:
-        print('没有画损失曲线：请安装 pip install "plug-zh[train]"。', file=sys.stderr)  # noqa: T201
+        print(f"没有画损失曲线。要画，请安装：{install('train')}", file=sys.stderr)  # noqa: T201
 
 
 @contextmanager
