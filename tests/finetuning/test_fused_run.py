@@ -214,6 +214,20 @@ def test_a_quantised_model_is_refused(
     assert not Path(made.output, "finetuning.json").exists()
 
 
+@pytest.mark.parametrize("changes", [{"optimizer": "adafactor"}, {"fgm": 1.0}])
+def test_auto_does_not_drop_what_a_quantised_model_cannot_do(
+    changes: dict[str, Any],
+    base_model: Path,
+    settings: Make,
+    data: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    quantize_directory(base_model, tmp_path / "small", bits=8)
+    made = settings("classification", data("classification"), model=f"{tmp_path}/small", **changes)
+    with pytest.raises(UsageError, match="模型的权重是 8 位整数，不能训练每个权重"):
+        finetune(made, device="cpu")
+
+
 def test_adamw_with_states_in_8_bits_needs_torchao(
     settings: Make, data: Callable[..., Path]
 ) -> None:
