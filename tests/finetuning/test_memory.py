@@ -161,7 +161,7 @@ def test_offloading_asks_for_the_host_s_memory(memory: str, host: int, fits: boo
     if fits:
         assert decide(asked, sharded).settings.memory == memory
     else:
-        with pytest.raises(PlugError, match=rf"cpu_offload 要把.*空闲 {host}\.0 GB，差 "):
+        with pytest.raises(PlugError, match=rf"offload 要把.*空闲 {host}\.0 GB，差 "):
             decide(asked, sharded)
 
 

@@ -210,9 +210,9 @@ def _no_host_memory(case: Case, mode: Mode, training: Training) -> str:
     assert case.host is not None
     needed = _host_bytes(case, mode, training)
     return (
-        f"parallel.cpu_offload 要把权重、梯度和优化器状态放在内存里：{mode.name} 约需"
+        f"offload 要把权重、梯度和优化器状态放在内存里：{mode.name} 约需"
         f" {gb(needed)} GB，空闲 {gb(case.host)} GB，差 {gb(needed - case.host)} GB。"
-        "请换内存更大的机器、用 --memory lora，或去掉 cpu_offload。"
+        "请换内存更大的机器、用 --memory lora，或不用 offload。"
     )
 
 
