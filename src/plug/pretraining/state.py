@@ -58,6 +58,7 @@ class State:
     tokens: int = 0  # seen in them, by all processes
     norms: list[float] = field(default_factory=list)  # of the gradient; see `spikes.is_spike`
     skipped: list[int] = field(default_factory=list)  # steps (from 0) that were passed over
+    corpus: str = ""  # the `fingerprint` of what it is trained on
 
     def save(self, output: Path, world_size: int) -> None:
         """Replace the checkpoint in ``output``, or leave the old one if that fails."""
@@ -70,6 +71,7 @@ class State:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "norms": self.norms,
             "skipped": self.skipped,
+            "corpus": self.corpus,
         }
         with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
             write_model(self.model, directory, tokenizer=self.tokenizer)
@@ -123,12 +125,16 @@ def is_finished(output: Path) -> bool:
     return (output / MODEL / CONFIG_FILE).is_file()
 
 
-def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> Saved | None:
+def read_saved(
+    output: Path, stage: int, config: RunConfig, world_size: int, corpus: str
+) -> Saved | None:
     """The checkpoint of an interrupted run; None if it was stopped before the first one.
 
+    ``corpus`` is the `fingerprint` of what the run would be trained on.
+
     Raises:
-        UsageError: the run was started with settings, or a number of processes, that would make
-            it another run.
+        UsageError: the run was started with settings, a number of processes or a corpus that would
+            make it another run.
         PlugError: the checkpoint or the settings are damaged.
     """
     path = output / CHECKPOINT / STATE_FILE
@@ -154,6 +160,11 @@ def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> 
         raise _damaged(path, "跳过的步数或梯度的记录不对")
     saved = Saved(path, values["step"], values["tokens"], values["optimizers"], norms, skipped)
     _check_same(path, before, stage, config)
+    if values.get("corpus", corpus) != corpus:  # checkpoints of earlier versions do not say
+        raise UsageError(
+            f"语料 {config.corpus} 在检查点 {path} 之后变了：接下去的批次不会是原来的。"
+            "请恢复原来的语料，或换一个 output 重新训练。"
+        )
     # Batches are the same whatever the number of processes; the draws of dropout are not.
     if config.dropout and processes_before != world_size:
         raise UsageError(
