@@ -1,7 +1,8 @@
 """`plug serve` under load, on loopback: bounded loops, one JSON line at the end.
 
     pip install ".[serve,benchmark]"
-    python benchmarks/serve_load.py                       # every part that a CPU can run
+    # Every part that a CPU can run: 18 minutes on 2 cores, of which overload is 10.
+    OMP_NUM_THREADS=2 python benchmarks/serve_load.py --output benchmarks/results/serve_load.json
     python benchmarks/serve_load.py --parts cpu,sigterm --seconds 20
     python benchmarks/serve_load.py --parts gpu --preset 27b --bits 8 --device cuda
 
@@ -646,7 +647,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of the server, in part cpu")
     parser.add_argument("--overload-seconds", type=float, default=600)
     parser.add_argument("--leaving", type=int, default=1000, help="clients of part disconnects")
-    parser.add_argument("--characters", type=int, default=1_000_000)
+    parser.add_argument("--characters", type=int, default=50_000, help="of part characters")
+    parser.add_argument("--output", type=Path, help="JSON file; parts that are not run stay")
     parser.add_argument("--preset", help="part gpu: random weights of this shape")
     parser.add_argument("--bits", type=int, default=16, choices=[16, 8, 4], help="with --preset")
     parser.add_argument("--gpu-seconds", type=float, default=20)
@@ -664,16 +666,33 @@ def main() -> None:
     }
     results: dict[str, Any] = {}
     for name in arguments.parts.split(","):
-        results[name] = parts[name](arguments)
-        print(json.dumps({name: results[name]}), file=sys.stderr)
-    about = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-        "plug": plug.__version__,
-    }
-    print(json.dumps({**results, **about}))
+        load = os.getloadavg()[0]
+        is_other = arguments.device != "cpu" and name != "gpu"
+        key = f"gpu_{name}" if is_other else name
+        results[key] = parts[name](arguments) | {
+            "processor": processor(),
+            "device": device_name(arguments.device),
+            "cores": os.cpu_count(),
+            "load_average_before": round(load, 2),
+            "date": time.strftime("%Y-%m-%d"),
+            "plug": plug.__version__,
+        }
+        print(json.dumps({key: results[key]}), file=sys.stderr)
+        if arguments.output is not None:  # after each, so that an interruption loses no more
+            write(arguments.output, results)
+    print(json.dumps(results))
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def write(output: Path, results: dict[str, Any]) -> None:
+    """Put ``results`` in place of the same parts in the file."""
+    kept = json.loads(output.read_text()) if output.is_file() else {}
+    output.write_text(json.dumps({**kept, **results}) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,19 @@ def test_what_is_assumed_is_named() -> None:
     assert "实测" not in text  # nobody measured this card
     for name in ("--mfu", "--failure-hours", "--checkpoint-seconds", "--price", "--network"):
         assert name in text
-    assert "实测：矩阵乘 778 TFLOP/s" in "\n".join(lines_of(PlanSettings(), plan()))
+    measured = "\n".join(lines_of(PlanSettings(), plan()))
+    assert "实测：一张卡训练 27B 556 TFLOP/s" in measured
+    assert "--scaling" in measured
+    given = PlanSettings(tflops=700.0)
+    assert "实测" not in "\n".join(lines_of(given, make_plan(given)))
+
+
+def test_the_speed_is_the_measured_one_unless_told() -> None:
+    assert plan(cards=64)["tflops"] == pytest.approx(556 * 0.8)
+    assert plan(cards=64, scaling=1.0)["tflops"] == pytest.approx(556)
+    assert plan(preset="mini", cards=1)["tflops"] == pytest.approx(778 / 2)  # another shape
+    assert plan(card="A100", mfu=0.4)["tflops"] == pytest.approx(100)
+    assert plan(tflops=700.0)["tflops"] == pytest.approx(700)
 
 
 def test_the_command() -> None:

@@ -45,6 +45,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise PlugError(f"缺少 {error.name}。请安装服务所需的包：{install('serve')}") from None
     from plug.checkpoints.weights import DTYPES
+    from plug.device import find_device
     from plug.distributed.processes import start_processes
     from plug.serving.loading import limit_memory, load_models, named_directories
     from plug.serving.together import serve_together
@@ -53,6 +54,19 @@ def serve(
     others = named_directories("--finetuned", finetuned or ())
     adapters = named_directories("--adapter", adapter or ())
     weights = None if dtype is None else DTYPES[dtype]
+    if settings.replicas > 1:
+        from plug.serving.replicas import Models, resolved, serve_replicas
+
+        copies = Models(
+            name=name,
+            directory=resolved(model),
+            finetuned={each: resolved(path) for each, path in others.items()},
+            adapters={each: resolved(path) for each, path in adapters.items()},
+            device=str(find_device(device)),
+            dtype=weights,
+        )
+        serve_replicas(copies, settings, _say_where)
+        return
     with start_processes(device) as processes:
         limit_memory(processes.device, settings.gpu_memory_utilization)
         if processes.world_size > 1:

@@ -52,7 +52,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
             f"长度 {longest} 超过了 {settings.preset} 的 max_position_embeddings="
             f"{config.max_position_embeddings}。"
         )
-    rate = settings.tflops * 1e12 or card.product * settings.mfu
+    rate = settings.tflops * 1e12 or _rate(settings)
     layout = _find_layout(settings, config, rate)
     tokens = settings.characters / settings.characters_per_token
     each = training_flops(config, *lengths, every_parameter=True) / sum(lengths)
@@ -85,7 +85,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         "cost": with_failures * settings.cards * price,
         "tflops": rate / 1e12,
         "price": price,
-        "measured": {"product": card.source} if card.source and not settings.tflops else {},
+        "measured_in": card.source if _is_measured(settings) and not settings.tflops else "",
     }
 
 
@@ -93,7 +93,7 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
     """Return the plan in Chinese, what was assumed last."""
     layout = plan["layout"]
     tokens = layout["examples"] * (settings.source_length + settings.target_length)
-    measured = plan["measured"]
+    card, shown = CARDS[settings.card], f"{plan['tflops']:.0f} TFLOP/s"
     lines = [
         f"模型      {settings.preset}，{plan['parameters'] / 1e9:.1f}B 参数，"
         f"每个词元 {plan['flops_per_token'] / 1e9:.1f} GFLOP",
@@ -110,15 +110,15 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"费用      {plan['card_hours']:,.0f} 卡时，{plan['cost'] / 1e4:,.1f} 万元",
         "",
     ]
-    if measured:
-        lines.append(
-            f"实测：矩阵乘 {CARDS[settings.card].product / 1e12:.0f} TFLOP/s"
-            f"（{measured['product']}）。"
-        )
+    if settings.tflops:
+        speed = f"每张卡训练的速度 {shown}（--tflops 所给）"
+    elif plan["measured_in"]:
+        lines.append(f"实测：一张卡训练 27B {card.training / 1e12:.0f} TFLOP/s（{card.source}）。")
+        speed = f"许多张卡时每张 {shown}，单卡的 {settings.scaling:g}（--scaling 或 --tflops）"
+    else:
+        speed = f"每张卡训练的速度 {shown}，矩阵乘的 {settings.mfu:g}（--mfu 或 --tflops）"
     assumed = [
-        f"每张卡训练的速度 {plan['tflops']:.0f} TFLOP/s（--tflops，或 --mfu {settings.mfu:g}）"
-        if not settings.tflops
-        else f"每张卡训练的速度 {plan['tflops']:.0f} TFLOP/s（--tflops 所给）",
+        speed,
         f"一个词元 {settings.characters_per_token:g} 字（--characters-per-token）",
         f"卡间每秒 {settings.network:g} GB（--network）",
         f"一张卡 {settings.failure_hours:,.0f} 小时坏一次（--failure-hours）",
@@ -127,6 +127,17 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"一卡时 {plan['price']:g} 元（--price）",
     ]
     return [*lines, "假设，可用选项改：", *(f"  {each}；" for each in assumed)]
+
+
+def _is_measured(settings: PlanSettings) -> bool:
+    return bool(CARDS[settings.card].training) and settings.preset == "27b"
+
+
+def _rate(settings: PlanSettings) -> float:
+    card = CARDS[settings.card]
+    if _is_measured(settings):
+        return card.training * (settings.scaling if settings.cards > 1 else 1.0)
+    return card.product * settings.mfu
 
 
 def _find_layout(settings: PlanSettings, config: PlugConfig, rate: float) -> Layout:

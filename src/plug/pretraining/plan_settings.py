@@ -19,21 +19,23 @@ class Card:
     Attributes:
         memory: bytes that a program may use.
         product: operations a second of a large product in bf16.
-        source: where the product was measured; empty: an assumption.
         price: of an hour, in yuan; always an assumption.
+        training: model operations a second while one card alone trains the 27B; 0: not measured.
+        source: where product and training were measured; empty: an assumption.
     """
 
     memory: float
     product: float
-    source: str
     price: float
+    training: float = 0.0
+    source: str = ""
 
 
 CARDS = {
-    "H100": Card(83e9, 778e12, "docs/experiments.md", 15.0),
-    "H200": Card(149e9, 788e12, "docs/experiments.md", 20.0),
-    "A100": Card(83e9, 250e12, "", 8.0),
-    "H20": Card(95e9, 140e12, "", 6.0),
+    "H100": Card(83e9, 778e12, 15.0, 556e12, "docs/experiments.md"),
+    "H200": Card(149e9, 778e12, 20.0),  # the same chip with more memory
+    "A100": Card(83e9, 250e12, 8.0),
+    "H20": Card(95e9, 140e12, 6.0),
 }
 
 
@@ -66,11 +68,19 @@ class PlanSettings:
     )
     tflops: float = option(
         0.0, Float(0.001, 1e5, zero=True),
-        "每张卡训练时每秒的模型 TFLOP（不计重算）；0：矩阵乘的速度乘以 mfu。",
-        "model TFLOP/s of a card while training, recomputation not counted; 0: product x `mfu`",
+        "每张卡训练时每秒的模型 TFLOP（不计重算）；0：单卡实测的乘以 scaling，没有实测的用 mfu。",
+        "model TFLOP/s of a card while training, recomputation not counted; 0: what one card alone "
+        "was measured at x `scaling`, or where nothing was measured, product x `mfu`",
+    )  # fmt: skip
+    scaling: float = option(
+        0.8, Float(0.01, 1), "许多张卡一起时，每张保持单卡速度的几分之几。",
+        "share of its speed alone that a card keeps among many",
     )  # fmt: skip
     mfu: float = option(
-        0.5, Float(0.01, 1), "tflops 是矩阵乘速度的几分之几。", "share of the product's speed"
+        0.5,
+        Float(0.01, 1),
+        "没有实测的卡：训练的速度是矩阵乘的几分之几。",
+        "of a card that was not measured: training as a share of a product's speed",
     )
     network: float = option(
         50.0, Float(0.1, 1e4), "卡间每秒多少 GB，每张卡。", "GB/s of a card to the others"

@@ -66,6 +66,11 @@ class ServeSettings:
         "directory whose subdirectories `/v1/models/load` may load while the server runs",
         unset=("不允许", "None: off"),
     )  # fmt: skip
+    replicas: int = option(
+        1, Int(1, 64),
+        "几个相同的副本，由 Ray Serve 分派请求（需要安装 ray）；一个副本用一张显卡。",
+        "copies of the server, behind Ray Serve's proxy (extra `ray`); on GPUs one card each",
+    )  # fmt: skip
     max_num_seqs: int = option(
         16, Int(1, 1024),
         "同时写的段数，与 vLLM 的同名选项相同。",
