@@ -15,6 +15,7 @@ import argparse
 import json
 import resource
 import time
+from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from machine import processor
 
 import plug
-from plug.checkpoints.directory import write_configs
+from plug.checkpoints.directory import find_model_directory, write_configs
 from plug.checkpoints.weights import TensorSpec, WeightWriter
 from plug.files import new_directory
 from plug.generation.model_runner import ModelRunner, PreparedModel, Size
@@ -37,6 +38,7 @@ from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantized_names
 from plug.quantization.scheme import Scheme
+from plug.tokenization import PlugTokenizer
 
 SOURCE, TARGET = 64, 64
 SCHEME = Scheme.of(4)
@@ -52,18 +54,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.folder.exists():
         write_random(arguments.folder, PRESETS[arguments.preset])
-    bandwidth = read_bandwidth()
-    began = time.perf_counter()
-    model = plug.load(arguments.folder)
-    prepared = PreparedModel(model)
-    found = {"load_s": round(time.perf_counter() - began, 1)} | measure(prepared)
-    step_bytes = step_weight_bytes(model)
-    found |= {
-        "gb_a_token": round(step_bytes / 1e9, 3),
-        "read_gb_per_s": round(bandwidth / 1e9, 1),
-        "share_of_bandwidth": round(found["tokens_per_s"] * step_bytes / bandwidth, 3),
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-    }
+    found = measure_directory(arguments.folder)
     line = {
         "laptop_27b": found,
         "preset": arguments.preset,
@@ -81,8 +72,31 @@ def main() -> None:
     print(text)
 
 
+def measure_directory(folder: Path) -> dict[str, float]:
+    """Memory, speed and share of the bandwidth of the model in ``folder``."""
+    bandwidth = read_bandwidth()
+    began = time.perf_counter()
+    model = plug.load(folder)
+    prepared = PreparedModel(model)
+    found = {"load_s": round(time.perf_counter() - began, 1)} | measure(prepared)
+    step_bytes = step_weight_bytes(model)
+    return found | {
+        "gb_a_token": round(step_bytes / 1e9, 3),
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "share_of_bandwidth": round(found["tokens_per_s"] * step_bytes / bandwidth, 3),
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+
+
 def write_random(folder: Path, config: PlugConfig) -> None:
-    """A model directory whose 4-bit layers are random; about as large as trained ones would be."""
+    """A model directory whose 4-bit layers are random; about as large as trained ones would be.
+
+    It has the tokenizer of the shipped model, so that `plug generate` takes it.
+    """
+    tokenizer, shipped = PlugTokenizer.load(find_model_directory()), plug.load().config
+    ids = ("pad", "unk", "decoder_start", "eos", "mask")
+    own = {f"{name}_token_id": getattr(shipped, f"{name}_token_id") for name in ids}
+    config = replace(config, **own, num_emitted_tokens=shipped.num_emitted_tokens)
     with torch.device("meta"):
         model = Plug(config)
     layers = set(quantized_names(model))
@@ -114,6 +128,7 @@ def write_random(folder: Path, config: PlugConfig) -> None:
                     values = torch.randn(spec.shape).mul_(0.00707).to(spec.dtype)
                 writer.write(name, values)
         write_configs(temporary, config, specs, SCHEME.to_dict())
+        tokenizer.save(temporary, model_max_length=config.max_source_length)
 
 
 def read_bandwidth() -> float:

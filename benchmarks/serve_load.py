@@ -1,7 +1,8 @@
 """`plug serve` under load, on loopback: bounded loops, one JSON line at the end.
 
     pip install ".[serve,benchmark]"
-    python benchmarks/serve_load.py                       # every part that a CPU can run
+    # Every part that a CPU can run: 18 minutes on 2 cores, of which overload is 10.
+    OMP_NUM_THREADS=2 python benchmarks/serve_load.py --output benchmarks/results/serve_load.json
     python benchmarks/serve_load.py --parts cpu,sigterm --seconds 20
     python benchmarks/serve_load.py --parts gpu --preset 27b --bits 8 --device cuda
 
@@ -14,6 +15,7 @@ client is this process. Parts:
 - disconnects: clients that leave at a random moment.
 - characters: long streams of rare characters; each frame is checked.
 - sigterm: the server is told to end while streams run.
+- adapters: texts that each use one of 8 LoRA adapters, against texts without one, in turns.
 - gpu: 1, 32 and 128 streams of 128 tokens after sources of 512, against the engine in its process.
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -30,6 +33,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -46,7 +50,8 @@ from plug.generation.generator import Generator
 
 SHIPPED = "plug-mini-zh"
 TICKS = os.sysconf("SC_CLK_TCK")
-CPU_PARTS = "cpu,overload,disconnects,characters,sigterm"
+ADAPTERS = 8
+CPU_PARTS = "cpu,adapters,overload,disconnects,characters,sigterm"
 RARE = "龘靐齉爩麤龗灪龖厵滟爨癵籱饢驫鲡鹂鸾麣纞虋讟钃鸜麷鞻韽顟顠饙饳饸😀🌸🏔️🐉🎋"
 VOCABULARY = (300, 12_000)  # ids that prompts are drawn from
 
@@ -79,7 +84,8 @@ def started(*command: str) -> Iterator[Process]:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]
     words = [sys.executable, *(str(port) if word == "PORT" else word for word in command)]
-    running = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the server)
+    running = subprocess.Popen(words, stderr=log)
     try:
         end = time.monotonic() + 300
         while True:
@@ -88,12 +94,15 @@ def started(*command: str) -> Iterator[Process]:
                 break
             except OSError:
                 if running.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"did not start: {' '.join(words)}") from None
+                    log.seek(0)
+                    said = log.read()[-2000:].decode(errors="replace")
+                    raise SystemExit(f"did not start: {' '.join(words)}\n{said}") from None
                 time.sleep(0.1)
         yield Process(running, port)
     finally:
         running.kill()
         running.wait()
+        log.close()
 
 
 def serve_command(arguments: argparse.Namespace, *more: str) -> list[str]:
@@ -104,6 +113,23 @@ def serve_command(arguments: argparse.Namespace, *more: str) -> list[str]:
 # --- the client -----------------------------------------------------------------------------------
 
 
+class Window:
+    """Counts what comes while all clients are busy: not in the first third, nor after the time."""
+
+    def __init__(self, seconds: float) -> None:
+        now = time.perf_counter()
+        self._begin, self._end = now + seconds / 3, now + seconds
+        self._counted = 0
+
+    def count(self, number: int) -> None:
+        if self._begin <= time.perf_counter() < self._end:
+            self._counted += number
+
+    @property
+    def per_second(self) -> float:
+        return self._counted / (self._end - self._begin)
+
+
 @dataclass
 class Tally:
     """What came of requests."""
@@ -112,6 +138,8 @@ class Tally:
     rejected: int = 0
     other: int = 0
     tokens: int = 0
+    frames: int = 0  # of all tokens that have text
+    window: Window = field(default_factory=lambda: Window(0.1))
     cut: int = 0
     first: list[float] = field(default_factory=list)  # seconds to the first token
 
@@ -169,14 +197,15 @@ async def stream(port: int, body: dict[str, Any], tally: Tally) -> AsyncIterator
 async def read_all(port: int, body: dict[str, Any], tally: Tally) -> None:
     async for event in stream(port, body, tally):
         if any(choice["text"] for choice in event["choices"]):
-            tally.tokens += 1
+            tally.frames += 1
+            tally.window.count(1)
 
 
 async def closed_loop(
     port: int, clients: int, seconds: float, source: int, tokens: int, seed: int
 ) -> Tally:
     """``clients`` that ask for one text after another until the time is over."""
-    tally, end = Tally(), time.perf_counter() + seconds
+    tally, end = Tally(window=Window(seconds)), time.perf_counter() + seconds
     draw = random.Random(seed)
 
     async def client() -> None:
@@ -196,48 +225,83 @@ async def closed_loop(
 
 def generator_of(arguments: argparse.Namespace) -> Generator:
     """The model of a directory; or, with ``--preset``, random weights made on the device."""
+    takes = {"takes_adapters": arguments.adapters > 0}
     if arguments.preset is None:
-        return Generator(arguments.model, device=arguments.device)
+        found = Generator(arguments.model, device=arguments.device, **takes)
+        return with_adapters(found, arguments.adapters)
     from decode_27b import random_model
 
     from plug.distributed.processes import start_processes
 
     with start_processes(arguments.device) as processes:
-        model = random_model(plug.PRESETS[arguments.preset], arguments.bits, processes)
-    return Generator(model, plug.PlugTokenizer.load(find_model_directory()))
+        # The preset's own vocabulary has no tokenizer here: its table is kept, its ids are ours.
+        shipped = plug.PlugConfig.from_file(find_model_directory() / "config.json")
+        names = [each.name for each in dataclasses.fields(shipped)]
+        ids = {x: getattr(shipped, x) for x in names if x.endswith("_id") or "emitted" in x}
+        config = dataclasses.replace(plug.PRESETS[arguments.preset], **ids)
+        model = random_model(config, arguments.bits, processes)
+    found = Generator(model, plug.PlugTokenizer.load(find_model_directory()), **takes)
+    return with_adapters(found, arguments.adapters)
+
+
+def with_adapters(generator: Generator, count: int) -> Generator:
+    """``generator`` with random adapters of rank 8 on all layers, numbered from 1."""
+    import torch
+
+    from plug.loading.adapters import Adapter, LowRank
+
+    adapters = generator.prepared.adapters
+    for number in range(count):
+        assert adapters is not None
+        layers = {}
+        for name, (out, inputs) in adapters.linear_layers.items():
+            options = {"device": adapters.device, "dtype": adapters.dtype}
+            a, b = torch.randn(8, inputs, **options), torch.randn(out, 8, **options)
+            layers[name] = LowRank(a / inputs**0.5, b / 100)
+        generator.add_adapter(Adapter(Path(f"random-{number + 1}"), layers))
+    return generator
 
 
 def run_engine(arguments: argparse.Namespace) -> None:
-    """Role "engine": for each line "SECONDS SEED CLIENTS SOURCE TOKENS", tokens and seconds."""
-    engine = plug.AsyncEngine(generator_of(arguments), rows=arguments.rows)
+    """Role "engine": for each line "SECONDS SEED CLIENTS SOURCE TOKENS ADAPTERS", what was written.
 
-    def measure(seconds: float, seed: int, clients: int, source: int, tokens: int) -> list[float]:
+    Tokens, seconds, CPU seconds, and tokens a second in the `Window`. Client i uses adapter
+    1 + i mod ADAPTERS, or none with 0.
+    """
+    engine = plug.AsyncEngine(generator_of(arguments), rows=arguments.rows, max_waiting=1024)
+
+    def measure(
+        seconds: float, seed: int, clients: int, source: int, tokens: int, adapters: int
+    ) -> list[float]:
         draw, end = random.Random(seed), time.perf_counter() + seconds
         settings = plug.GenerationSettings(out_length=tokens, ignore_eos=True)
         done, requests, counted = threading.Semaphore(0), {}, [0]
+        window = Window(seconds)
 
         def submit(slot: int) -> None:
             def listen(news: Progress) -> None:
                 counted[0] += len(news.token_ids)
+                window.count(len(news.token_ids))
                 if news.result is not None and time.perf_counter() < end:
                     submit(slot)
                 elif news.result is not None or news.error is not None:
                     done.release()
 
             prompt = prompt_ids(draw, source - 2)
-            requests[slot] = engine.submit(prompt, settings, listener=listen)
+            adapter = 1 + slot % adapters if adapters else 0
+            requests[slot] = engine.submit(prompt, settings, listener=listen, adapter=adapter)
 
         began, cpu = time.perf_counter(), time.process_time()
         for slot in range(clients):
             submit(slot)
         for _ in range(clients):
             done.acquire()
-        return [counted[0], time.perf_counter() - began, time.process_time() - cpu]
+        spent = time.perf_counter() - began, time.process_time() - cpu
+        return [counted[0], *spent, window.per_second]
 
     for line in sys.stdin:
         seconds, *counts = line.split()
-        seed, clients, source, tokens = map(int, counts)
-        print(json.dumps(measure(float(seconds), seed, clients, source, tokens)), flush=True)
+        print(json.dumps(measure(float(seconds), *map(int, counts))), flush=True)
 
 
 def run_server(arguments: argparse.Namespace) -> None:
@@ -248,7 +312,10 @@ def run_server(arguments: argparse.Namespace) -> None:
 
     generator = generator_of(arguments)
     served = serve_plug("random", generator, arguments.rows)
-    serve([served], ServeSettings(port=arguments.port, max_num_seqs=arguments.rows))
+    settings = ServeSettings(
+        port=arguments.port, max_num_seqs=arguments.rows, max_waiting_tokens=2**20
+    )
+    serve([served], settings)
 
 
 def run_transformers(arguments: argparse.Namespace) -> None:
@@ -277,22 +344,22 @@ def run_transformers(arguments: argparse.Namespace) -> None:
 class InProcess:
     """The engine, driven by callbacks in a process of its own."""
 
-    def __init__(self, arguments: argparse.Namespace, rows: int) -> None:
-        words = [sys.executable, *role(arguments, "engine", rows)]
+    def __init__(self, arguments: argparse.Namespace, rows: int, adapters: int = 0) -> None:
+        words = [sys.executable, *role(arguments, "engine", rows, "--adapters", str(adapters))]
         self._running = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(
-        self, seconds: float, seed: int, clients: int, source: int, tokens: int
-    ) -> tuple[int, float, float]:
-        """Tokens, seconds and CPU seconds of a round."""
+        self, seconds: float, seed: int, clients: int, source: int, tokens: int, adapters: int = 0
+    ) -> tuple[int, float, float, float]:
+        """What `run_engine` says of a round; clients use ``adapters`` in turn."""
         assert self._running.stdin is not None
         assert self._running.stdout is not None
-        self._running.stdin.write(f"{seconds} {seed} {clients} {source} {tokens}\n")
+        self._running.stdin.write(f"{seconds} {seed} {clients} {source} {tokens} {adapters}\n")
         self._running.stdin.flush()
-        written, wall, cpu = json.loads(self._running.stdout.readline())
-        return written, wall, cpu
+        written, wall, cpu, steady = json.loads(self._running.stdout.readline())
+        return written, wall, cpu, steady
 
     def close(self) -> None:
         self._running.kill()
@@ -349,7 +416,7 @@ def cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     with started(*serve_command(arguments, "--max-num-seqs", str(clients))) as server:
         for each in range(rounds + 1):  # the first warms up
             seconds = arguments.seconds / rounds if each else 3
-            written, wall, used = engine.run(seconds, each, clients, source, tokens)
+            written, wall, used, _ = engine.run(seconds, each, clients, source, tokens)
             tally, server_wall, server_used = served(server, seconds, each, clients, source, tokens)
             if each:
                 engines.append((written / used, written / wall))
@@ -379,25 +446,54 @@ def cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def adapters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine with its texts spread over adapters, and without, in turns."""
+    is_gpu = arguments.device != "cpu"
+    clients, source, tokens = (32, 512, 128) if is_gpu else (arguments.clients, 64, 64)
+    seconds, rounds = (arguments.gpu_seconds / 2, 1) if is_gpu else (arguments.seconds / 12, 4)
+    engine = InProcess(arguments, clients, ADAPTERS)
+    rates: dict[int, list[float]] = {0: [], ADAPTERS: []}
+    for each in range(rounds + 1):  # the first warms up
+        for count, found in rates.items():
+            written, _, used, steady = engine.run(
+                seconds if each else 3, each, clients, source, tokens, count
+            )
+            if each:
+                found.append(steady if is_gpu else written / used)
+    engine.close()
+    base, adapted = (statistics.median(each) for each in rates.values())
+    return {
+        "count": ADAPTERS,
+        "rank": 8,
+        "clients": clients,
+        "per": "second" if is_gpu else "cpu second",
+        "base_tokens": round(base, 1),
+        "tokens": round(adapted, 1),
+        "ratio": round(adapted / base, 3),
+    }
+
+
 def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine first, then the server: two such models do not fit onto one card."""
-    source, tokens, counts = 512, 128, (1, 32, 128)
+    source, tokens, counts = 512, 128, tuple(map(int, arguments.streams.split(",")))
     engine = InProcess(arguments, max(counts))
     rates = {}
     for clients in counts:
         engine.run(1, 0, clients, source, tokens)  # makes the graphs
-        written, wall, _ = engine.run(arguments.gpu_seconds, 1, clients, source, tokens)
-        rates[clients] = written / wall
+        *_, rates[clients] = engine.run(arguments.gpu_seconds, 1, clients, source, tokens)
+        print(json.dumps({"engine": rates}), file=sys.stderr)
     engine.close()
     found = {}
     with started(*role(arguments, "server", max(counts), "--port", "PORT")) as server:
         for clients in counts:
             served(server, 1, 0, clients, source, tokens)
             tally, wall, used = served(server, arguments.gpu_seconds, 1, clients, source, tokens)
+            # A byte of a character is a token without a frame.
+            rate = tally.window.per_second * tally.tokens / max(1, tally.frames)
             found[f"b{clients}"] = {
-                "tokens_per_s": round(tally.tokens / wall, 1),
+                "tokens_per_s": round(rate, 1),
                 "engine_tokens_per_s": round(rates[clients], 1),
-                "ratio_to_engine": round(tally.tokens / wall / rates[clients], 3),
+                "ratio_to_engine": round(rate / rates[clients], 3),
                 "ttft_p99_s": tally.p99(),
                 "server_cpu_share": round(used / wall, 2),
                 "errors": tally.other + tally.rejected + tally.cut,
@@ -551,10 +647,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of the server, in part cpu")
     parser.add_argument("--overload-seconds", type=float, default=600)
     parser.add_argument("--leaving", type=int, default=1000, help="clients of part disconnects")
-    parser.add_argument("--characters", type=int, default=1_000_000)
+    parser.add_argument("--characters", type=int, default=50_000, help="of part characters")
+    parser.add_argument("--output", type=Path, help="JSON file; parts that are not run stay")
     parser.add_argument("--preset", help="part gpu: random weights of this shape")
     parser.add_argument("--bits", type=int, default=16, choices=[16, 8, 4], help="with --preset")
     parser.add_argument("--gpu-seconds", type=float, default=20)
+    parser.add_argument("--streams", default="1,32,128", help="of part gpu")
+    parser.add_argument("--adapters", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -562,19 +661,37 @@ def main() -> None:
     if arguments.role is not None:
         ROLES[arguments.role](arguments)
         return
-    parts = {f.__name__: f for f in (cpu, overload, disconnects, characters, sigterm, gpu)}
+    parts = {
+        f.__name__: f for f in (cpu, adapters, overload, disconnects, characters, sigterm, gpu)
+    }
     results: dict[str, Any] = {}
     for name in arguments.parts.split(","):
-        results[name] = parts[name](arguments)
-        print(json.dumps({name: results[name]}), file=sys.stderr)
-    about = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-        "plug": plug.__version__,
-    }
-    print(json.dumps({**results, **about}))
+        load = os.getloadavg()[0]
+        is_other = arguments.device != "cpu" and name != "gpu"
+        results[f"gpu_{name}" if is_other else name] = parts[name](arguments) | {
+            "processor": processor(),
+            "device": device_name(arguments.device),
+            "cores": os.cpu_count(),
+            "load_average_before": round(load, 2),
+            "date": time.strftime("%Y-%m-%d"),
+            "plug": plug.__version__,
+        }
+        print(json.dumps(results), file=sys.stderr)
+        if arguments.output is not None:  # after each, so that an interruption loses no more
+            write(arguments.output, results)
+    print(json.dumps(results))
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def write(output: Path, results: dict[str, Any]) -> None:
+    """Put ``results`` in place of the same parts in the file."""
+    kept = json.loads(output.read_text()) if output.is_file() else {}
+    output.write_text(json.dumps({**kept, **results}) + "\n")
 
 
 if __name__ == "__main__":

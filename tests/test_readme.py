@@ -50,6 +50,11 @@ def test_a_command_has_the_options_it_is_given(command: str) -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_read_in_a_few_minutes(name: str) -> None:
+    assert len(read(name).splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", READMES)
 def test_linked_and_named_files_exist(name: str) -> None:
     text = read(name)
     linked = re.findall(r"\]\(([^)#:]+)\)", text)

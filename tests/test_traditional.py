@@ -68,5 +68,5 @@ def test_without_opencc_the_message_says_what_to_install(monkeypatch: pytest.Mon
     traditional._converter.cache_clear()
     monkeypatch.setitem(sys.modules, "opencc", None)
 
-    with pytest.raises(UsageError, match=r"pip install 'plug-zh\[opencc\]'"):
+    with pytest.raises(UsageError, match=r"pip install .plug-zh\[opencc\]"):
         as_read("這是", simplify=True)

@@ -20,6 +20,11 @@ SOURCE = ROOT / "docs"
 STAGED = ROOT / "build" / "docs"
 CHINESE = ".zh-CN.md"
 SWITCH = re.compile(r"^\[(中文|English|中文说明)\]\([^)]*\)\n+", re.M)  # the site has its own
+# Two lines of Chinese are one: a browser would show the line end between them as a blank.
+FENCES = re.compile(r"(^```.*?^```$)", re.M | re.S)
+CHINESE_LINE_END = re.compile(
+    r"(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])"
+)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -71,4 +76,7 @@ def staged_text(path: Path) -> str:
         return name if link[1].strip("`") in name else f"{link[1]}（{name}）"
 
     text = SWITCH.sub("", path.read_text(encoding="utf-8"))
+    parts = FENCES.split(text)  # prose, code, prose, …
+    parts[::2] = [CHINESE_LINE_END.sub("", prose) for prose in parts[::2]]
+    text = "".join(parts)
     return LINK.sub(replaced, text).replace(f"{CHINESE})", ".md)").replace(f"{CHINESE}#", ".md#")

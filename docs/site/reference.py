@@ -57,13 +57,19 @@ def commands() -> str:
     ]
     root = typer.main.get_command(app)
     help.use_on(root)
+    shown: dict[str, str] = {}  # the options of a command, and its name
     for name, command in walk(root, "plug"):
         context = command.make_context(name, [], resilient_parsing=True)
         lines.append(f"\n## `{name}`\n\n{command.help or ''}\n")
-        for title, rows in help._sections(command, context):
+        sections = list(help.sections(command, context))
+        same = shown.setdefault(str(sections), name)
+        if same != name:  # a task's: all have the same
+            lines.append(f"选项与 `{same}` 相同。")
+            continue
+        for title, rows in sections:
             if title != "命令":
                 lines.append(f"\n| {title} | 作用 |\n| --- | --- |")
-                lines += [f"| `{cell(option)}` | {cell(text)} |" for option, text in rows]
+                lines += [f"| `{escaped(option)}` | {cell(text)} |" for option, text in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -150,12 +156,12 @@ def fields(model: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
 def kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
     """What a field takes, in few words."""
     if "anyOf" in field:
-        return " \\| ".join(kind(each, schema) for each in field["anyOf"])
+        return " | ".join(kind(each, schema) for each in field["anyOf"])
     field = resolved(schema, field)
     if field.get("type") == "array":
         return f"list[{kind(field.get('items', {}), schema)}]"
     if "enum" in field:
-        return " \\| ".join(f"`{each}`" for each in field["enum"])
+        return " | ".join(f"`{each}`" for each in field["enum"])
     limits = [
         f"{sign} {field[key]}"
         for key, sign in (
@@ -169,10 +175,15 @@ def kind(field: dict[str, Any], schema: dict[str, Any]) -> str:
         if key in field
     ]
     name = field.get("type") or field.get("title") or "any"
-    name = " \\| ".join(name) if isinstance(name, list) else name
+    name = " | ".join(name) if isinstance(name, list) else name
     return " ".join([name, *limits])
 
 
 def cell(text: str) -> str:
     """A text inside a table's cell."""
-    return re.sub(r"\s+", " ", inspect.cleandoc(text)).replace("|", "\\|").replace("<", "&lt;")
+    return escaped(text).replace("<", "&lt;")
+
+
+def escaped(text: str) -> str:
+    """A text or code on one line of a table."""
+    return re.sub(r"\s+", " ", inspect.cleandoc(text)).replace("|", "\\|")

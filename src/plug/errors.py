@@ -20,3 +20,8 @@ class UsageError(PlugError, ValueError):
 
 class NonFiniteError(PlugError):
     """A model's outputs are NaN or infinite."""
+
+
+def install(extra: str) -> str:
+    """How to install an extra, for the end of a message: from an index, and from a clone."""
+    return f'pip install "plug-zh[{extra}]"（在仓库的目录里是 pip install ".[{extra}]"）。'

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM while a long run is at work: it saves what it has, and ends."""
+"""Ctrl-C and SIGTERM while a long run is at work: it saves what it has, and ends. And SIGBUS."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -67,3 +68,25 @@ def ignore_signals(_worker: int = 0) -> None:
     """Let a worker process leave Ctrl-C and SIGTERM to its parent, which they reach as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_on_bus_errors() -> None:
+    """Have SIGBUS end this process with a sentence and status 1, where nobody else handles it.
+
+    It comes when a mapped file loses its end while weights are read from it, or its disk fails. A
+    handler of Python's own would never run: the instruction that failed is tried again before it.
+    So the C library calls this one at once, in the thread that reads.
+    """
+    number = getattr(signal, "SIGBUS", None)
+    if number is None or signal.getsignal(number) != signal.SIG_DFL:  # Windows has none
+        return
+    ctypes.CDLL(None).signal(int(number), _ON_BUS_ERROR)
+
+
+def _on_bus_error(_number: int) -> None:
+    told = "读不到模型的文件了：它在使用中被截短或替换，或磁盘出错。请检查模型目录，然后重试。\n"
+    os.write(2, told.encode())
+    os._exit(1)
+
+
+_ON_BUS_ERROR = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_bus_error)  # as C calls it; kept for ever

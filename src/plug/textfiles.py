@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from plug.errors import PlugError, UsageError
+from plug.errors import PlugError, UsageError, install
 
 logger = logging.getLogger(__name__)
 
@@ -212,9 +212,7 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise UsageError(
-            f'读取 {path} 需要 zstandard。请安装：pip install "plug-zh[train]"'
-        ) from None
+        raise UsageError(f"读取 {path} 需要 zstandard。请安装：{install('train')}") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = decompressor.decompressobj()
     with path.open("rb") as file:

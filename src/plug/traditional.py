@@ -11,7 +11,7 @@ import logging
 import threading
 from typing import Any
 
-from plug.errors import UsageError
+from plug.errors import UsageError, install
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _converter() -> Any:
     try:
         import opencc
     except ImportError:
-        raise UsageError("转成简体要用 OpenCC。请先安装：pip install 'plug-zh[opencc]'。") from None
+        raise UsageError(f"转成简体要用 OpenCC。请先安装：{install('opencc')}") from None
     try:
         return opencc.OpenCC("t2s")
     except Exception as error:  # the two packages overwrite each other's files

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,50 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+# As the second checkpoint is saved: its weights are there, its optimizer's state is half there.
+KILLED = """
+import json, os, signal, sys
+import torch
+from plug.finetuning.run import finetune
+from plug.finetuning.settings import FinetuneSettings
+
+save = torch.save
+
+def killed(value, path, *args, **options):
+    save(value, path, *args, **options)
+    if "checkpoint-8" in str(path) and "optimizer" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed
+torch.set_num_threads(1)
+finetune(FinetuneSettings(**json.loads(sys.argv[1])), device="cpu")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_a_save_ends_as_an_unbroken_one(
+    dropping_base: Path, settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    train = data("classification")
+    options: dict[str, Any] = {
+        "epochs": 3.0, "batch_size": 5, "optimizer": "adafactor", "model": str(dropping_base),
+    }  # fmt: skip
+    broken = settings("classification", train, output=f"{tmp_path}/2", **options)
+    command = [sys.executable, "-c", KILLED, json.dumps(broken.to_dict())]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    checkpoints = Path(broken.output, "checkpoints")
+    assert (checkpoints / "checkpoint-8" / "model.safetensors").is_file()
+    finetune(broken, device="cpu", resume=True)
+
+    whole = settings("classification", train, **options)
+    finetune(whole, device="cpu")
+    assert log(broken) == log(whole)
+    expected, actual = (load_file(f"{run.output}/model.safetensors") for run in (whole, broken))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_layer_rates_and_weight_decay_are_adamw_s(
     settings: Make, data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -165,6 +212,20 @@ def test_a_quantised_model_is_refused(
     ):
         finetune(made, device="cpu")
     assert not Path(made.output, "finetuning.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "adafactor"}, {"fgm": 1.0}])
+def test_auto_does_not_drop_what_a_quantised_model_cannot_do(
+    changes: dict[str, Any],
+    base_model: Path,
+    settings: Make,
+    data: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    quantize_directory(base_model, tmp_path / "small", bits=8)
+    made = settings("classification", data("classification"), model=f"{tmp_path}/small", **changes)
+    with pytest.raises(UsageError, match="模型的权重是 8 位整数，不能训练每个权重"):
+        finetune(made, device="cpu")
 
 
 def test_adamw_with_states_in_8_bits_needs_torchao(

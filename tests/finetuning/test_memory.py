@@ -145,7 +145,7 @@ def test_what_is_asked_and_fits_is_left_as_it_is() -> None:
 
 
 def test_a_quantised_model_asked_for_every_weight_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"fgm 要训练每个权重，不能与 --memory qlora"):
+    with pytest.raises(UsageError, match="的权重是 4 位整数，不能训练每个权重"):
         decide(settings(fgm=1.0), case(80, bits=4))
     with pytest.raises(UsageError, match="rslora、dora 用于 LoRA"):
         decide(settings(fgm=1.0, dora=True), case(80))

@@ -44,6 +44,10 @@ NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
             {"optimizer": "adafactor", "memory": "lora"},
             "optimizer=adafactor 用于训练每个权重，不能与 --memory lora 一起用",
         ),
+        (
+            {"optimizer": "adamw8bit", "memory": "qlora"},
+            "optimizer=adamw8bit 用于训练每个权重，不能与 --memory qlora 一起用",
+        ),
         ({"precision": "fp16"}, "precision='fp16' 只能是 'bf16' 或 'fp32'"),
     ],
 )

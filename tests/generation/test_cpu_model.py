@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plug.generation import cpu_model
+from plug.generation import cpu_choice
 from plug.generation.cpu_choice import BFLOAT16, KERNELS, PYTORCH
 from plug.generation.cpu_model import CpuModel
 from plug.generation.kv_cache import DecoderCache
@@ -65,7 +65,7 @@ def steps(rows: int) -> list[tuple[Tensor, Tensor]]:
 def test_logits_are_those_of_the_plain_model(
     in_bfloat16: bool, rows: int, reading: str, wide_model: Plug, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_model, "fastest_source", lambda: reading)
+    monkeypatch.setattr(cpu_choice, "fastest_source", lambda: reading)
     if in_bfloat16:
         wide_model.bfloat16().float()
 

@@ -143,6 +143,25 @@ def test_a_rows_result_does_not_depend_on_the_others(bits: int, generator: torch
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.inference_mode()
+def test_many_rows_of_a_step_read_a_copy_in_fp8(bits: int, generator: torch.Generator) -> None:
+    made = layers(bits, torch.bfloat16, generator)
+    x = torch.randn(50, IN, generator=generator).bfloat16()
+    expected = exact(x, made)
+    weight = PackedLinear(*made)  # type: ignore[arg-type]
+    few = weight(x[:32])
+    assert weight.fp8_bytes == IN * sum(OUT)
+
+    weight.keep_fp8()
+
+    assert weight.fp8_bytes == 0
+    assert weight.wants_fp8(x)
+    assert torch.equal(weight(x[:32]), few)
+    assert relative_error(weight(x), expected) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.inference_mode()
 def test_sources_are_multiplied_in_fp8(bits: int, generator: torch.Generator) -> None:
     made = layers(bits, torch.bfloat16, generator)
     x = torch.randn(5, IN, generator=generator).bfloat16()

@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
 
-from plug.kernels.rows import add_norm, add_norm_fp8, embed, gelu_, quantize_rows
+from plug.kernels.rows import add_norm, add_norm_fp8, embed, gelu_, quantize_rows, warps
 from plug.model.configuration import PRESETS
 from plug.model.layers import Embeddings
 
@@ -107,3 +107,11 @@ def test_gelu_in_place_and_before_rounding(generator: torch.Generator) -> None:
     # The interpreter's own rounding to FP8 goes wrong now and then, never by more than half.
     error = (eight.double() * scale - expected).norm() / expected.norm()
     assert error < (0.04 if x.is_cuda else 0.3)
+
+
+@pytest.mark.parametrize("size", [1, 64, 1536, 3072, 5120, 8192, 24576, 32768, 10**6])
+@pytest.mark.parametrize("most", [4, 16, 32])
+def test_the_number_of_warps_is_a_power_of_two(size: int, most: int) -> None:
+    count = warps(size, most)
+    assert count.bit_count() == 1
+    assert count == most or size / 2048 < count <= max(1, size / 1024)

@@ -15,7 +15,7 @@ def row(step: int) -> dict[str, float]:
 
 
 def test_rows_are_there_as_they_come(tmp_path: Path) -> None:
-    record = Record(tmp_path / "log.csv", ["lm", "mlm"], 0)
+    record = Record(tmp_path / "log.csv", [*FIELDS, "lm", "mlm"], 0)
     for step, losses in ((1, {"lm": 2.0, "mlm": 1.0}), (2, {"lm": 1.5})):
         record.add(row(step) | losses)
         assert len(read_rows(tmp_path / "log.csv")) == step
@@ -26,18 +26,18 @@ def test_rows_are_there_as_they_come(tmp_path: Path) -> None:
 
 
 def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
-    record = Record(tmp_path / "log.csv", ["lm"], 0)
+    record = Record(tmp_path / "log.csv", [*FIELDS, "lm"], 0)
     for step in range(1, 6):
         record.add(row(step) | {"lm": 1.0})
-    again = Record(tmp_path / "log.csv", ["lm"], 3)
+    again = Record(tmp_path / "log.csv", [*FIELDS, "lm"], 3)
     assert [kept["step"] for kept in read_rows(tmp_path / "log.csv")] == [1, 2, 3]
     assert again.seconds_before == 6
-    assert Record(tmp_path / "log.csv", ["lm"], 0).seconds_before == 0
+    assert Record(tmp_path / "log.csv", [*FIELDS, "lm"], 0).seconds_before == 0
     assert read_rows(tmp_path / "log.csv") == []
 
 
 def test_a_plot_of_losses_that_end_early(tmp_path: Path) -> None:
-    record = Record(tmp_path / "log.csv", ["lm", "mlm"], 0)
+    record = Record(tmp_path / "log.csv", [*FIELDS, "lm", "mlm"], 0)
     for step in range(1, 4):
         record.add(row(step) | {"lm": 1 / step} | ({"mlm": 2.0} if step < 2 else {}))
     plot_losses(tmp_path / "log.csv", tmp_path / "loss.png")
@@ -50,7 +50,7 @@ def test_a_row_cut_off_by_a_kill_is_passed_over(
 ) -> None:
     """It stopped a resumption: its last cells were missing, or no numbers."""
     path = tmp_path / "log.csv"
-    record = Record(path, ["lm"], 0)
+    record = Record(path, [*FIELDS, "lm"], 0)
     for step in (1, 2):
         record.add(row(step) | {"lm": 1.0})
     whole = path.read_text()
@@ -62,7 +62,7 @@ def test_a_row_cut_off_by_a_kill_is_passed_over(
     path.write_text(whole + "oh,no\n" + line)
     assert [each["step"] for each in read_rows(path)] == [1, 2, 3]
     assert "有 1 行读不懂" in caplog.text
-    Record(path, ["lm"], 2)
+    Record(path, [*FIELDS, "lm"], 2)
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -73,8 +73,8 @@ def test_a_kill_while_the_log_is_cut_back_loses_no_row(
     number, alive = 0, False
     while not alive:
         number += 1
-        record = Record(path, ["lm"], 0)
+        record = Record(path, [*FIELDS, "lm"], 0)
         for step in range(1, 61):
             record.add(row(step) | {"lm": 1.0})
-        alive = not kill(lambda: Record(path, ["lm"], 50), number)
+        alive = not kill(lambda: Record(path, [*FIELDS, "lm"], 50), number)
         assert len(read_rows(path)) in (60, 50)

@@ -16,7 +16,7 @@ from plug.errors import PlugError, UsageError
 from plug.loading.load import load
 from plug.pretraining import losses
 from plug.pretraining.batches import StructBertBatches
-from plug.pretraining.record import FIELDS, Record, read_rows
+from plug.pretraining.record import FIELDS, MORE_FIELDS, Record, read_rows
 from plug.pretraining.run import pretrain
 from plug.pretraining.settings import RunConfig
 from plug.pretraining.tokens import write_tokens
@@ -24,7 +24,7 @@ from plug.tokenization import PlugTokenizer
 
 Settings = Callable[..., RunConfig]
 SHAPES = {1: [[32, 1.0], [24, 1.0]], 2: [[24, 16, 1.0], [16, 24, 1.0]]}
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "data_wait")
 
 
 def log(config: RunConfig) -> list[dict[str, float]]:
@@ -100,7 +100,7 @@ def test_stage_1_then_stage_2(
     assert [row["step"] for row in rows if "mlm" in row] == list(range(5, 31, 5))
     assert load(tmp_path / "two" / "model").decoder is not None
     header = (tmp_path / "two" / "log.csv").read_text().split("\n")[0]
-    assert header == ",".join([*FIELDS, "lm", "mlm"])
+    assert header == ",".join([*FIELDS, "lm", "mlm", *MORE_FIELDS])
 
 
 def test_stage_2_starts_from_the_weights_of_stage_1(settings: Settings, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_a_checkpoint_hidden_between_two_renames_is_found(
         "log.csv",
         "loss.png",
         "model",
+        "report",
         "settings.json",
     ]
 

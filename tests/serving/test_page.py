@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from plug.generation.settings import GenerationSettings
 
 PAGE = Path(__file__).resolve().parents[2] / "src" / "plug" / "serving" / "page"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -311,6 +313,32 @@ def test_reading_labels_and_masks(desk: Desk) -> None:
     desk.page.click(".chips [data-task=fill_mask]")
     desk.page.click("form .primary")
     desk.page.locator(".results meter").first.wait_for()
+
+
+@in_browser
+def test_a_question_to_an_answer(
+    browser: Any, scripted_model: Callable[..., Any], serving: Callable[..., Any]
+) -> None:
+    model = scripted_model("asks")
+    asked: list[list[str]] = []
+
+    def question(parts: Sequence[str]) -> list[int]:
+        asked.append(list(parts))
+        return model.tokenizer.encode(parts[1])
+
+    model.tuned_for, model.question = "questions", question
+    model.question_settings = GenerationSettings(out_length=7)
+    with serving([model]) as client:
+        desk = Desk(browser, f"{client.url}/")
+        desk.page.click("#tab-read")
+        desk.page.fill("form [name=text]", "北京大学创办于1898年。")
+        desk.page.fill("form [name=answer]", "1898年")
+        desk.page.click("form .primary")
+        desk.page.locator(".results li", has_text="今天").wait_for()
+        desk.context.close()
+    assert not desk.complaints
+
+    assert asked == [["1898年", "北京大学创办于1898年。"]]
 
 
 @in_browser

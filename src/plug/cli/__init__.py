@@ -35,6 +35,7 @@ from plug.cli import (
 )
 from plug.cli.usage import WrongUsage, in_chinese
 from plug.errors import PlugError
+from plug.interrupts import end_on_bus_errors
 
 app = typer.Typer(
     help="PLUG：既能理解、又能写作的中文模型。",
@@ -95,6 +96,7 @@ def _run() -> int:
     # Threads that spin while they wait starve each other where another program has the cores: a
     # text that takes 5 s then took 40. Read by OpenMP when torch is imported, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    end_on_bus_errors()
     try:
         command = typer.main.get_command(app)
         help.use_on(command)

@@ -43,7 +43,7 @@ def _format_help(command: Any, context: Any, formatter: Any) -> None:
     lines = wrap(f"用法：{context.command_path} {_usage(command, context)}", width)
     for paragraph in (command.help or "").split("\n\n"):
         lines += ["", *wrap(paragraph, width)]
-    for title, rows in _sections(command, context):
+    for title, rows in sections(command, context):
         lines += ["", f"{title}："]
         # Names of commands are short and stand beside their help, those of options above it.
         column = max(cell_len(name) for name, _ in rows) + 4 if title == "命令" else _INDENT
@@ -65,7 +65,7 @@ def _usage(command: Any, context: Any) -> str:
     return " ".join([*words, "命令 …"] if hasattr(command, "commands") else words)
 
 
-def _sections(command: Any, context: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def sections(command: Any, context: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     kinds: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
     for parameter in command.get_params(context):
         if (record := parameter.get_help_record(context)) is not None:  # else it is hidden

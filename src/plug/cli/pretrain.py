@@ -1,4 +1,4 @@
-"""`plug pretrain vocab|data|stage1|stage2`: from text files to a model, step by step."""
+"""`plug pretrain vocab|data|stage1|stage2|plan`: from text files to a model, step by step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import tells_of_interruption
+from plug.cli.options import AsJson, options_from, tells_of_interruption
+from plug.pretraining.plan_settings import PlanSettings
 
 app = typer.Typer(
-    help="预训练：词表、语料、第一阶段（StructBERT）、第二阶段（PALM）。", no_args_is_help=True
+    help="预训练：词表、语料、第一阶段（StructBERT）、第二阶段（PALM）；大规模训练的计划。",
+    no_args_is_help=True,
 )
 
 CorpusOption = Annotated[
@@ -107,6 +109,22 @@ def stage2(
 ) -> None:
     """第二阶段：PALM，编码器读前文，解码器写下文。"""
     _run(2, config, set_, resume, device)
+
+
+@app.command()
+@options_from(PlanSettings)
+def plan(settings: PlanSettings, as_json: AsJson = False) -> None:
+    """要多少张卡、多少天、多少钱：按实测的速度和写明的假设算，并模拟故障，选出检查点的间隔。"""
+    import json
+
+    from plug.pretraining.plan import lines_of, make_plan
+
+    found = make_plan(settings)
+    typer.echo(
+        json.dumps(found, ensure_ascii=False, indent=2)
+        if as_json
+        else "\n".join(lines_of(settings, found))
+    )
 
 
 def _run(

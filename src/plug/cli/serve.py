@@ -9,7 +9,7 @@ import typer
 
 from plug.cli.convert import Precision
 from plug.cli.options import Device, Model, options_from
-from plug.errors import PlugError
+from plug.errors import PlugError, UsageError, install
 from plug.serving.settings import ServeSettings
 from plug.shipped import SHIPPED_MODEL
 
@@ -43,26 +43,41 @@ def serve(
     try:
         from plug.serving.server import serve as run
     except ModuleNotFoundError as error:
-        raise PlugError(
-            f'缺少 {error.name}。请安装服务所需的包：pip install "plug-zh[serve]"'
-        ) from None
+        raise PlugError(f"缺少 {error.name}。请安装服务所需的包：{install('serve')}") from None
     from plug.checkpoints.weights import DTYPES
     from plug.device import find_device
+    from plug.distributed.processes import start_processes
     from plug.serving.loading import limit_memory, load_models, named_directories
+    from plug.serving.together import serve_together
 
     name = served_model_name or Path(model).expanduser().resolve().name
-    place = find_device(device)
-    limit_memory(place, settings.gpu_memory_utilization)
-    models, load = load_models(
-        name,
-        model,
-        named_directories("--finetuned", finetuned or ()),
-        named_directories("--adapter", adapter or ()),
-        settings,
-        device=place,
-        dtype=None if dtype is None else DTYPES[dtype],
-    )
-    run(models, settings, load, _say_where)
+    others = named_directories("--finetuned", finetuned or ())
+    adapters = named_directories("--adapter", adapter or ())
+    weights = None if dtype is None else DTYPES[dtype]
+    if settings.replicas > 1:
+        from plug.serving.replicas import Models, resolved, serve_replicas
+
+        copies = Models(
+            name=name,
+            directory=resolved(model),
+            finetuned={each: resolved(path) for each, path in others.items()},
+            adapters={each: resolved(path) for each, path in adapters.items()},
+            device=str(find_device(device)),
+            dtype=weights,
+        )
+        serve_replicas(copies, settings, _say_where)
+        return
+    with start_processes(device) as processes:
+        limit_memory(processes.device, settings.gpu_memory_utilization)
+        if processes.world_size > 1:
+            if others or adapters:
+                raise UsageError("--finetuned 和 --adapter 不能和多个进程一起用。请只用 --model。")
+            serve_together(name, model, settings, processes, dtype=weights, on_started=_say_where)
+            return
+        models, load = load_models(
+            name, model, others, adapters, settings, device=processes.device, dtype=weights
+        )
+        run(models, settings, load, _say_where)
 
 
 def _say_where(address: str) -> None:

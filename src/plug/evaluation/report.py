@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plug.errors import install
 from plug.files import add_files, plain_errors, write_text
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def write_report(
         directory.mkdir(parents=True, exist_ok=True)
         plots = evaluation.plots if find_spec("matplotlib") else []
         if len(plots) < len(evaluation.plots):
-            logger.warning('报告里没有图：请安装 pip install "plug-zh[train]"。')
+            logger.warning("报告里没有图。要有图，请安装：%s", install("train"))
         files = {
             "report.md": _markdown(title, command, tables, plots),
             "report.html": _html(title, command, tables, plots),

@@ -62,7 +62,9 @@ def new_state(weight: Tensor) -> State:
 def update(weight: Tensor, gradient: Tensor, state: State, step: Step) -> None:
     """Change ``weight`` (a vector or a matrix, float32 or bfloat16) and its ``state`` in place."""
     gradient = gradient.contiguous()
-    if weight.ndim == 2:
+    if has_kernels(weight):
+        _update_in_kernels(weight, gradient, state, step)
+    elif weight.ndim == 2:
         _update_matrix(weight, gradient, state, step)
     else:
         _update_vector(weight, gradient, state, step)
@@ -70,39 +72,32 @@ def update(weight: Tensor, gradient: Tensor, state: State, step: Step) -> None:
 
 
 def _update_matrix(weight: Tensor, gradient: Tensor, state: State, step: Step) -> None:
-    in_kernels = has_kernels(weight)
-    if in_kernels:
-        from plug.kernels import adafactor as implementation
-    else:
-        implementation = _Plain  # type: ignore[assignment]
-    by_row, by_column = implementation.mean_squares(gradient)
-    for moment, mean in ((state["row"], by_row), (state["column"], by_column)):
-        moment.mul_(step.decay).add_(mean.add_(step.tiny), alpha=1 - step.decay)
+    by_row = gradient.new_empty(len(gradient), dtype=torch.float32)
+    by_column = gradient.new_zeros(gradient.shape[1], dtype=torch.float32)
+    for rows in _some_rows(gradient):
+        square = gradient[rows].float().square()
+        by_row[rows] = square.mean(1)
+        by_column += square.sum(0)
+    for moment, mean in ((state["row"], by_row), (state["column"], by_column / len(gradient))):
+        moment.mul_(step.decay).add_(mean + step.tiny, alpha=1 - step.decay)
     row = (state["row"] / state["row"].mean()).rsqrt()
     column = state["column"].rsqrt()
-    square = implementation.weighted_square(gradient, row, column)
-    length = (square / weight.numel()).sqrt()
-    factor = step.rate / (length / step.limit).clamp(min=1)
-    implementation.apply(weight, gradient, row, column, factor, step.kept, step.key)
+    total = by_row.new_zeros(())
+    for rows in _some_rows(gradient):
+        total += (gradient[rows].float() * row[rows, None] * column).square().sum()
+    factor = step.rate / ((total / weight.numel()).sqrt() / step.limit).clamp(min=1)
+    for rows in _some_rows(gradient):
+        change = gradient[rows].float() * row[rows, None] * column * factor
+        value = weight[rows].float() * step.kept - change
+        if weight.dtype == torch.bfloat16:
+            first = rows.start * weight.shape[1]
+            bits = random_bits(value.shape, step.key, first, value.device)
+            value = round_stochastically(value, bits)
+        weight[rows] = value
 
 
 def _update_vector(weight: Tensor, gradient: Tensor, state: State, step: Step) -> None:
     square, master = state["square"], state.get("master", weight)
-    if has_kernels(weight):
-        from plug.kernels.adafactor import update_vector
-
-        update_vector(
-            weight,
-            master,
-            gradient,
-            square,
-            rate=step.rate,
-            decay=step.decay,
-            kept=step.kept,
-            limit=step.limit,
-            tiny=step.tiny,
-        )
-        return
     gradient = gradient.float()
     square.mul_(step.decay).add_(gradient.square() + step.tiny, alpha=1 - step.decay)
     change = gradient * square.rsqrt()
@@ -112,51 +107,26 @@ def _update_vector(weight: Tensor, gradient: Tensor, state: State, step: Step) -
         weight.copy_(master)
 
 
+def _update_in_kernels(weight: Tensor, gradient: Tensor, state: State, step: Step) -> None:
+    from plug.kernels.adafactor import update_matrix, update_vector
+
+    common = {
+        "rate": step.rate,
+        "decay": step.decay,
+        "kept": step.kept,
+        "limit": step.limit,
+        "tiny": step.tiny,
+    }
+    if weight.ndim == 2:
+        update_matrix(weight, gradient, state["row"], state["column"], key=step.key, **common)
+    else:
+        master = state.get("master", weight)
+        update_vector(weight, master, gradient, state["square"], **common)
+
+
 def has_kernels(weight: Tensor) -> bool:
     """Return whether the step on ``weight`` is taken by Triton's kernels."""
     return weight.is_cuda and importlib.util.find_spec("triton") is not None
-
-
-class _Plain:
-    """The functions of `plug.kernels.adafactor` in PyTorch, some rows at a time."""
-
-    @staticmethod
-    def mean_squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        by_row = gradient.new_empty(len(gradient), dtype=torch.float32)
-        by_column = gradient.new_zeros(gradient.shape[1], dtype=torch.float32)
-        for rows in _some_rows(gradient):
-            square = gradient[rows].float().square()
-            by_row[rows] = square.mean(1)
-            by_column += square.sum(0)
-        return by_row, by_column / len(gradient)
-
-    @staticmethod
-    def weighted_square(gradient: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        sums = [
-            (gradient[rows].float() * row[rows, None] * column).square().sum()
-            for rows in _some_rows(gradient)
-        ]
-        return torch.stack(sums).sum()
-
-    @staticmethod
-    def apply(
-        weight: Tensor,
-        gradient: Tensor,
-        row: Tensor,
-        column: Tensor,
-        factor: Tensor,
-        kept: float,
-        key: int,
-    ) -> None:
-        for rows in _some_rows(weight):
-            change = gradient[rows].float() * row[rows, None] * column * factor
-            value = weight[rows].float() * kept - change
-            if weight.dtype == torch.bfloat16:
-                first = rows.start * weight.shape[1]
-                bits = random_bits(value.shape, key, first, value.device)
-                weight[rows] = round_stochastically(value, bits)
-            else:
-                weight[rows] = value
 
 
 def _some_rows(x: Tensor) -> list[slice]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plug.errors import UsageError
+from plug.errors import UsageError, install
 from plug.finetuning.adafactor import Step, new_state, update
 from plug.finetuning.settings import FinetuneSettings
 
@@ -33,8 +33,7 @@ def check_optimizer(settings: FinetuneSettings) -> None:
     """
     if settings.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
         raise UsageError(
-            "optimizer=adamw8bit 要用 torchao，但它没有安装。"
-            '请运行：pip install "plug-zh[adamw8bit]"'
+            f"optimizer=adamw8bit 要用 torchao，但它没有安装。请运行：{install('adamw8bit')}"
         )
     if settings.optimizer == "adafactor" and (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UsageError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plug.checkpoints.directory import CONFIG_FILE
-from plug.errors import UsageError
+from plug.errors import UsageError, install
 from plug.files import write_json
 from plug.finetuning.settings import FinetuneSettings
 from plug.loading.adapters import ADAPTER_CONFIG, AdaptedLinear, LowRank
@@ -41,9 +41,7 @@ def check_base(settings: FinetuneSettings, directory: Path) -> None:
     scheme = read_scheme(directory / CONFIG_FILE)
     mode = settings.memory
     if settings.is_adapter and importlib.util.find_spec("peft") is None:
-        raise UsageError(
-            f'--memory {mode} 要用 peft，但它没有安装。请运行：pip install "plug-zh[lora]"'
-        )
+        raise UsageError(f"--memory {mode} 要用 peft，但它没有安装。请运行：{install('lora')}")
     if scheme is not None and mode != "qlora":
         why = "不能训练每个权重" if mode == "full" else "--memory lora 要未量化的模型"
         raise UsageError(

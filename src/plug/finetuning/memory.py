@@ -200,11 +200,17 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
         return full
     if settings.memory == "lora":
         return [lora]
+    needs_all = settings.fgm or settings.from_scratch or settings.optimizer != "adamw"
     if case.bits is not None:
+        if needs_all:
+            raise UsageError(
+                f"模型的权重是 {case.bits} 位整数，不能训练每个权重，"
+                "而 fgm、from_scratch、adamw 之外的 optimizer 要训练它们。"
+                "请去掉它，或用量化之前的模型。"
+            )
         return [Mode(memory="qlora", bits=case.bits)]
     if settings.optimizer == "adamw" and settings.can_be_fused and case.cards == 1:
         full.append(fused)
-    needs_all = settings.fgm or settings.from_scratch or settings.optimizer != "adamw"
     needs_lora = settings.rslora or settings.dora
     if needs_all and needs_lora:
         raise UsageError("rslora、dora 用于 LoRA，而 fgm、from_scratch、optimizer 要训练每个权重。")

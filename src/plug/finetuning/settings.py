@@ -248,6 +248,11 @@ class FinetuneSettings:
             raise UsageError(
                 f"quantized_products=fp8 要与 --memory qlora 一起用，现在是 {self.memory}。"
             )
+        if self.is_adapter and self.optimizer != "adamw":
+            raise UsageError(
+                f"optimizer={self.optimizer} 用于训练每个权重，不能与 --memory {self.memory}"
+                " 一起用。LoRA 的优化器状态很小，请用 adamw。"
+            )
         if self.optimizer == "adafactor":
             self._check_fused()
         if self.is_adapter and (self.fgm or self.from_scratch):
@@ -256,11 +261,6 @@ class FinetuneSettings:
 
     def _check_fused(self) -> None:
         """Refuse what needs all gradients at once: they do not exist with `adafactor`."""
-        if self.is_adapter:
-            raise UsageError(
-                f"optimizer=adafactor 用于训练每个权重，不能与 --memory {self.memory} 一起用。"
-                "LoRA 的优化器状态很小，请用 adamw。"
-            )
         for name, (default, what) in _NEED_GRADIENTS.items():
             if getattr(self, name) != default:
                 raise UsageError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from plug.distributed.processes import Line
 from plug.errors import PlugError, UsageError
 from plug.generation.generator import GenerationResult, Generator, Prompt, result_of
 from plug.generation.model_runner import ModelRunner, Size
@@ -30,8 +31,9 @@ from plug.generation.window import prompt_limit, window_length
 logger = logging.getLogger(__name__)
 
 # Source tokens that a step encodes, at most, unless told otherwise. What runs waits for them: on a
-# CPU as long as for ten steps. A card encodes one short source no faster than several.
-_ENCODED_AT_ONCE = {"cpu": 256, "cuda": 4096}
+# CPU as long as for some steps. A card waits for the host while requests are let in, so that more of
+# them join at once (docs/experiments.md).
+_ENCODED_AT_ONCE = {"cpu": 256, "cuda": 16_384}
 
 
 class Request:
@@ -210,12 +212,11 @@ class AsyncEngine:
         capacity: steps from one encoding, at most; None is as many as `generate` uses by default.
             With ``rows`` it decides the memory of the caches.
         max_num_batched_tokens: source tokens of the requests that join in one step, at most; a
-            longer source joins alone. Requests that came together so begin, and end, one after the
-            other, and what runs never waits for all their sources. None is 256 on a CPU, else 4096.
+            longer source joins alone. Requests that came together so begin one after the other, and
+            what runs never waits for all their sources. None is 256 on a CPU, else 16384.
 
     Raises:
-        UsageError: a value is out of range, or the model is sharded over processes, which would
-            have to see the same requests between the same steps.
+        UsageError: a value is out of range.
     """
 
     def __init__(
@@ -242,12 +243,8 @@ class AsyncEngine:
                 f"AsyncEngine 要一个 plug.Generator，或模型的名字或目录，而不是"
                 f" {type(generator).__name__}。"
             )
-        if generator.is_sharded:
-            raise UsageError("多个进程的模型不能用于连续批处理（AsyncEngine）。请用一个进程。")
-        config = generator.config
-        longest = config.max_position_embeddings
-        window = min(capacity or window_length(config, GenerationSettings()), longest)
-        self._size = Size(rows, prompt_limit(config) + 2, window)
+        self._size = _size(generator, rows, capacity)
+        self._line = Line() if generator.is_sharded else None
         self._generator = generator
         self._max_waiting = max_waiting
         device = generator.prepared.device.type
@@ -362,6 +359,8 @@ class AsyncEngine:
                     finished = scheduler.update(runner.step(scheduler.plan()))
                     self._count(began, runner)
                 except Exception as failure:
+                    if self._line is not None:  # where the others are now nobody knows
+                        raise
                     logger.exception("连续批处理的一步出错，其中 %d 个请求失败。", len(working))
                     for work in working.values():
                         work.fail(PlugError(f"写作时出错：{failure}。请重新提交。"))
@@ -374,6 +373,8 @@ class AsyncEngine:
                     working.pop(sequence).finish()
                 for work in working.values():
                     work.report()
+            if self._line is not None:
+                self._line.send(None)
         except Exception as failure:
             error = PlugError(f"连续批处理的线程出错：{failure}。请重新建立 AsyncEngine。")
             raise
@@ -400,6 +401,7 @@ class AsyncEngine:
     def _admit(self, scheduler: Scheduler, working: dict[WrittenSequence, _Work]) -> bool:
         """Let cancelled requests go and waiting ones in; False when closed. Waits while idle."""
         gone = [work for work in working.values() if work.cancelled]
+        news = News([scheduler.running.index(work.sequence) for work in gone], [])
         scheduler.leave([work.sequence for work in gone])
         for work in gone:
             del working[work.sequence]
@@ -409,13 +411,20 @@ class AsyncEngine:
                 for work in [each for each in self._waiting if each.cancelled]:
                     self._waiting.remove(work)
                     work.fail(PlugError("请求已取消。"))
-                self._join(scheduler, working)
+                news.joined.extend(self._join(scheduler, working))
                 if self._closed or scheduler.running:
-                    return not self._closed
+                    break
                 self._changed.wait()
+        if self._closed:
+            return False
+        if self._line is not None:
+            self._line.send(news)
+        return True
 
-    def _join(self, scheduler: Scheduler, working: dict[WrittenSequence, _Work]) -> None:
-        """Let the first ones in, as far as there are slots and tokens to encode."""
+    def _join(
+        self, scheduler: Scheduler, working: dict[WrittenSequence, _Work]
+    ) -> Iterator[Joined]:
+        """Let the first ones in, as far as there are slots and tokens to encode; yield them."""
         left, read = self._encoded_at_once, None
         while self._waiting and not scheduler.is_full:
             sequence = self._waiting[0].sequence
@@ -428,3 +437,53 @@ class AsyncEngine:
             work = self._waiting.popleft()
             working[work.sequence] = work
             scheduler.join(work.sequence)
+            yield Joined(
+                list(sequence.prompt), sequence.rules.window, sequence.settings, sequence.seed
+            )
+
+
+class Joined(NamedTuple):
+    """A text that joins; arguments of `Generator.sequence`."""
+
+    prompt: list[int]
+    window: int
+    settings: GenerationSettings
+    seed: int
+
+
+class News(NamedTuple):
+    """What changes before a step: the numbers of those that leave, and those that join then."""
+
+    gone: list[int]
+    joined: list[Joined]
+
+
+def follow(generator: Generator, *, rows: int, capacity: int | None = None) -> None:
+    """Take part in the steps of an `AsyncEngine`, in every process but the first, until it closes.
+
+    All processes compute the same logits and draw the same tokens. So the first one sends only who
+    joins and who leaves.
+
+    Args:
+        generator: this process's share of the model.
+        rows: of the `AsyncEngine`, as is the next.
+        capacity: see ``rows``.
+
+    Raises:
+        RuntimeError: the first process is gone.
+    """
+    size, line = _size(generator, rows, capacity), Line()
+    runner = ModelRunner(generator.prepared, size)
+    scheduler = Scheduler(size.slots, ahead=runner.ahead)
+    while (news := line.receive()) is not None:
+        scheduler.leave([scheduler.running[index] for index in news.gone])
+        for each in news.joined:
+            scheduler.join(generator.sequence(*each))
+        scheduler.update(runner.step(scheduler.plan()))
+
+
+def _size(generator: Generator, rows: int, capacity: int | None) -> Size:
+    config = generator.config
+    longest = config.max_position_embeddings
+    window = min(capacity or window_length(config, GenerationSettings()), longest)
+    return Size(rows, prompt_limit(config) + 2, window)

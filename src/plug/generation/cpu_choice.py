@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from plug.errors import PlugError
 from plug.files import write_json
@@ -37,6 +37,29 @@ _SAMPLE = PlugConfig(
     vocab_size=4096, num_emitted_tokens=4096, hidden_size=512, num_attention_heads=8,
     intermediate_size=2048, num_hidden_layers=1, num_decoder_layers=2, max_position_embeddings=128,
 )  # fmt: skip
+
+
+def source_product(kernels: Callable[[nn.Linear], Product]) -> Callable[[nn.Linear], Product]:
+    """Return what makes the fastest product of a source with a plain layer; perhaps ``kernels``."""
+
+    def product(linear: nn.Linear) -> Product:
+        best = fastest_source()
+        if best == BFLOAT16 and _fits(linear.weight):
+            return in_bfloat16(linear.weight, linear.bias)
+        return kernels(linear) if best == KERNELS else linear
+
+    return product
+
+
+def plain_product(weight: Tensor, bias: Tensor | None) -> CpuProduct:
+    """Return the product of `kernels/cpu` with a plain weight, in the bits it was saved in."""
+    weight = weight.detach()
+    return CpuProduct(weight.bfloat16() if _fits(weight) else weight, bias)
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether bfloat16 holds float32 weights without loss, as all that were saved in it."""
+    return torch.equal(weight.bfloat16().float(), weight)
 
 
 def fastest_source() -> str:

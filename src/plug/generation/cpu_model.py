@@ -8,7 +8,6 @@ more than the arithmetic does. Sources are read by the modules of the encoder, w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from ctypes import byref
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -17,14 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import is_sharded
-from plug.generation.cpu_choice import (
-    BFLOAT16,
-    KERNELS,
-    PYTORCH,
-    fastest_source,
-    fastest_step,
-    in_bfloat16,
-)
+from plug.generation.cpu_choice import KERNELS, fastest_step, plain_product, source_product
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel, with_products
 from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
@@ -35,7 +27,6 @@ from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
 from plug.model.plug import Decoder, Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
-from plug.quantization.products import Product as ProductFunction
 from plug.quantization.scheme import Scheme
 
 # The products of a layer, in the order in which `step.cpp` has them.
@@ -71,11 +62,7 @@ class CpuModel(PlainModel):
     def _prepare_encoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._products: dict[nn.Module, CpuProduct] = {}
-        for_plain: Callable[[nn.Linear], ProductFunction] = self._product_of
-        if scheme_of(model) is None and fastest_source() == PYTORCH:
-            for_plain = _as_it_is
-        elif scheme_of(model) is None and fastest_source() == BFLOAT16:
-            for_plain = _in_bfloat16
+        for_plain = source_product(self._product_of)
         self._encoder = with_products(
             model.encoder, self._product_of, for_plain, self._adapters, "encoder."
         )
@@ -220,7 +207,7 @@ class CpuModel(PlainModel):
                 assert found is not None, "ask `can_run` first"
             else:
                 assert isinstance(linear, nn.Linear)
-                found = _plain(linear.weight, linear.bias)
+                found = plain_product(linear.weight, linear.bias)
             self._products[linear] = found
         return self._products[linear]
 
@@ -228,26 +215,8 @@ class CpuModel(PlainModel):
         """The product with the word table; in a quantised model with its copy in 8 bits."""
         table = model.embeddings.word_embeddings.weight.detach()
         if scheme_of(model) is None:
-            found = _plain(table, None)
+            found = plain_product(table, None)
         else:
             found = CpuProduct(bias=None, **Scheme.of(8).quantize(table))
         self._kept.append(found)
         return found.product
-
-
-def _as_it_is(linear: nn.Linear) -> ProductFunction:
-    return linear
-
-
-def _in_bfloat16(linear: nn.Linear) -> ProductFunction:
-    return in_bfloat16(linear.weight, linear.bias) if _fits(linear.weight) else linear
-
-
-def _fits(weight: Tensor) -> bool:
-    """Whether bfloat16 holds float32 weights without loss, as all that were saved in it."""
-    return torch.equal(weight.bfloat16().float(), weight)
-
-
-def _plain(weight: Tensor, bias: Tensor | None) -> CpuProduct:
-    weight = weight.detach()
-    return CpuProduct(weight.bfloat16() if _fits(weight) else weight, bias)

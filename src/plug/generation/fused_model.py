@@ -30,7 +30,7 @@ from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import attended
 from plug.kernels.attention import append_and_attend, attend
 from plug.kernels.one_shot import OneShot
-from plug.kernels.packed_linear import Added, PackedLinear
+from plug.kernels.packed_linear import ROWS_AT_ONCE, Added, PackedLinear
 from plug.kernels.rows import Fp8Rows, add_norm, add_norm_fp8, embed
 from plug.loading.estimate import TOKENS_AT_ONCE
 from plug.loading.offload import StreamedLayers
@@ -39,6 +39,8 @@ from plug.model.layers import DecoderLayer, EncoderLayer, KeyValue
 from plug.model.plug import Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
 from plug.quantization.scheme import Scheme
+
+_KEPT_FREE = 0.15  # of a device's memory, for what encoding and sampling need
 
 
 class FusedModel:
@@ -82,6 +84,23 @@ class FusedModel:
         self._head = _head(model)
         self._logits = gather_logits(model, self._head, _gather(one_shot))
         self.granularity = None
+
+    def expect(self, rows: int) -> None:
+        """Make ready for steps of so many rows, where the device has memory left.
+
+        Called when the caches are there. Steps of more than 32 rows read a copy of the decoder's
+        integers in FP8, so that the weights are read once; 15% of the device stay free.
+        """
+        products = [each for layer in self._decoder_layers for each in layer.products]
+        needed = sum(each.fp8_bytes for each in products)
+        if rows <= ROWS_AT_ONCE or not needed:
+            return
+        unused, total = torch.cuda.mem_get_info(self._device)
+        unused += torch.cuda.memory_reserved(self._device)
+        unused -= torch.cuda.memory_allocated(self._device)
+        if unused - needed >= total * _KEPT_FREE:
+            for each in products:
+                each.keep_fp8()
 
     # --- sources ----------------------------------------------------------------------------------
 
@@ -183,20 +202,22 @@ class FusedModel:
         hidden = embed(token_ids.t().contiguous().view(-1), columns.view(-1), self._embeddings)
         delta = None
         for index, layer in enumerate(self._decoder_layers):
-            hidden, normalized = add_norm(hidden, delta, layer.self_attention_norm)
+            in_fp8 = layer.query_key_value.wants_fp8(hidden)
+            normalize = add_norm_fp8 if in_fp8 else add_norm
+            hidden, normalized = normalize(hidden, delta, layer.self_attention_norm)
             query_key_value = layer.query_key_value(normalized)
             keys, values = cache.own[index]
             context = _joined(
                 append_and_attend(new, keys, values, where, early=early)
                 for new, where in zip(query_key_value.split(rows), columns, strict=True)
             )
-            hidden, normalized = add_norm(hidden, layer.out(context), layer.cross_attention_norm)
+            hidden, normalized = normalize(hidden, layer.out(context), layer.cross_attention_norm)
             query = layer.source_query(normalized)
             keys, values = cache.sources[index]
             context = _joined(
                 attend(part, keys, values, cache.source_lengths) for part in query.split(rows)
             )
-            hidden, normalized = add_norm(
+            hidden, normalized = normalize(
                 hidden, layer.source_out(context), layer.feed_forward_norm
             )
             delta = layer.fc2.after(layer.fc1, normalized)
@@ -264,6 +285,11 @@ class _DecoderLayer:
         self.feed_forward_norm = layer.feed_forward_norm
         self.fc1 = PackedLinear(feed_forward.fc1, added=at("feed_forward.fc1"))
         self.fc2 = _row_parallel(feed_forward.fc2, one_shot, at("feed_forward.fc2"))
+        # Of a step; what projects the sources is none of them.
+        self.products = (
+            *(self.query_key_value, self.out, self.source_query),
+            *(self.source_out, self.fc1, self.fc2),
+        )
 
 
 def _query_key_value(

@@ -326,6 +326,7 @@ class ModelRunner:
                     source_length=self.size.source_length,
                     capacity=self.size.window,
                 )
+                self.prepared.model.expect(self.size.slots)
             self.cache.put_source(slot, key_values)
 
     def _rounded(self, rows: int) -> int:

@@ -83,6 +83,9 @@ class PlainModel:
         step_weights = accounting.step_weights(model.config)
         self._uses_one_thread = self._device.type == "cpu" and step_weights < ONE_THREAD_WEIGHTS
 
+    def expect(self, rows: int) -> None:
+        """Make ready for steps of so many rows; `FusedModel` has something to do."""
+
     def encode(
         self, sources: Sequence[Sequence[int]], numbers: Sequence[int] = ()
     ) -> list[list[KeyValue]]:

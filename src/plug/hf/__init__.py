@@ -7,7 +7,7 @@ registers the Auto classes; the names can also be imported from `plug`.
 
 from __future__ import annotations
 
-from plug.errors import PlugError
+from plug.errors import PlugError, install
 
 try:
     from transformers import (
@@ -24,9 +24,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    raise PlugError(
-        '这个类要用 transformers，但它没有安装。请运行：pip install "plug-zh[train]"'
-    ) from None
+    raise PlugError(f"要用 transformers，但它没有安装。请运行：{install('train')}") from None
 
 from plug.hf.base import PlugPreTrainedModel
 from plug.hf.config import PlugTransformersConfig

@@ -22,7 +22,7 @@ from plug.quantization.linear import QuantizedLinear
 # cuBLAS is as fast from here on, with half precision.
 _FEW_ROWS_OF_HALF = 8
 # Rows of one launch, and those up to which several launches are better than an unpacked weight.
-_ROWS_AT_ONCE = 32
+ROWS_AT_ONCE = 32
 _FEW_ROWS_OF_INTEGERS = 64
 # The shape of a block of `skinny_gemm.cu`, by bits and by whether there are more than 8 rows.
 _SHAPES = {
@@ -82,6 +82,7 @@ class PackedLinear:
         self._weight, self._bias = tensors["weight"], tensors["bias"]
         self._scale = tensors.get("scale", self._bias)
         self._row_scale: Tensor | None = None  # of FP8 made of 4 bits
+        self._kept_fp8: Tensor | None = None  # beside the integers
         if self._bits == 4:
             scale, center = tensors["scale"], tensors["center"]
             if self._in_fp8:
@@ -93,8 +94,23 @@ class PackedLinear:
             row_scale = self._scale if self._row_scale is None else self._row_scale
             self._fp8_scale, self._fp8_bias = row_scale[None, :], self._bias.bfloat16()
         self.out_features = len(self._bias)
+        self._in_features = self._weight.shape[1] * (128 if self._bits == 4 else 1)  # of tiles
         self._fits = _fits(self._weight, self._bits, self.out_features)
         self._prefetch = _PREFETCH[self._bits][follows_attention]
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Bytes that `keep_fp8` takes; 0 where it does nothing."""
+        is_needed = self._in_fp8 and self._weight.dtype != FP8 and self._kept_fp8 is None
+        return self.out_features * self._in_features if is_needed else 0
+
+    def keep_fp8(self) -> None:
+        """Keep the weight in FP8 too. More rows than one launch takes then read that, once.
+
+        Without it they read the integers once for each 32 rows, or make FP8 of them each time.
+        """
+        if self.fp8_bytes:
+            self._kept_fp8 = self._as_fp8()
 
     def __call__(self, x: Tensor | Fp8Rows, *, wide: bool = False) -> Tensor:
         """Multiply rows (rows, in) to (rows, out), in x's dtype, or in float32 where ``wide``."""
@@ -130,12 +146,14 @@ class PackedLinear:
 
     def _takes(self, x: Tensor) -> bool:
         few = _FEW_ROWS_OF_HALF if self._bits == 16 else _FEW_ROWS_OF_INTEGERS
+        if self._kept_fp8 is not None:
+            few = ROWS_AT_ONCE
         return self._fits and len(x) <= few
 
     def _skinny(self, x: Tensor, *, gelu: bool = False, wide: bool = False) -> Tensor:
         dtype = torch.float32 if wide else x.dtype
         out = torch.empty(len(x), self.out_features, dtype=dtype, device=x.device)
-        for rows, result in zip(x.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
+        for rows, result in zip(x.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE), strict=True):
             tiles = 1 if len(rows) <= 8 else 2 if len(rows) <= 16 else 4
             kernel, outputs, threads = _kernel(self._bits, x.dtype, tiles, x.device.index)
             arguments = [
@@ -161,11 +179,7 @@ class PackedLinear:
         return F.linear(x, weight.to(x.dtype), self._bias)
 
     def _multiply_fp8(self, x: Fp8Rows) -> Tensor:
-        weight = self._weight
-        if self._bits == 4:
-            weight = unpack_4bit(weight, self._scale, self._row_scale)
-        elif weight.dtype != FP8:
-            weight = weight.to(FP8)
+        weight = self._as_fp8() if self._kept_fp8 is None else self._kept_fp8
         result = torch._scaled_mm(
             x.values,
             weight.t(),
@@ -176,6 +190,11 @@ class PackedLinear:
             use_fast_accum=True,
         )
         return result.to(x.dtype)
+
+    def _as_fp8(self) -> Tensor:
+        if self._bits == 4:
+            return unpack_4bit(self._weight, self._scale, self._row_scale)
+        return self._weight.to(FP8)
 
 
 def has_fp8(device: torch.device) -> bool:

@@ -71,7 +71,7 @@ def _launch_add_norm(
         HAS_DELTA=delta is not None,
         IN_FP8=scale is not None,
         BLOCK=triton.next_power_of_2(size),
-        num_warps=_warps(size),
+        num_warps=warps(size),
         **overlap(x.device),
     )
     return total
@@ -94,7 +94,7 @@ def embed(token_ids: Tensor, positions: Tensor, embeddings: Any) -> Tensor:
         embeddings.layer_norm.eps,
         size,
         BLOCK=triton.next_power_of_2(size),
-        num_warps=_warps(size),
+        num_warps=warps(size),
         **overlap(out.device),
     )
     return out
@@ -117,7 +117,7 @@ def quantize_rows(x: Tensor, *, gelu: bool = False) -> Fp8Rows:
         size,
         GELU=gelu,
         BLOCK=block,
-        num_warps=_warps(size),
+        num_warps=warps(size),
         **overlap(x.device),
     )
     return out
@@ -129,8 +129,9 @@ def gelu_(x: Tensor) -> Tensor:
     return x
 
 
-def _warps(size: int) -> int:
-    return min(16, max(1, size // 1024))
+def warps(size: int, most: int = 16) -> int:
+    """Return one warp for each 1,024 elements of a row, at least 1; Triton takes powers of two."""
+    return min(most, 2 ** (max(1, size // 1024).bit_length() - 1))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from plug.kernels.rows import FP8, Fp8Rows
+from plug.kernels.rows import FP8, Fp8Rows, warps
 
 _BLOCK = 4096  # elements of a program of an elementwise kernel
 
@@ -255,7 +255,7 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     rows, size = x.shape
     _norm[(rows,)](
         x, layer.weight, layer.bias, out, layer.eps, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=min(16, _warps(size)),
+        BLOCK=triton.next_power_of_2(size), num_warps=warps(size),
     )  # fmt: skip
     return out
 
@@ -272,7 +272,7 @@ def norm_backward_(gradient: Tensor, x: Tensor, layer: nn.LayerNorm, residual: T
     rows, size = x.shape
     _norm_backward[(rows,)](
         gradient, x, layer.weight, residual, layer.eps, size,
-        BLOCK=triton.next_power_of_2(size), num_warps=min(16, _warps(size)),
+        BLOCK=triton.next_power_of_2(size), num_warps=warps(size),
     )  # fmt: skip
     return gradient
 
@@ -294,7 +294,7 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     _quantize[(rows,)](
         x, x if units is None else units, out.values, out.scale, size, x.stride(0),
         GELU=gelu, UNITS=units is not None,
-        BLOCK=triton.next_power_of_2(size), num_warps=min(_SHAPES["quantize"].warps, _warps(size)),
+        BLOCK=triton.next_power_of_2(size), num_warps=warps(size, _SHAPES["quantize"].warps),
     )  # fmt: skip
     return out
 
@@ -364,10 +364,6 @@ def _total(parts: Tensor) -> Tensor:
 
 def _whole(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
-
-
-def _warps(size: int) -> int:
-    return min(32, max(1, size // 1024))
 
 
 def _dropout(rate: float, seed: int) -> tuple[int, int, int]:

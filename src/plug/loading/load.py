@@ -22,6 +22,7 @@ from plug.loading.adapters import attach, read_adapter
 from plug.loading.estimate import STREAMED_AT_ONCE, Room
 from plug.loading.memory import check_dtype, check_host_memory, check_memory
 from plug.loading.offload import DeviceMap, choose, is_elsewhere, keep_elsewhere, layer_bytes
+from plug.loading.page_cache import read_ahead
 from plug.loading.transfer import Part, Transfer
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
@@ -102,6 +103,7 @@ def load(
     elif device.type == "cpu" and not kept:
         if dtype == torch.float32:
             check_host_memory(model.config, _saved_bits(model, places), room)
+        read_ahead(place.file for place in places.values())
         mapped = ((name, x.to(specs[name].dtype)) for name, x in map_tensors(places))
         weights = dict(finite(directory, mapped))
         model.load_state_dict(weights, assign=True)

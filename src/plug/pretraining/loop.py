@@ -6,6 +6,7 @@ rate of a step depend on the seed and the step alone, so a resumed run is exact.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +25,14 @@ from plug.pretraining import losses as loss_functions
 from plug.pretraining.batches import Batch, PalmBatches, StructBertBatches, global_batch_tokens
 from plug.pretraining.gradients import Gradients
 from plug.pretraining.optimization import learning_rate_scale
-from plug.pretraining.record import Record
+from plug.pretraining.record import FIELDS, MORE_FIELDS, Record
 from plug.pretraining.settings import RunConfig
+from plug.pretraining.spikes import check_skipped, is_spike
 from plug.pretraining.state import State
+from plug.pretraining.watching import PROCESS_FIELDS, Meter, open_board
 from plug.progress import StepProgress
+
+logger = logging.getLogger(__name__)
 
 Batches = StructBertBatches | PalmBatches
 LossFunction = Callable[[Plug, Batch], dict[str, Tensor]]
@@ -43,54 +48,43 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
         PlugError: a loss is no longer a number.
     """
     config, first = state.config, processes.is_first
-    record = Record(output / "log.csv", LOSSES[state.stage], state.step) if first else None
+    passed_over = {number - 1 for number in config.skip_steps}
+    todo = [step for step in range(state.step, config.steps) if step not in passed_over]
+    logs = _Logs(state, processes, output)
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(state.step, config.steps),
+        sampler=todo,
         num_workers=config.workers,
         pin_memory=processes.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
     gradients = Gradients(state.model.named_parameters(), processes.world_size)
-    vote = Vote(processes.world_size)
+    vote = logs.vote
     schedule = _Schedule(config)
-    seconds_before = record.seconds_before if record else 0.0
-    began = since = perf_counter()
-    tokens_since = state.tokens
     with Interrupts() as interrupts, StepProgress(config.steps, state.step, first) as progress:
-        for step, batch in enumerate(loader, start=state.step):
-            means, grad_norm = take_step(state, gradients, batch, processes, step)
+        for step, batch in zip(todo, logs.meter.batches(loader), strict=True):
+            state.skipped += sorted(n for n in passed_over if state.step <= n < step)
+            means, grad_norm = take_step(state, gradients, batch, processes, vote, step)
             state.step, state.tokens = (
                 step + 1,
                 state.tokens + global_batch_tokens(batch, config.batch_tokens),
             )
-            is_last = state.step == config.steps
+            is_last = step == todo[-1]
             # One clock decides, and all stop at the same step.
             wish = interrupts.asked or (_SAVE if first and schedule.is_due(state.step) else 0)
             agreed = 0 if is_last else vote(wish)
-            logs = state.step % config.log_every == 0 or is_last
-            if logs or agreed:
+            is_logged = state.step % config.log_every == 0 or is_last
+            is_applied = step not in state.skipped[-1:]
+            if is_logged or agreed:
                 values = {name: float(mean) for name, mean in means.items()}
-                _check_finite({**values, "grad_norm": float(grad_norm)}, state.step)
-            if logs:
-                now = perf_counter()  # float() above waited for the device
-                rate = (state.tokens - tokens_since) / (now - since)
-                since, tokens_since = now, state.tokens
-                row = {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "seconds": round(seconds_before + now - began, 2),
-                    "tokens_per_second": round(rate),
-                    "learning_rate": state.optimizers[0].param_groups[0]["lr"],
-                    "grad_norm": round(float(grad_norm), 4),
-                    **{name: round(value, 6) for name, value in values.items()},
-                }
-                if record:
-                    record.add(row)
+                if is_applied:
+                    _check_finite({**values, "grad_norm": float(grad_norm)}, state.step)
+            if is_logged:
+                rate = logs.add(state, values, float(grad_norm))
                 progress.update(state.step, rate, values)
-            if agreed and record:
-                record.sync()  # the log reaches the disk before the checkpoint that counts on it
+            if agreed and first:
+                logs.sync()  # the log reaches the disk before the checkpoint that counts on it
                 state.save(output, processes.world_size)
                 schedule.saved()
             if agreed > _SAVE:
@@ -101,6 +95,67 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
                     "用同样的命令加 --resume 接着训练。",
                     agreed,
                 )
+    logs.close()
+
+
+class _Logs:
+    """What the run writes down of itself; the first process writes, all measure."""
+
+    def __init__(self, state: State, processes: Processes, output: Path) -> None:
+        self.vote = Vote(processes.world_size)
+        self.meter = Meter(state.model.config, processes.device)
+        self._log = self._processes = self._board = None
+        if processes.is_first:
+            fields = [*FIELDS, *LOSSES[state.stage], *MORE_FIELDS]
+            self._log = Record(output / "log.csv", fields, state.step)
+            if processes.world_size > 1:
+                self._processes = Record(output / "processes.csv", PROCESS_FIELDS, state.step)
+            if state.config.tensorboard:
+                self._board = open_board(str(output / "tensorboard"), state.step)
+        self._before = self._log.seconds_before if self._log else 0.0
+        self._began = self._since = perf_counter()
+        self._tokens = state.tokens
+
+    def add(self, state: State, losses: dict[str, float], grad_norm: float) -> float:
+        """Write a row of the log; called by all processes. Returns the tokens a second."""
+        measured = self.meter.read()
+        everyone = self.vote.gather(list(measured.values()))
+        now = perf_counter()
+        rate = (state.tokens - self._tokens) / (now - self._since)
+        self._since, self._tokens = now, state.tokens
+        if self._log is None:
+            return rate
+        row = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": round(self._before + now - self._began, 2),
+            "tokens_per_second": round(rate),
+            "learning_rate": state.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": round(grad_norm, 4),
+            **{name: round(value, 6) for name, value in losses.items()},
+            **{name: measured[name] for name in ("mfu", "memory_gb", "data_wait")},
+            "skipped": len(state.skipped),
+        }
+        self._log.add(row)
+        if self._processes is not None:
+            for number, values in enumerate(everyone):
+                named = dict(zip(measured, values, strict=True))
+                self._processes.add({"step": state.step, "process": number, **named})
+        if self._board is not None:
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], state.step)
+        return rate
+
+    def sync(self) -> None:
+        for each in (self._log, self._processes):
+            if each is not None:
+                each.sync()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
 
 
 class _Schedule:
@@ -119,9 +174,14 @@ class _Schedule:
 
 
 def take_step(
-    state: State, gradients: Gradients, batch: Batch, processes: Processes, step: int
+    state: State,
+    gradients: Gradients,
+    batch: Batch,
+    processes: Processes,
+    vote: Vote,
+    step: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Take optimiser step number ``step`` (from 0).
+    """Take optimiser step number ``step`` (from 0), unless its gradient is a spike.
 
     Returns:
         The mean losses by name, and the gradient's norm; left on the device.
@@ -145,16 +205,30 @@ def take_step(
         sums += together.detach()
     waiting = dist.all_reduce(sums, async_op=True) if processes.world_size > 1 else None
     grad_norm = gradients.finish(config.clip_grad_norm)
+    if config.skip_spikes and vote(
+        int(is_spike(float(grad_norm), state.norms, config.skip_spikes))
+    ):
+        if processes.is_first:
+            logger.warning("第 %d 步的梯度范数 %.4g 远大于平常，跳过这一步。", step + 1, grad_norm)
+        state.skipped.append(step)
+        check_skipped(state.skipped, step)
+    else:
+        _apply(state, step)
+    gradients.clear()
+    if waiting is not None:
+        waiting.wait()
+    return dict(zip(names, (sums / counts).unbind(), strict=True)), grad_norm
+
+
+def _apply(state: State, step: int) -> None:
+    """Change the weights by the gradients that they have."""
+    config = state.config
     warmup = round(config.warmup_fraction * config.steps)
     scale = learning_rate_scale(step, config.steps, warmup, config.schedule)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * scale
         optimizer.step()
-    gradients.clear()
-    if waiting is not None:
-        waiting.wait()
-    return dict(zip(names, (sums / counts).unbind(), strict=True)), grad_norm
 
 
 def _count(batch: Batch, processes: Processes) -> tuple[list[str], Tensor]:

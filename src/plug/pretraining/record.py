@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,28 @@ from plug.files import new_file, sync
 logger = logging.getLogger(__name__)
 
 FIELDS = ["step", "tokens", "seconds", "tokens_per_second", "learning_rate", "grad_norm"]
+# Model FLOPs as a share of the card's measured product, peak memory of the first process, share of
+# the time that was spent waiting for batches, steps passed over so far.
+MORE_FIELDS = ["mfu", "memory_gb", "data_wait", "skipped"]
 
 
 class Record:
-    """`log.csv`: `FIELDS`, then the losses by name in nats a prediction.
+    """A CSV file with a row every few steps.
+
+    `log.csv` has `FIELDS`, then the losses by name in nats a prediction, then `MORE_FIELDS`.
 
     Args:
         path: the file; with ``resume_step`` its rows up to that step stay.
-        losses: names of the loss columns.
+        fields: its columns, `step` first.
         resume_step: the step the run goes on from, 0 for a new run.
     """
 
-    def __init__(self, path: Path, losses: list[str], resume_step: int) -> None:
-        self.path = path
-        self.fields = FIELDS + losses
-        kept = [row for row in read_rows(path) if row["step"] <= resume_step] if resume_step else []
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+    def __init__(self, path: Path, fields: list[str], resume_step: int) -> None:
+        self.path, self.fields = path, fields
+        required = FIELDS if set(FIELDS) <= set(fields) else fields
+        rows = read_rows(path, required) if resume_step else []
+        kept = [row for row in rows if row["step"] <= resume_step]
+        self.seconds_before = kept[-1].get("seconds", 0.0) if kept else 0.0
         with new_file(path, newline="") as file:
             writer = csv.DictWriter(file, self.fields, restval="", extrasaction="ignore")
             writer.writeheader()
@@ -43,8 +50,10 @@ class Record:
         sync(self.path)
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a `log.csv`, numbers as numbers, empty cells left out.
+def read_rows(path: Path, required: Sequence[str] = FIELDS) -> list[dict[str, float]]:
+    """The rows of a `log.csv`, or of a file with other ``required`` columns.
+
+    Numbers are numbers, empty cells are left out.
 
     A last line without its end is passed over: the run was killed as it wrote it. So are rows that
     are no numbers, with a warning.
@@ -58,13 +67,20 @@ def read_rows(path: Path) -> list[dict[str, float]]:
             row = {name: float(value) for name, value in cells.items() if value}
         except (TypeError, ValueError):  # words, or more cells than columns
             row = {}
-        if row.keys() >= set(FIELDS):
+        if row.keys() >= set(required):
             rows.append(row)
         else:
             broken += 1
     if broken:
         logger.warning("%s 有 %d 行读不懂，已略去。", path, broken)
     return rows
+
+
+def loss_curves(rows: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Return (millions of tokens seen, loss) by the loss's name."""
+    others = {*FIELDS, *MORE_FIELDS}
+    names = dict.fromkeys(key for row in rows for key in row if key not in others)
+    return {name: [(r["tokens"] / 1e6, r[name]) for r in rows if name in r] for name in names}
 
 
 def plot_losses(log: Path, image: Path) -> None:
@@ -80,11 +96,11 @@ def plot_losses(log: Path, image: Path) -> None:
 
     rows = read_rows(log)
     figure, axes = plt.subplots(figsize=(8, 5))
-    for name in dict.fromkeys(key for row in rows for key in row if key not in FIELDS):
-        points = [(row["tokens"] / 1e6, row[name]) for row in rows if name in row]
+    curves = loss_curves(rows)
+    for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
     # the first steps of a new model may be far above everything that follows: let them run out
-    settled = [row[key] for row in rows[len(rows) // 50 :] for key in row if key not in FIELDS]
+    settled = [loss for points in curves.values() for _, loss in points[len(rows) // 50 :]]
     axes.set_ylim(bottom=0, top=1.1 * max(settled, default=1.0))
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats a prediction)")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from plug.checkpoints.directory import find_model_directory, refuse_quantized
 from plug.distributed.processes import Processes, start_processes
-from plug.errors import PlugError, UsageError
+from plug.errors import PlugError, UsageError, install
 from plug.files import hold, recover
 from plug.loading.load import load
 from plug.loading.save import save
@@ -24,6 +24,7 @@ from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
 from plug.pretraining.compiled import compile_model, keep_bf16
+from plug.pretraining.end_page import write_page
 from plug.pretraining.loop import Batches, train
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
@@ -84,6 +85,7 @@ def pretrain(
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
             if processes.is_first:
                 _plot(output)
+                write_page(output, stage, config, state.skipped)
 
 
 def _wait(processes: Processes) -> None:
@@ -100,7 +102,7 @@ def _plot(output: Path) -> None:
     try:
         plot_losses(output / "log.csv", output / "loss.png")
     except ImportError:
-        print('没有画损失曲线：请安装 pip install "plug-zh[train]"。', file=sys.stderr)  # noqa: T201
+        print(f"没有画损失曲线。要画，请安装：{install('train')}", file=sys.stderr)  # noqa: T201
 
 
 @contextmanager

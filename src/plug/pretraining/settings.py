@@ -22,7 +22,14 @@ _POSITIVE = (
     "learning_rate",
     "clip_grad_norm",
 )
-_NOT_NEGATIVE = ("weight_decay", "domain_exponent", "workers", "checkpoint_minutes", "seed")
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "domain_exponent",
+    "workers",
+    "checkpoint_minutes",
+    "seed",
+    "skip_spikes",
+)
 _SHARES = (
     "warmup_fraction",
     "mlm_fraction",
@@ -76,6 +83,12 @@ class RunConfig:
     checkpoint_every: int = 1000  # steps
     checkpoint_minutes: float = 10.0  # a checkpoint is due after so long as well; 0: by steps alone
     log_every: int = 10  # steps
+    tensorboard: bool = False  # write TensorBoard files as well (extra `tensorboard`)
+    # A step whose gradient's norm exceeds so many times the median of the last 100 is not applied,
+    # nor one whose gradient is not a number (0: all are applied). At least 2.
+    skip_spikes: float = 0.0
+    # Numbers (from 1) of steps whose batch is passed over; may be added when resuming.
+    skip_steps: list[int] = field(default_factory=list)
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -111,6 +124,13 @@ class RunConfig:
             raise UsageError(f"设置 domain_exponent={self.domain_exponent} 应不大于 10。")
         if self.seed > _LARGEST_SEED:
             raise UsageError(f"设置 seed={self.seed} 应不大于 {_LARGEST_SEED}。")
+        if 0 < self.skip_spikes < 2:
+            raise UsageError(f"设置 skip_spikes={self.skip_spikes} 应为 0（不跳过）或不小于 2。")
+        steps = self.skip_steps
+        if not (isinstance(steps, list) and all(type(n) is int and n >= 1 for n in steps)):
+            raise UsageError(
+                f"设置 skip_steps={steps!r} 应为不小于 1 的步数的列表，如 [120, 121]。"
+            )
         betas = self.betas
         if not (
             isinstance(betas, list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ SETTINGS_FILE = "settings.json"
 STATE_FILE = "training_state.pt"
 CHECKPOINT = "checkpoint"  # a model directory with `STATE_FILE`
 MODEL = "model"  # the model directory that a finished run leaves
-# settings that change nothing of what is computed
+# settings that change nothing of what is computed, and those that pass steps over
 FREE_ON_RESUME = frozenset(
-    {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every"}
+    {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every", "tensorboard"}
+    | {"skip_spikes", "skip_steps"}
 )
 
 
@@ -40,6 +41,8 @@ class Saved:
     step: int
     tokens: int
     optimizers: list[dict[str, Any]]
+    norms: list[float]
+    skipped: list[int]
 
 
 @dataclass(slots=True)
@@ -53,6 +56,8 @@ class State:
     optimizers: list[Optimizer]
     step: int = 0  # optimiser steps done
     tokens: int = 0  # seen in them, by all processes
+    norms: list[float] = field(default_factory=list)  # of the gradient; see `spikes.is_spike`
+    skipped: list[int] = field(default_factory=list)  # steps (from 0) that were passed over
 
     def save(self, output: Path, world_size: int) -> None:
         """Replace the checkpoint in ``output``, or leave the old one if that fails."""
@@ -63,6 +68,8 @@ class State:
             "world_size": world_size,
             "config": dataclasses.asdict(self.config),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "norms": self.norms,
+            "skipped": self.skipped,
         }
         with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
             write_model(self.model, directory, tokenizer=self.tokenizer)
@@ -80,6 +87,7 @@ class State:
             _check_optimizer(optimizer, values, saved)
             optimizer.load_state_dict(values)
         self.step, self.tokens = saved.step, saved.tokens
+        self.norms, self.skipped = list(saved.norms), list(saved.skipped)
 
 
 def check_output(output: Path, *, resume: bool) -> None:
@@ -141,7 +149,10 @@ def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> 
         raise _damaged(path, "步数、词元数或进程数不对")
     before = {"stage": values["stage"], **values["config"]}
     processes_before = values["world_size"]
-    saved = Saved(path, values["step"], values["tokens"], values["optimizers"])
+    norms, skipped = (values.get(name, []) for name in ("norms", "skipped"))
+    if not (_are(norms, float) and _are(skipped, int)):
+        raise _damaged(path, "跳过的步数或梯度的记录不对")
+    saved = Saved(path, values["step"], values["tokens"], values["optimizers"], norms, skipped)
     _check_same(path, before, stage, config)
     # Batches are the same whatever the number of processes; the draws of dropout are not.
     if config.dropout and processes_before != world_size:
@@ -152,6 +163,10 @@ def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> 
             f"（torchrun --nproc-per-node {processes_before}），或换一个 output 重新训练。"
         )
     return saved
+
+
+def _are(values: object, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def _check_same(path: Path, before: dict[str, Any], stage: int, config: RunConfig) -> None:
@@ -194,7 +209,8 @@ def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
             wanted = torch.Size() if name == "step" else parameters[index].shape
             if not isinstance(value, Tensor) or value.shape != wanted:
                 raise _damaged(saved.path, "优化器的状态与参数的形状不符")
-            if name == "step" and value.item() != saved.step:
+            # Fewer where steps were passed over, or where no loss depended on the weight.
+            if name == "step" and not 0 < value.item() <= saved.step:
                 raise _damaged(saved.path, "优化器的步数与检查点的不符")
             tensors[f"optimizer.{index}.{name}"] = value
     check_finite(saved.path, tensors.items())

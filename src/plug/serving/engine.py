@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
-from plug.errors import PlugError
+from plug.errors import PlugError, UsageError
 from plug.generation.async_engine import AsyncEngine, EngineStats, Progress
 from plug.generation.generator import GenerationResult, Generator
 from plug.generation.settings import GenerationSettings
@@ -73,6 +73,8 @@ class Engine:
         listener: Listener,
         adapter: int,
     ) -> Handle:
+        if self.generator.is_sharded:
+            raise UsageError("模型分在多个进程上时不能用束搜索。请用 num_beams=1。")
         self.generator.window(settings)  # refuses what this model cannot do
         self.generator.check_adapter(adapter)
         cancelled = threading.Event()

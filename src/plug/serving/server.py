@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 from plug.serving.app import create_app
 from plug.serving.models import ServedModel
 from plug.serving.record import JsonLines, log_event, logger
@@ -41,6 +41,8 @@ def serve(
     settings: ServeSettings,
     loader: Loader | None = None,
     on_started: Callable[[str], None] | None = None,
+    *,
+    ends_with_engines: bool = False,
 ) -> None:
     """Serve until a signal ends it.
 
@@ -49,17 +51,21 @@ def serve(
         settings: see ``models``.
         loader: see ``models``.
         on_started: called with the address when the server listens.
+        ends_with_engines: end when a model's engine has died, where `/health` would say so.
 
     Raises:
         UsageError: the address or the path cannot be listened on.
+        PlugError: an engine has died.
     """
     _allow_many_connections()
     app = create_app(models, settings, loader)
     with listen(settings) as listening:
         set_up_logs()
-        server = Server(app, on_started)
+        server = Server(app, on_started, ends_with_engines=ends_with_engines)
         try:
             server.run(sockets=[listening])
+            if ends_with_engines and not server.service.is_alive:
+                raise PlugError("写作的线程已停止，服务结束。原因见上面的日志。")
         finally:
             server.service.close()
 
@@ -67,8 +73,15 @@ def serve(
 class Server(uvicorn.Server):
     """uvicorn's, but a signal first lets what runs end."""
 
-    def __init__(self, app: FastAPI, on_started: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        on_started: Callable[[str], None] | None = None,
+        *,
+        ends_with_engines: bool = False,
+    ) -> None:
         super().__init__(_config(app))
+        self._ends_with_engines = ends_with_engines
         self._on_started = on_started
         self.service: Service = app.state.service
         self._draining: asyncio.Task[None] | None = None
@@ -101,6 +114,12 @@ class Server(uvicorn.Server):
         if self._draining is None:
             log_event(logging.INFO, event="draining", running=len(self.service.jobs))
             self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends the server."""
+        if self._ends_with_engines and not self.service.is_alive:
+            self.drain()
+        return await super().on_tick(counter)
 
     async def _drain(self) -> None:
         await self.service.drain()

@@ -66,6 +66,11 @@ class ServeSettings:
         "directory whose subdirectories `/v1/models/load` may load while the server runs",
         unset=("不允许", "None: off"),
     )  # fmt: skip
+    replicas: int = option(
+        1, Int(1, 64),
+        "几个相同的副本，由 Ray Serve 分派请求（需要安装 ray）；一个副本用一张显卡。",
+        "copies of the server, behind Ray Serve's proxy (extra `ray`); on GPUs one card each",
+    )  # fmt: skip
     max_num_seqs: int = option(
         16, Int(1, 1024),
         "同时写的段数，与 vLLM 的同名选项相同。",
@@ -76,7 +81,7 @@ class ServeSettings:
         "一步里最多编码多少个输入词元；小则首字快、正在写的不停顿，大则总的快。",
         "source tokens encoded in one step; the others wait for the next, so that what runs is not "
         "held up by all sources that came together",
-        unset=("CPU 上 256，显卡上 4096", "256 on a CPU, 4096 on a GPU"),
+        unset=("CPU 上 256，显卡上 16384", "256 on a CPU, 16384 on a GPU"),
     )  # fmt: skip
     gpu_memory_utilization: float = option(
         0.9, Float(0.01, 1),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from plug.kernels.cpu import build
 from plug.kernels.cpu.build import library, library_file
 
 
@@ -68,3 +69,27 @@ def test_a_damaged_library_is_not_loaded(own_cache: Path, caplog: pytest.LogCapt
 
     assert library() is None
     assert str(library_file()) in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_processor_that_lacks_the_instructions_is_found_before_they_are_used(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        build, "_CHECK", "import os, signal, sys; os.kill(os.getpid(), signal.SIGILL)"
+    )
+
+    assert library() is None
+    assert "处理器没有其中的指令" in caplog.text
+    assert not list(own_cache.glob("*.so"))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_target_that_no_compiler_knows_is_said(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PLUG_CPU_TARGET", "no-such-processor")
+
+    assert library() is None
+    assert "no-such-processor" in caplog.text
+    assert not list(own_cache.glob("*.so"))

@@ -16,7 +16,7 @@ from typing import Any
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory
 from plug.checkpoints.hub import CONFIGURATION_FILE
-from plug.errors import PlugError, UsageError
+from plug.errors import PlugError, UsageError, install
 from plug.shipped import SHIPPED_MODEL
 
 TESTED = "1.40.2"  # the version of modelscope that the tests ran with
@@ -58,7 +58,7 @@ def switch_on() -> None:
         from modelscope.utils.import_utils import LazyImportModule
     except ModuleNotFoundError as error:
         raise UsageError(
-            f'要和 ModelScope 一起用，缺少 {error.name}。请安装：pip install "plug-zh[modelscope]"'
+            f"要和 ModelScope 一起用，缺少 {error.name}。请安装：{install('modelscope')}"
         ) from error
     except ImportError as error:
         raise _changed(str(error)) from error

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,9 @@ def library() -> ctypes.CDLL | None:
         try:
             _build_once([compiler, *_FLAGS, *_target()], target)
         except (OSError, PlugError) as error:
-            logger.warning("没能编译（%s），用 PyTorch 的乘法，量化模型会慢一些。", error)
+            logger.warning(
+                "没能编译（%s），用 PyTorch 的乘法，会慢一些。%s", error, _way_out(target)
+            )
             return None
     try:
         return _declared(ctypes.CDLL(str(target)))
@@ -79,6 +82,12 @@ def library_file() -> Path:
     own = os.environ.get("XDG_CACHE_HOME")
     folder = Path(own) if own else Path("~/.cache").expanduser()
     return folder / "plug" / f"cpu-{content.hexdigest()[:16]}.so"
+
+
+def _way_out(target: Path) -> str:
+    """What helps where the user's cache cannot be written, as in a container's home."""
+    folder = next(each for each in target.parents if each.exists())
+    return "" if os.access(folder, os.W_OK) else "请把环境变量 XDG_CACHE_HOME 设为能写的目录。"
 
 
 def _target() -> list[str]:
@@ -124,6 +133,8 @@ def _run(command: list[str], name: str) -> None:
         raise PlugError(f"{name} 没有成功：{error}") from error
     if run.returncode:
         reason = (run.stderr.strip() or f"退出码 {run.returncode}").splitlines()[0]
+        if run.returncode == -getattr(signal, "SIGILL", 0):
+            reason = "处理器没有其中的指令"
         raise PlugError(f"{name} 没有成功：{reason}")
 
 

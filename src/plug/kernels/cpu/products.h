@@ -108,6 +108,7 @@ inline void by_rows(int64_t rows, const Act& act, int64_t row = 0) {
 }
 
 inline void put(float* y, const Floats& values, const float* bias, int64_t count) {
+  if (count == LANES) return store(y, bias ? add(values, load(bias)) : values);
   float lanes[LANES];
   store(lanes, values);
   for (int64_t i = 0; i < count; ++i) y[i] = lanes[i] + (bias ? bias[i] : 0);

@@ -45,7 +45,11 @@ struct Shape {
 };
 
 inline float dot(const float* a, const float* b, int64_t count) {
-  return sum_over<float>(count, [&](int64_t i) { return a[i] * b[i]; });
+  Floats sum = zero();
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) sum = multiply_add(load(a + i), load(b + i), sum);
+  if (i < count) sum = multiply_add(load_some(a + i, count - i), load_some(b + i, count - i), sum);
+  return sum_of(sum);
 }
 
 void normalize(const float* x, const Norm& norm, int64_t hidden, double eps, float* y) {
@@ -58,8 +62,8 @@ void normalize(const float* x, const Norm& norm, int64_t hidden, double eps, flo
 // One head of one token: softmax(query keys / sqrt(head_dim)) values, over the first `count` positions.
 void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim, float* context) {
   static thread_local std::vector<float> own;
-  own.resize(count + head_dim);
-  float *chances = own.data(), *sum = chances + count;
+  own.resize(count);
+  float* chances = own.data();
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
   float largest = -INFINITY;
   for (int64_t i = 0; i < count; ++i) {
@@ -67,11 +71,23 @@ void attend(const float* query, const float* keys, const float* values, int64_t 
     largest = std::max(largest, chances[i]);
   }
   for (int64_t i = 0; i < count; ++i) chances[i] = exp_of_negative(chances[i] - largest);
-  const float total = sum_over<float>(count, [&](int64_t i) { return chances[i]; });
-  std::fill_n(sum, head_dim, 0.0f);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < head_dim; ++d) sum[d] += chances[i] * values[i * head_dim + d];
-  for (int64_t d = 0; d < head_dim; ++d) context[d] = sum[d] / total;
+  const float share = 1 / sum_over<float>(count, [&](int64_t i) { return chances[i]; });
+  int64_t d = 0;
+  for (; d + 4 * LANES <= head_dim; d += 4 * LANES) {
+    Floats sums[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t i = 0; i < count; ++i)
+      UNROLL for (int j = 0; j < 4; ++j)
+        sums[j] = multiply_add(all(chances[i]), load(values + i * head_dim + d + j * LANES), sums[j]);
+    UNROLL for (int j = 0; j < 4; ++j) store(context + d + j * LANES, multiply(sums[j], all(share)));
+  }
+  for (; d < head_dim; d += LANES) {
+    const int64_t left = std::min<int64_t>(head_dim - d, LANES);
+    Floats sum = zero();
+    for (int64_t i = 0; i < count; ++i) sum = multiply_add(all(chances[i]), load_some(values + i * head_dim + d, left), sum);
+    float lanes[LANES];
+    store(lanes, multiply(sum, all(share)));
+    std::copy_n(lanes, left, context + d);
+  }
 }
 
 // The exact GELU.

@@ -1,4 +1,4 @@
-// The reading room: labels, masks, entities and answers, where the models can.
+// The reading room: labels, masks, entities, answers and questions, where the models can.
 
 import { call } from "./api.js";
 import { t } from "./words.js";
@@ -8,6 +8,7 @@ const TASKS = {
   fill_mask: { name: "填空", fields: [["text", "含 [MASK] 的文字"]], example: { text: "中国的首都是北[MASK]。" } },
   tag: { name: "实体", fields: [["text", "文字"]], example: { text: "李雷在北京大学读书。" } },
   answer: { name: "问答", fields: [["text", "文字"], ["question", "问题"]], example: { text: "北京大学创办于1898年，是中国近代第一所国立综合性大学。", question: "北京大学是哪一年创办的？" } },
+  questions: { name: "出题", fields: [["text", "文字"], ["answer", "答案（文字里的一段）"]], example: { text: "北京大学创办于1898年，是中国近代第一所国立综合性大学。", answer: "1898年" } },
 };
 
 const make = (tag, more = {}, ...children) => {
@@ -25,8 +26,8 @@ export function openReadingRoom(room, models, complain) {
   const choose = (task) => {
     const { fields, example, name } = TASKS[task];
     for (const chip of chips.children) chip.setAttribute("aria-pressed", chip.dataset.task === task);
-    const inputs = fields.map(([field, label], index) => {
-      const input = make(index && field === "question" ? "input" : "textarea", { name: field, required: true, value: example[field] });
+    const inputs = fields.map(([field, label]) => {
+      const input = make(field === "question" || field === "answer" ? "input" : "textarea", { name: field, required: true, value: example[field] });
       return make("label", {}, make("span", { textContent: t(label) }), input);
     });
     const chosen = make("select", { name: "model" }, ...models.filter((model) => model.can.includes(task)).map((model) => make("option", { value: model.id, textContent: model.id })));
@@ -52,7 +53,7 @@ export function openReadingRoom(room, models, complain) {
   return tasks.length;
 }
 
-async function ask(task, { model, text, labels, question }) {
+async function ask(task, { model, text, labels, question, answer }) {
   const bar = (name, value) => make("li", {}, make("div", { textContent: `${name} · ${(100 * value).toFixed(1)}%` }), make("meter", { min: 0, max: 1, value, ariaLabel: name }));
   const nothing = () => [make("li", { textContent: t("没有找到。") })];
   if (task === "classify") {
@@ -76,6 +77,10 @@ async function ask(task, { model, text, labels, question }) {
     }
     shown.append(text.slice(at));
     return [shown];
+  }
+  if (task === "questions") {
+    const { data } = await call("v1/questions", { model, context: text, answer });
+    return data[0].question ? [make("li", { textContent: data[0].question })] : nothing();
   }
   const { data } = await call("v1/answer", { model, context: text, question });
   return data[0].answer ? [make("li", { textContent: data[0].answer })] : nothing();

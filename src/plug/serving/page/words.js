@@ -26,7 +26,7 @@ const ENGLISH = {
   "这里没有备选词：不是模型写的，或没有记下概率。": "No alternatives here: not by the model, or without probabilities.",
   "选一个，从那里接着写：": "Choose one and go on from there:",
   "这个文件不是作品：": "Not a work: ", "删除“{0}”？不能恢复。": "Delete “{0}”? This cannot be undone.",
-  "文字": "Text", "标签（用逗号或换行分开）": "Labels (separated by commas or lines)", "分类": "Classify", "填空": "Fill the mask", "实体": "Entities", "问答": "Answer",
+  "文字": "Text", "标签（用逗号或换行分开）": "Labels (separated by commas or lines)", "分类": "Classify", "填空": "Fill the mask", "实体": "Entities", "问答": "Answer", "出题": "Make a question", "答案（文字里的一段）": "Answer (a part of the text)",
   "问题": "Question", "开始": "Run", "含 [MASK] 的文字": "Text with [MASK]", "没有找到。": "Nothing found.", "没有可用的模型。": "No model for this.",
 };
 

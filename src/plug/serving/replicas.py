@@ -1,0 +1,146 @@
+"""`plug serve --replicas N`: N copies of the server behind the proxy of Ray Serve (extra `ray`).
+
+Ray spreads requests, asks each copy for its health and replaces it when it is not well. Each copy
+has the application of `app.py` with its own queue; a stream passes through as it is written.
+SIGHUP replaces all copies, one after the other, while the others serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from plug.errors import PlugError, UsageError
+from plug.serving.record import log_event
+from plug.serving.server import set_up_logs
+from plug.serving.settings import ServeSettings
+
+_APPLICATION = "plug"
+_HEALTH_SECONDS = 5.0  # between two questions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """What each copy loads; see `plug.serving.loading.load_models`."""
+
+    name: str
+    directory: str
+    finetuned: Mapping[str, str]
+    adapters: Mapping[str, str]
+    device: str
+    dtype: Any
+
+
+class Replica:
+    """One copy, as Ray Serve drives it.
+
+    Args:
+        models: to load.
+        settings: of the server.
+        generation: another number makes another version of the copy.
+    """
+
+    def __init__(self, models: Models, settings: ServeSettings, generation: int) -> None:  # noqa: ARG002
+        import torch
+
+        from plug.serving.app import create_app
+        from plug.serving.loading import limit_memory, load_models
+
+        device = torch.device(models.device)
+        limit_memory(device, settings.gpu_memory_utilization)
+        loaded, loader = load_models(
+            models.name,
+            models.directory,
+            models.finetuned,
+            models.adapters,
+            settings,
+            device=device,
+            dtype=models.dtype,
+        )
+        self._app = create_app(loaded, settings, loader)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Ray's name for what answers requests."""
+        return self._app
+
+    def check_health(self) -> None:
+        """Ray's question; an error has the copy replaced."""
+        if not self._app.state.service.is_alive:
+            raise PlugError("写作的线程已停止。")
+
+
+def serve_replicas(
+    models: Models, settings: ServeSettings, on_started: Callable[[str], None]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        models: that each copy loads.
+        settings: of the server.
+        on_started: called with the address when all copies are ready.
+
+    Raises:
+        UsageError: Ray's proxy cannot do what the settings ask for.
+        PlugError: Ray is not installed, or the copies did not start.
+    """
+    if settings.uds is not None:
+        raise UsageError("--replicas 不能和 --uds 一起用。请用 --host 和 --port。")
+    try:
+        import ray
+        from ray import serve
+    except ModuleNotFoundError as error:
+        raise PlugError(f'缺少 {error.name}。请安装：pip install "plug-zh[serve,ray]"') from None
+    changed, is_over = threading.Event(), threading.Event()
+
+    def end(*_: int | FrameType | None) -> None:
+        is_over.set()
+        changed.set()
+
+    def run(generation: int) -> None:
+        options = {
+            "num_replicas": settings.replicas,
+            # The copies refuse with 429 by themselves.
+            "max_ongoing_requests": 2 * (settings.max_num_seqs + settings.max_waiting),
+            "graceful_shutdown_timeout_s": settings.shutdown_timeout,
+            "health_check_period_s": _HEALTH_SECONDS,
+            "ray_actor_options": {"num_cpus": 0, "num_gpus": int(models.device != "cpu")},
+        }
+        deployment = serve.deployment(serve.ingress()(Replica), name="plug", **options)
+        serve.run(deployment.bind(models, settings, generation), name=_APPLICATION)
+
+    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        try:
+            run(0)
+        except RuntimeError as error:
+            raise PlugError(f"{settings.replicas} 个副本没有起来：{error}") from None
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGHUP, lambda *_: changed.set())
+        set_up_logs()
+        on_started(f"http://{settings.host}:{settings.port}")
+        generation = 0
+        while True:
+            changed.wait()
+            changed.clear()
+            if is_over.is_set():
+                break
+            generation += 1
+            run(generation)
+            log_event(logging.INFO, event="replaced", replicas=settings.replicas)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def resolved(directory: str) -> str:
+    """A directory by its whole path, since copies run elsewhere; a model's name as it is."""
+    path = Path(directory).expanduser()
+    return str(path.resolve()) if path.exists() else directory

@@ -1,0 +1,60 @@
+"""Kernels that Triton's interpreter runs are also what its compiler takes, for a card not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
+
+# The interpreter lets a name have one shape before a loop and another in it; the compiler does not.
+PROGRAM = """
+import warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from plug.kernels import adafactor
+
+TILE = {"ROWS": 128, "COLUMNS": 1024, "STEP": 8}
+BFLOAT16 = ("weight", "gradient")
+INTEGERS = ("rows", "columns", "across", "down", "blocks", "tiles", "size", "key")
+FLOATS = ("rate", "gained", "lost", "limit", "tiny")
+for kernel, constants in {
+    adafactor._squares: TILE,
+    adafactor._moments: {"BLOCK": 128, "AT_ONCE": 32},
+    adafactor._weighted_square: {"SUMS": 256, **TILE},
+    adafactor._apply: {"SUMS": 256, "TILES": 2048, "ROUNDS": True, **TILE},
+    adafactor._vector: {"BLOCK": 4096},
+}.items():
+    kinds = {name: "*fp32" for name in kernel.arg_names}
+    kinds |= {name: "*bf16" for name in BFLOAT16 if name in kinds}
+    kinds |= {name: "i32" for name in INTEGERS if name in kinds}
+    kinds |= {name: "fp32" for name in FLOATS if name in kinds}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    print(kernel.__name__)
+"""
+
+
+@pytest.mark.slow
+def test_adafactor_s_kernels_compile() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.split() == [
+        "_squares",
+        "_moments",
+        "_weighted_square",
+        "_apply",
+        "_vector",
+    ], ran.stderr
