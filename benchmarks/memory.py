@@ -37,10 +37,10 @@ from plug.generation.settings import GenerationSettings
 from plug.loading.estimate import Training, generation_need, training_need, weight_bytes
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.gradients import Gradients
 from plug.pretraining.loop import take_step
 from plug.pretraining.optimization import build_optimizers
-from plug.pretraining.run import compile_layers
 from plug.tokenization import PlugTokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,8 +127,9 @@ def generate(config: PlugConfig, bits: int, rows: int, source: int, capacity: in
     generator = Generator(model, tokenizer_for(config))
     settings = GenerationSettings(out_length=capacity, ignore_eos=True)
     texts = [torch.randint(10, 300, (source - 2,)).tolist() for _ in range(rows)]
-    reset()
     generator(texts, settings, seed=1, batch_size=rows)
+    reset()
+    generator(texts, settings, seed=1, batch_size=rows)  # beside the caches of the call before
     need = generation_need(
         config,
         weights=weight_bytes(config, bits),
@@ -263,14 +264,15 @@ def pretrain(
         model = Plug(replace(config, **no_dropout)).train()
     if stage == 2:
         model.sentence_head.requires_grad_(False)
+    keep_bf16(model)
     if compiled:
-        compile_layers(model)
+        compile_model(model)
     optimizers = build_optimizers(
         model, name=optimizer, learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.01
     )
     settings = SimpleNamespace(
-        seed=1, micro_batch_tokens=2**40, precision="bf16", clip_grad_norm=1.0, steps=10,
-        warmup_fraction=0.1, schedule="linear", learning_rate=1e-4,
+        seed=1, skip_spikes=0.0, micro_batch_tokens=2**40, precision="bf16", clip_grad_norm=1.0,
+        steps=10, warmup_fraction=0.1, schedule="linear", learning_rate=1e-4,
     )  # fmt: skip
     state: Any = SimpleNamespace(config=settings, stage=stage, model=model, optimizers=optimizers)
     processes: Any = SimpleNamespace(rank=0, world_size=1, device=DEVICE)
@@ -297,7 +299,7 @@ def pretrain(
         }
     gradients = Gradients(model.named_parameters(), 1)
     for step in range(3):
-        take_step(state, gradients, batch, processes, step)
+        take_step(state, gradients, batch, processes, lambda number: number, step)
         if step == 0:
             reset()
     training = Training(
@@ -308,6 +310,7 @@ def pretrain(
         accumulates=True,
         dropout=False,
         masked_share=share,
+        half_stream=True,
     )
     return report(training_need(config, training).total)
 

@@ -12,7 +12,9 @@ import typer
 
 import plug
 from plug.cli import app, help
-from plug.options import markdown_table
+from plug.finetuning.settings import FinetuneSettings
+from plug.generation.settings import GenerationSettings
+from plug.options import REQUIRED, markdown_table, options_of
 from plug.serving.app import create_app
 from plug.serving.settings import ServeSettings
 
@@ -41,7 +43,12 @@ PYTHON = (  # in the order in which a reader meets them
 
 def pages() -> dict[str, str]:
     """Return the Markdown of each page by its file's name."""
-    made = {"commands.md": commands(), "python.md": python(), "http.md": http()}
+    made = {
+        "commands.md": commands(CHINESE),
+        "commands.en.md": commands(ENGLISH),
+        "python.md": python(),
+        "http.md": http(),
+    }
     # Texts of options link to their own page.
     return {name: text.replace("](#", "](../generation.md#") for name, text in made.items()}
 
@@ -49,12 +56,30 @@ def pages() -> dict[str, str]:
 # --- commands -------------------------------------------------------------------------------------
 
 
-def commands() -> str:
-    lines = [
-        "# 命令与选项 Commands and options\n",
-        "由程序生成，与 `plug 命令 --help` 相同。",
-        "Made from the code: what `plug COMMAND --help` says.\n",
-    ]
+CHINESE = {
+    "# ": "# 命令与选项\n\n由程序生成，与 `plug 命令 --help` 相同。",
+    "参数": "参数",
+    "选项": "选项",
+    "作用": "作用",
+    "same": "选项与 `{}` 相同。",
+}
+ENGLISH = {
+    "# ": "# Commands and options\n\nMade from the code. The command line itself "
+    "speaks Chinese, and so do the options that have no English text in the code.",
+    "参数": "argument",
+    "选项": "option",
+    "作用": "meaning",
+    "same": "The options are those of `{}`.",
+}
+SETTINGS = {
+    "plug generate": GenerationSettings,
+    "plug finetune": FinetuneSettings,
+    "plug serve": ServeSettings,
+}
+
+
+def commands(words: dict[str, str]) -> str:
+    lines = [words["# "]]
     root = typer.main.get_command(app)
     help.use_on(root)
     shown: dict[str, str] = {}  # the options of a command, and its name
@@ -64,13 +89,32 @@ def commands() -> str:
         sections = list(help.sections(command, context))
         same = shown.setdefault(str(sections), name)
         if same != name:  # a task's: all have the same
-            lines.append(f"选项与 `{same}` 相同。")
+            lines.append(words["same"].format(same))
             continue
+        english = english_of(SETTINGS[name]) if words is ENGLISH and name in SETTINGS else {}
         for title, rows in sections:
             if title != "命令":
-                lines.append(f"\n| {title} | 作用 |\n| --- | --- |")
-                lines += [f"| `{escaped(option)}` | {cell(text)} |" for option, text in rows]
+                lines.append(f"\n| {words[title]} | {words['作用']} |\n| --- | --- |")
+                lines += [
+                    f"| `{escaped(option)}` | {cell(english.get(option.split()[0], text))} |"
+                    for option, text in rows
+                ]
     return "\n".join(lines) + "\n"
+
+
+def english_of(settings: type) -> dict[str, str]:
+    """The English text of each option of a settings class, by its flag."""
+    found = {}
+    for name, (default, each) in options_of(settings).items():
+        facts = [each.kind.limits] if each.kind.limits else []
+        if default not in (REQUIRED, None, (), {}):
+            facts.append(f"default `{default}`")
+        elif each.unset[1]:
+            facts.append(f"default {each.unset[1]}")
+        found["--" + name.replace("_", "-")] = each.english + (
+            f" ({'; '.join(facts)})" if facts else ""
+        )
+    return found
 
 
 def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:

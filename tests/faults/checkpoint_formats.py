@@ -115,7 +115,7 @@ def formats(folder: Path) -> dict[str, Format]:
 
     def resumed(_content: bytes) -> None:
         state = _state()
-        saved = read_saved(folder, 1, state.config, 1)
+        saved = read_saved(folder, 1, state.config, 1, "")
         if saved is None:
             raise WrongAnswerError("the run begins anew without a word")
         state.restore(saved)

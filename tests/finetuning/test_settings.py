@@ -14,7 +14,7 @@ from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
 from plug.finetuning.settings import FLAGS, FinetuneSettings
 from plug.finetuning.tasks import TASKS
-from plug.options import markdown_table, merge_tables, options_of, parse_assignments
+from plug.options import markdown_table, merge_tables, options_of, parse_assignments, read_toml
 
 NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
 
@@ -142,3 +142,13 @@ def test_the_documentation_has_the_table_that_the_fields_make() -> None:
 def test_a_layout_that_makes_no_sense(parallel: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         FinetuneSettings(**NEEDED, parallel=parallel)
+
+
+def test_the_original_s_settings_are_those_of_its_task() -> None:
+    """The task `dureader_robust_qg` has them too; 8 processes take 32 examples a step."""
+    file = Path(__file__).parents[2] / "configs" / "finetune-27b-original.toml"
+    run = FinetuneSettings.of(read_toml(file))
+    assert run.batch_size * 8 == 32
+    assert (run.learning_rate, run.epochs, run.warmup_fraction) == (1e-5, 5, 0.01)
+    assert (run.source_length, run.target_length) == (384, 30)
+    assert run.parallel == ParallelSettings(sharding="fsdp")

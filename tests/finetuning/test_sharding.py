@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharding import read_deepspeed, zero_stage
 
 Make = Callable[..., FinetuneSettings]
 Together = Callable[..., list[Any]]
@@ -83,6 +85,37 @@ def test_one_two_and_four_processes_learn_as_one_that_holds_all(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["full", "lora"])
+def test_two_processes_of_zero_3_learn_as_one_that_holds_all(
+    memory: str,
+    settings: Make,
+    data: Callable[..., Path],
+    run_together: Together,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install plug-zh[deepspeed]")
+    options = {"epochs": 2.0, "memory": memory, "num_beams": 2, "lora_dropout": 0.0}
+    options |= {"target_length": 6}
+    one = settings("generation", data("generation"), batch_size=4, **options)
+    expected = finetune(one, device="cpu")
+    file = tmp_path / "zero3.json"
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")
+    values = {"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+    file.write_text(json.dumps(values | dict.fromkeys(auto, "auto")))
+    two = settings(
+        "generation", data("generation"), batch_size=2, output=f"{tmp_path}/two",
+        parallel={"deepspeed": str(file)}, **options,
+    )  # fmt: skip
+    answers = run_together(2, "finetune_by_deepspeed", settings=asdict(two))
+    assert answers[0]["metrics"] == pytest.approx(expected.metrics, abs=1e-5)
+    assert answers[0]["facts"]["sharding"] == "ZeRO-3"
+    assert losses(two.output) == pytest.approx(losses(one.output), abs=1e-5)
+    name = "model.safetensors" if memory == "full" else "adapter_model.safetensors"
+    found, weights = load_file(f"{two.output}/{name}"), load_file(f"{one.output}/{name}")
+    torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["full", "lora"])
 def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
     memory: str,
     settings: Make,
@@ -131,3 +164,48 @@ def test_sharding_needs_a_launcher(
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
         finetune(asked, device="cpu")
     assert not Path(asked.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": "full", "optimizer": "adafactor"}, "optimizer=adafactor"),
+        ({"memory": "lora", "dora": True}, "dora"),
+        ({"memory": "full", "fgm": 1.0}, "fgm"),
+        ({"memory": "full", "from_scratch": True}, "from_scratch"),
+        ({"memory": "full", "child_tuning": 0.5}, "child_tuning"),
+    ],
+)
+def test_what_needs_whole_weights_is_not_sharded(
+    changes: dict[str, Any],
+    message: str,
+    settings: Make,
+    data: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    asked = settings("classification", data("classification"), parallel=FSDP, **changes)
+    with pytest.raises(UsageError, match=f"{message}.*不能与 parallel.sharding=fsdp 一起用"):
+        finetune(asked, device="cpu")
+    assert not Path(asked.output).exists()
+
+
+def test_a_configuration_of_deepspeed_that_makes_no_sense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install .plug-zh\[deepspeed\]"):
+        read_deepspeed("zero3.json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UsageError, match=r"deepspeed --num_gpus"):
+        read_deepspeed("zero3.json")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="找不到"):
+        read_deepspeed(str(tmp_path / "zero3.json"))
+    for text in ("[]", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": 4}}'):
+        (tmp_path / "zero3.json").write_text(text)
+        with pytest.raises(UsageError, match="stage 应是 0 到 3"):
+            read_deepspeed(str(tmp_path / "zero3.json"))
+    shipped = Path(__file__).parents[2] / "configs" / "zero3-offload.json"
+    assert zero_stage(read_deepspeed(str(shipped))) == 3

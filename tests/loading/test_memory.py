@@ -72,7 +72,7 @@ def test_caches_and_workspace_of_the_batch_count(card_with: Callable[..., None])
 
     check_memory(CARD, BIG, WEIGHTS, room=Room(batch_size=1))
     check_memory(CARD, BIG, WEIGHTS, room=Room(batch_size=32))
-    with pytest.raises(PlugError, match=r"--batch-size 64（现在 256），约需 70\.9 GB"):
+    with pytest.raises(PlugError, match=r"--batch-size 64（现在 256），约需 70\.6 GB"):
         check_memory(CARD, BIG, WEIGHTS, room=Room(batch_size=256))
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,7 +65,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(
     assert "已经完成" in capfd.readouterr().err
     (output / "settings.json").write_text("{")
     with pytest.raises(PlugError, match=r"settings\.json 已损坏"):
-        read_saved(output, 1, config, 1)
+        read_saved(output, 1, config, 1, "")
 
 
 def test_a_checkpoint_hidden_between_two_renames_is_found(
@@ -114,3 +115,20 @@ def test_a_run_killed_at_any_event_is_resumed_bit_for_bit(
         assert json.loads((output / "settings.json").read_text())["stage"] == 1
         shutil.rmtree(output)
     assert number > 60
+
+
+def test_a_corpus_that_changed_since_the_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(settings().corpus, corpus)
+    config = settings(steps=5, checkpoint_every=3, corpus=str(corpus))
+    pretrain(1, config, device="cpu")
+    shutil.rmtree(tmp_path / "run" / "model")
+    ids = np.load(corpus / "news.tokens.npy")
+    ids[3] += 1
+    np.save(corpus / "news.tokens.npy", ids)
+    with pytest.raises(UsageError, match=r"语料 .* 在检查点 .* 之后变了"):
+        pretrain(1, config, resume=True, device="cpu")
+    ids[3] -= 1
+    np.save(corpus / "news.tokens.npy", ids)
+    pretrain(1, config, resume=True, device="cpu")
+    assert (tmp_path / "run" / "model" / "config.json").is_file()

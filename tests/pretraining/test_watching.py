@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from plug.model.plug import Plug
 from plug.pretraining.batches import Batch
 from plug.pretraining.run import pretrain
 from plug.pretraining.settings import RunConfig
-from plug.pretraining.watching import PROCESS_FIELDS, Meter, batch_flops, open_board
+from plug.pretraining.watching import PROCESS_FIELDS, Meter, batch_flops
 
 Settings = Callable[..., RunConfig]
 BATCH = {
@@ -77,17 +75,13 @@ def test_the_end_page(settings: Settings, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "processes.csv").exists()
 
 
-def test_without_tensorboard_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def missing(name: str, *arguments: Any, **options: Any) -> Any:
-        if "tensorboard" in name:
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+def test_without_tensorboard_one_sentence_and_nothing_written(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plug.pretraining.watching.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"plug-zh\[tensorboard\]"):
-        open_board(str(tmp_path), 0)
+        pretrain(1, settings(tensorboard=True), device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

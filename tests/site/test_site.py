@@ -93,6 +93,8 @@ def test_reference_pages_name_what_the_code_has(site: Path) -> None:
 
     assert "--no-repeat-ngram-size" in page("commands.html")
     assert "plug pretrain stage2" in page("commands.html")
+    english = (site / "en" / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert "tokens to write at most" in english
     assert "on_text" in page("python.html")
     assert "/v1/fill-mask" in page("http.html")
 

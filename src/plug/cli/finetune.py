@@ -29,6 +29,9 @@ def finetune(
     set_: Annotated[
         list[str], typer.Option("--set", help=f"改一项设置，如 --set fgm=1；可重复。有：{_MORE}。")
     ] = [],  # noqa: B006 (typer reads the default, nothing changes it)
+    deepspeed: Annotated[
+        Path | None, typer.Option(help="DeepSpeed 的设置文件（JSON），由 deepspeed 启动时。")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="接着输出目录里中断的训练。")] = False,
     device: Device = None,
 ) -> None:
@@ -38,6 +41,8 @@ def finetune(
 
     values = ({} if config is None else read_toml(config)) | changes
     values = merge_tables(values, parse_assignments(set_))
+    if deepspeed is not None:
+        values = merge_tables(values, {"parallel": {"deepspeed": str(deepspeed)}})
     if task is not None:
         values["task"] = task
     settings = FinetuneSettings.of(values)

@@ -281,6 +281,10 @@ def _pretraining(
             target_length=target,
             optimizer=optimizer,
             cards=cards,
+            accumulates=True,
+            dropout=False,
+            masked_share=0.15,
+            half_stream=True,
         )
         rows.append(_row(optimizer, training_need(config, training)))
     return rows

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from plug.distributed.settings import ParallelSettings
+from plug.distributed.zero import is_partitioned, whole
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -72,6 +73,10 @@ def shard(
     for layer in decoder_layers:
         projections = [layer.cross_attention.k_proj, layer.cross_attention.v_proj]
         fully_shard(projections, reshard_after_forward=reshard, **options)
+        # Layers of our own multiply by the weights and do not call these modules.
+        projections[0].project = layer.cross_attention.project_key_value
+        register_fsdp_forward_method(projections[0], "project")
+        layer.cross_attention.project_key_value = projections[0].project
     for layer in [*model.encoder.layers, *decoder_layers]:
         fully_shard(layer, reshard_after_forward=reshard, **options)
         setattr(layer, _MARK, True)
@@ -90,6 +95,11 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, _MARK) for module in model.modules())
 
 
+def gathers_layers(model: nn.Module) -> bool:
+    """Return whether calling a layer of ``model`` gathers its weights, by FSDP2 or ZeRO-3."""
+    return is_fully_sharded(model) or is_partitioned(model)
+
+
 def with_own_parameters(model: Any, function: Callable[[], T]) -> T:
     """Return what ``function`` returns, called while the root's own parameters are gathered.
 
@@ -97,6 +107,12 @@ def with_own_parameters(model: Any, function: Callable[[], T]) -> T:
     layers gather themselves. All processes call it together. A model that is not sharded is left
     as it is.
     """
+    if is_partitioned(model):
+        # The word table's module frees it at each call: `ShardedModel` gathers it for the logits.
+        own = ("token_type_embeddings", "final_norm")
+        parameters = dict(model.named_parameters())
+        with whole(x for name, x in parameters.items() if any(each in name for each in own)):
+            return function()
     if not hasattr(model, _MARK):
         return function()
     try:
@@ -143,5 +159,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     from torch.distributed.tensor import DTensor
 
     for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if hasattr(tensor, "ds_id"):
+            with whole([tensor]):
+                yield name, tensor.detach()
+        else:
+            plain = tensor.detach()
+            yield name, plain.full_tensor() if isinstance(plain, DTensor) else plain

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from plug.distributed.fully_sharded import is_fully_sharded, with_own_parameters
+from plug.distributed.fully_sharded import gathers_layers, with_own_parameters
 from plug.errors import UsageError
 from plug.evaluation.metrics import characters, rouge_l
 from plug.evaluation.question_generation import score_generation
@@ -147,7 +147,7 @@ def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:
     if hasattr(model, "get_base_model"):
         # What is sharded stays in peft's layers: copies of them would not see weights gathered.
         peft_model: Any = model
-        bare = peft_model.get_base_model() if is_fully_sharded(model) else without_peft(model)
+        bare = peft_model.get_base_model() if gathers_layers(model) else without_peft(model)
     with torch.device("meta"):
         plug = Plug(bare.config.to_plug_config())
     for name, _ in list(plug.named_children()):

@@ -66,6 +66,7 @@ from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, reco
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharded_state import check_is_sharded
 from plug.finetuning.sharding import (
+    Layout,
     find_layout,
     gathered_adapter,
     load_sharded,
@@ -184,7 +185,7 @@ def _run(
     asked = settings
     case = _case(config, directory, task, features, chosen)
     layout = find_layout(settings, case, chosen)
-    is_sharded = layout.mesh is not None
+    is_sharded = layout.is_sharded
     decision = decide(settings, replace(case, cards=layout.processes if is_sharded else 1))
     settings = decision.settings
     check_base(settings, directory)
@@ -196,7 +197,9 @@ def _run(
     is_fused = settings.optimizer == "adafactor"
     in_bf16 = settings.precision == "bf16"
     half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
-    if is_sharded:
+    # Before the model: transformers partitions it for DeepSpeed while it is loaded.
+    arguments = training_arguments(settings, task, output, chosen, resumable, layout)
+    if layout.is_fsdp:
         model = load_sharded(kind, directory, settings, layout)
     else:
         model = kind.load_model(
@@ -215,7 +218,7 @@ def _run(
         try:
             return kind.predict(model, held_out, batch_size=settings.eval_batch_size)
         finally:
-            if is_sharded:
+            if layout.is_fsdp:
                 reshard(model)
 
     best = _Best(task.metric)
@@ -232,13 +235,13 @@ def _run(
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     if checkpoint is not None:
-        check_is_sharded(checkpoint, is_sharded)
+        check_is_sharded(checkpoint, layout.is_fsdp)
         check_checkpoint(checkpoint)
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
         model=model,
-        args=training_arguments(settings, task, output, chosen, resumable, is_sharded=is_sharded),
+        args=arguments,
         train_dataset=features,
         eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -271,7 +274,7 @@ def _run(
         **({"precision": "fp32"} if chosen.type == "cpu" and not half else {}),
         **({"tag_scheme": kind.tag_scheme} if kind.tag_scheme else {}),
         **({"processes": layout.processes} if layout.processes > 1 else {}),
-        **({"sharding": "fsdp"} if is_sharded else {}),
+        **({"sharding": "fsdp" if layout.is_fsdp else "ZeRO-3"} if is_sharded else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -436,13 +439,13 @@ def training_arguments(
     output: Path,
     device: torch.device,
     resumable: bool,
-    *,
-    is_sharded: bool = False,
+    layout: Layout | None = None,
 ) -> TrainingArguments:
     """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
     is_fused = settings.optimizer == "adafactor"
+    is_deepspeed = layout is not None and layout.deepspeed is not None
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
@@ -456,14 +459,15 @@ def training_arguments(
         seed=settings.seed,
         use_cpu=not on_gpu,
         # Adafactor's weights are in bfloat16 already; sharded layers are gathered in it.
-        bf16=on_gpu and in_bf16 and not is_fused and not is_sharded,
+        bf16=on_gpu and in_bf16 and not is_fused and not (layout and layout.is_fsdp),
+        deepspeed=layout.deepspeed if layout else None,
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # every parameter has its part in the loss
         eval_strategy="epoch",
         save_strategy="epoch" if resumable else "best",
-        save_only_model=not resumable,
+        save_only_model=not resumable and not is_deepspeed,
         save_total_limit=None,  # `Checkpoints` removes what is no longer needed
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{task.metric}",

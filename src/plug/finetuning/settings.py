@@ -171,11 +171,13 @@ class FinetuneSettings:
     memory: str = option(
         "auto", Choice(MODES),
         "训练什么：full 为每个权重；lora 为各层旁的小矩阵（要装 peft），只存它们；"
-        "qlora 同 lora，但模型是量化过的，占内存最少；auto 按模型和显存选，能 full 就 full。",
+        "qlora 同 lora，但模型是量化过的，占内存最少；auto 按模型和显存选，能 full 就 full。"
+        "小模型在 TNEWS 上用 lora、qlora 比 full 低约 2 分，问题生成不低。",
         "what is trained: every weight, or small matrices beside the linear layers of encoder and "
         "decoder (LoRA by peft, arXiv:2106.09685), which are saved alone; with `qlora` the model "
         "is a directory of `plug quantize`, which takes the least memory. A head is trained whole. "
-        "`auto` picks by the model and the GPU's memory: `full` with AdamW where that fits",
+        "`auto` picks by the model and the GPU's memory: `full` with AdamW where that fits. With "
+        "the small model adapters cost 2 points on TNEWS and none where it writes (results.md)",
     )  # fmt: skip
     optimizer: str = option(
         "adamw", Choice(OPTIMIZERS),

@@ -1,4 +1,4 @@
-"""Fine-tuning over several processes of which none holds the whole model, by FSDP2.
+"""Fine-tuning over several processes of which none holds the whole model, by FSDP2 or ZeRO-3.
 
 `run.py` asks here how a run is shared, and gets a sharded model; `trainer.py` writes and reads the
 sharded checkpoints.
@@ -6,6 +6,7 @@ sharded checkpoints.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plug.distributed.fully_sharded import gathered, is_fully_sharded, shard
 from plug.errors import PlugError, UsageError
+from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.kind import Kind
 from plug.finetuning.lora import adapt
 from plug.finetuning.memory import Case, decide
 from plug.finetuning.recomputation import layers_of, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
+from plug.jsonfiles import read_json
 from plug.loading.shards import fill, write_gathered
 
 _UNSUPPORTED = ("fgm", "from_scratch", "dora")  # need whole weights in one process
@@ -36,12 +39,27 @@ class Layout:
     Attributes:
         processes: how many there are.
         device: of this process.
-        mesh: over which the model is sharded; None: each process has a copy.
+        mesh: over which FSDP2 shards the model; None: it does not.
+        deepspeed: the configuration, where DeepSpeed trains; None: it does not.
     """
 
     processes: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    deepspeed: dict[str, Any] | None = None
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self.mesh is not None
+
+    @property
+    def is_zero3(self) -> bool:
+        return zero_stage(self.deepspeed) == 3
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has a whole copy of the model."""
+        return self.is_fsdp or self.is_zero3
 
 
 def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) -> Layout:
@@ -63,27 +81,64 @@ def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) ->
     if device.type == "cuda" and is_launched:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if settings.parallel.deepspeed:
+        _refuse_unsupported(settings, "parallel.deepspeed")
+        return Layout(processes, device, deepspeed=read_deepspeed(settings.parallel.deepspeed))
     if sharding == "auto":
         sharding = "fsdp" if processes > 1 and not _fits(settings, case) else "none"
     if sharding == "none":
         return Layout(processes, device)
-    if settings.memory == "qlora":
-        raise UsageError(
-            "--memory qlora 的整数权重不能分片。请用 --memory lora，或 parallel.sharding=none。"
-        )
-    asked = [name for name in _UNSUPPORTED if getattr(settings, name)]
-    if settings.optimizer == "adafactor":
-        asked.append("optimizer=adafactor")
-    if settings.child_tuning < 1:
-        asked.append("child_tuning")
-    if asked:
-        raise UsageError(
-            f"{'、'.join(asked)} 不能与 parallel.sharding=fsdp 一起用。请去掉其中一个。"
-        )
+    _refuse_unsupported(settings, "parallel.sharding=fsdp")
     if not dist.is_initialized():
         # gloo carries what `cpu_offload` keeps in the host's memory.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Layout(processes, device, init_device_mesh(device.type, (processes,)))
+
+
+def _refuse_unsupported(settings: FinetuneSettings, asked: str) -> None:
+    """Raise a `UsageError` at what needs whole weights, or gradients, in one process."""
+    if settings.memory == "qlora":
+        raise UsageError(f"--memory qlora 的整数权重不能分片。请用 --memory lora，或去掉 {asked}。")
+    names = [name for name in _UNSUPPORTED if getattr(settings, name)]
+    if settings.optimizer == "adafactor":
+        names.append("optimizer=adafactor")
+    if settings.child_tuning < 1:
+        names.append("child_tuning")
+    if names:
+        raise UsageError(f"{'、'.join(names)} 不能与 {asked} 一起用。请去掉其中一个。")
+
+
+def read_deepspeed(path: str) -> dict[str, Any]:
+    """Return a DeepSpeed configuration.
+
+    Raises:
+        UsageError: the file is missing or no JSON object, deepspeed is not installed, or no
+            launcher has started the process.
+        PlugError: the file is damaged.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            "parallel.deepspeed 要用 deepspeed，但它没有安装。"
+            '请运行：pip install "plug-zh[deepspeed]"'
+        )
+    if "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            "parallel.deepspeed 要由 deepspeed 或 torchrun 启动："
+            "deepspeed --num_gpus=卡数 --module plug finetune …。"
+        )
+    if not Path(path).is_file():
+        raise UsageError(f"找不到 DeepSpeed 的设置文件 {path}。")
+    values = read_json(Path(path))
+    if not isinstance(values, dict) or zero_stage(values) not in (0, 1, 2, 3):
+        raise UsageError(f"{path} 不是 DeepSpeed 的设置：zero_optimization.stage 应是 0 到 3。")
+    return values
+
+
+def zero_stage(values: dict[str, Any] | None) -> int:
+    """The stage of ZeRO that a DeepSpeed configuration asks for; -1 if that is no number."""
+    zero = (values or {}).get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else -1
+    return stage if isinstance(stage, int) else -1
 
 
 def _fits(settings: FinetuneSettings, case: Case) -> bool:
@@ -107,24 +162,29 @@ def load_sharded(
     Raises:
         PlugError: the weights are damaged, or do not fit.
     """
+    half = layout.device.type == "cuda" and settings.precision == "bf16"
+    dtype = torch.bfloat16 if half and settings.is_adapter else torch.float32
+    model = shard_for_training(kind.empty_model(directory, dtype=dtype), settings, layout)
+    place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
+    fill(without_wrapper(model), directory, place, _saved_name)
+    return model
+
+
+def shard_for_training(model: Any, settings: FinetuneSettings, layout: Layout) -> Any:
+    """Return ``model``, without memory for its weights, as it is trained: adapted and sharded."""
     assert layout.mesh is not None
-    on_gpu = layout.device.type == "cuda"
-    half = on_gpu and settings.precision == "bf16"
-    is_adapter = settings.is_adapter
-    model = kind.empty_model(
-        directory, dtype=torch.bfloat16 if half and is_adapter else torch.float32
-    )
-    if is_adapter:
+    half = layout.device.type == "cuda" and settings.precision == "bf16"
+    if settings.is_adapter:
         before = torch.get_rng_state()
         model = adapt(model, settings)
         torch.set_rng_state(before)
         _draw_adapters(model)
+        if half:
+            adapt_layers(model, in_fp8=False)
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
     bare = without_wrapper(model)
     shard(bare, layout.mesh, settings.parallel, torch.bfloat16 if half else None)
-    place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
-    fill(bare, directory, place, _saved_name)
     return model
 
 
@@ -159,7 +219,7 @@ def save_model(model: Any, directory: Path | None) -> None:
         model: of `plug.hf`, sharded.
         directory: exists; None in the processes that write nothing.
     """
-    state: dict[str, Tensor] = model.state_dict()
+    state: dict[str, Tensor] = dict(model.named_parameters())  # there are no buffers
     write_gathered(directory or Path(), state, writes=directory is not None)
     if directory is None:
         return

@@ -71,6 +71,9 @@ class FinetuneTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; of a sharded model each process writes what it trains."""
+        if self.is_deepspeed_enabled:  # weights are in what its engine saves, with the states
+            Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+            return
         if not self.is_sharded:
             super().save_model(output_dir, _internal_call)
             return

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from plug.device import explain_out_of_memory, has_kernels
-from plug.distributed.fully_sharded import is_fully_sharded
+from plug.distributed.fully_sharded import gathers_layers
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
 from plug.generation.adapter_stack import AdapterStack
@@ -112,7 +112,7 @@ class PreparedModel:
 def _prepare(
     model: Plug, granularity: int, adapters: AdapterStack | None, stacks_weights: bool
 ) -> PlainModel | FusedModel:
-    if is_fully_sharded(model):
+    if gathers_layers(model):
         return ShardedModel(model, granularity)
     words = model.embeddings.word_embeddings.weight
     is_half = words.dtype in (torch.float16, torch.bfloat16)

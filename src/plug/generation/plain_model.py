@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plug.distributed.tensor_parallel import gather_logits, vocabulary_shard
+from plug.distributed.zero import whole
 from plug.generation.adapter_stack import AdapterStack
 from plug.generation.kv_cache import DecoderCache
 from plug.loading.adapters import AdaptedLinear
@@ -160,7 +161,7 @@ class PlainModel:
 
 
 class ShardedModel(PlainModel):
-    """The modules as they are, of a model that FSDP2 shards: calling a layer gathers its weights.
+    """The modules as they are, of a model that is sharded: calling a layer gathers its weights.
 
     All processes take the same steps together, inside of `with_own_parameters`.
     """
@@ -173,8 +174,14 @@ class ShardedModel(PlainModel):
     def _prepare_decoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._decoder = model.decoder
-        self._logits = model.lm_logits
         self._uses_one_thread = False
+        table = model.embeddings.word_embeddings
+
+        def logits(hidden_states: Tensor) -> Tensor:
+            with whole(table.parameters()):
+                return model.lm_logits(hidden_states)
+
+        self._logits = logits
 
 
 def attended(source: Sequence[int], pad_token_id: int) -> slice | list[int]:

@@ -99,10 +99,11 @@ def generation_need(
 ) -> Need:
     """Return what writing takes.
 
-    Sources are encoded beside the caches: first an encoder layer's inside, (6 h + 2 f) values a
-    token of the `TOKENS_AT_ONCE` at most; then their encoded form, h values a token, and
-    cross-attention keys and values that are not yet in the caches. Besides: four copies of the
-    logits in float32; of a quantised model one unpacked weight, h f, and the word table in 8 bits.
+    Sources are encoded beside the caches: first an encoder layer's inside, (4 h + f) values a token
+    of the `TOKENS_AT_ONCE` at most, (6 h + 2 f) in float32; then their encoded form, h values a
+    token, and cross-attention keys and values that are not yet in the caches. Besides: four copies
+    of the logits in float32; of a quantised model the word table in 8 bits, and with 4 bits one
+    weight in FP8, h f. (The first call has no caches yet while it encodes, and may take less.)
 
     Args:
         config: the shape.
@@ -117,13 +118,15 @@ def generation_need(
     token = cache_bytes(config, bytes_per_value)
     sources = batch_size * source_length
     together = min(sources, max(TOKENS_AT_ONCE, source_length))
-    inside = (6 * hidden + 2 * intermediate) * together * bytes_per_value
+    is_half = bytes_per_value == 2
+    values = 4 * hidden + intermediate if is_half else 6 * hidden + 2 * intermediate
+    inside = values * together * bytes_per_value
     earlier = (sources - together) * token
     projected = sources * token + hidden * together * bytes_per_value
     logits = 4 * batch_size * config.vocab_size * 4
     quantized = 0
     if bits < 16:
-        quantized = hidden * intermediate * bytes_per_value + config.vocab_size * hidden
+        quantized = config.vocab_size * hidden + (hidden * intermediate if bits == 4 else 0)
     return Need(
         weights=weights,
         caches=batch_size * (source_length + capacity) * token,
@@ -268,6 +271,7 @@ class Training:
         dropout: whether a layer keeps masks.
         cards: that share weights, gradients and states (FSDP2).
         masked_share: of pre-training: the share of the source that the masked-LM head predicts.
+        half_stream: the residual stream has 16 bits beside weights in float32, as in pre-training.
     """
 
     batch_size: int
@@ -283,11 +287,17 @@ class Training:
     dropout: bool = True
     cards: int = 1
     masked_share: float = 0.0
+    half_stream: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Bytes of a weight that is no integer."""
+        return 4 if self.bits == 32 else 2
 
     @property
     def stream(self) -> int:
-        """Bytes of a value between the layers: that of the weights in floats."""
-        return 4 if self.bits == 32 else 2
+        """Bytes of a value between the layers."""
+        return 2 if self.half_stream else self.weight
 
     @property
     def value(self) -> int:
@@ -347,7 +357,7 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     if not training.target_length:
         config = replace(config, num_decoder_layers=0)
     by_part = parts(config, num_labels)
-    weights = weight_bytes(config, training.bits, training.stream, num_labels=num_labels)
+    weights = weight_bytes(config, training.bits, training.weight, num_labels=num_labels)
     adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
     trained = adapters or sum(by_part.values(), Part()).parameters
     weights = weights // training.cards + 4 * adapters
@@ -356,9 +366,9 @@ def training_need(config: PlugConfig, training: Training) -> Need:
         optimizer -= 4 * (by_part["encoder"] + by_part["decoder"]).matrix_parameters
     optimizer //= training.cards
     if training.is_fused:  # the word table is used at both ends of the step
-        all_gradients = training.stream * config.vocab_size * config.hidden_size
+        all_gradients = training.weight * config.vocab_size * config.hidden_size
     else:
-        all_gradients = (4 if adapters else training.stream) * trained // training.cards
+        all_gradients = (4 if adapters else training.weight) * trained // training.cards
 
     blocks = list(_blocks(config, training))
     scale = all_gradients / max(1, sum(block.gradients for block in blocks))
@@ -406,7 +416,7 @@ def _blocks(config: PlugConfig, training: Training) -> Iterator[_Block]:
     for index in range(config.num_hidden_layers):
         yield _layer_block(config, training, index, source)
     if training.masked_share:
-        yield _head(config, training, round(source * training.masked_share))
+        yield _masked_head(config, training, round(source * training.masked_share))
     if not target:
         return
     yield _embedding(config, training, target)
@@ -437,7 +447,7 @@ def _layer_block(
     """
     hidden, inner, value = config.hidden_size, config.intermediate_size, training.value
     attentions, products = (2, 10) if crossed else (1, 6)
-    norms = (attentions + 1) * training.stream * hidden
+    norms = (attentions + 1) * training.weight * hidden  # norms compute in their weights' dtype
     results = (4 + 2 * (attentions - 1)) * value * hidden + value * inner
     results += 4 * config.num_attention_heads * attentions
     reads = (_inputs(training, 3) + _inputs(training, 1) * attentions) * hidden + value * inner
@@ -475,7 +485,7 @@ def _layer_block(
 
 def _casts(training: Training) -> bool:
     """Whether autocast makes copies of trained weights in 16 bits."""
-    return training.trains_all and training.stream > training.value
+    return training.trains_all and training.weight > training.value
 
 
 def _embedding(config: PlugConfig, training: Training, tokens: int) -> _Block:
@@ -483,9 +493,9 @@ def _embedding(config: PlugConfig, training: Training, tokens: int) -> _Block:
 
     Beside adapters the embeddings are frozen and keep nothing.
     """
-    kept = training.stream
+    kept = training.weight
     if training.trains_all:
-        kept += training.stream + (1 if training.dropout else 0)
+        kept += training.weight + (1 if training.dropout else 0)
     kept *= tokens * config.hidden_size
     return _Block(kept, kept, tokens * config.hidden_size * training.stream, 0, 0)
 
@@ -497,6 +507,13 @@ def _projection(config: PlugConfig, training: Training, tokens: int) -> _Block:
     kept = tokens * hidden * (2 * layers * training.value + inputs)
     copies = layers * 2 * 2 * hidden * hidden if _casts(training) else 0
     return _Block(kept + copies, kept + copies, 0, 2 * tokens * hidden * training.value, 0)
+
+
+def _masked_head(config: PlugConfig, training: Training, tokens: int) -> _Block:
+    """`_head` under a dense layer, GELU and a norm: their inputs and outputs."""
+    head = _head(config, training, tokens)
+    inside = tokens * config.hidden_size * (4 * training.value + training.weight)
+    return replace(head, kept=head.kept + inside, entry=head.entry + inside)
 
 
 def _head(config: PlugConfig, training: Training, tokens: int) -> _Block:

@@ -97,7 +97,8 @@ def write_gathered(
         for _ in gathered(tensors):
             pass
         return
-    specs = {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    shapes = {name: tuple(getattr(x, "ds_shape", x.shape)) for name, x in tensors.items()}
+    specs = {name: TensorSpec(x.dtype, shapes[name]) for name, x in tensors.items()}
     with WeightWriter(directory, specs, max_shard_bytes) as writer:
         for name, tensor in gathered(tensors):
             writer.write(name, tensor)

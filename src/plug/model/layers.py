@@ -33,7 +33,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:  # PyTorch's kernels then compute in fp32 by themselves
-            return super().forward(x).to(x.dtype)
+            normalized = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            return normalized.to(x.dtype)
         normalized = F.layer_norm(
             x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
         )

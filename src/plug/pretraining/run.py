@@ -38,7 +38,8 @@ from plug.pretraining.state import (
     read_saved,
     write_settings,
 )
-from plug.pretraining.tokens import read_tokens
+from plug.pretraining.tokens import fingerprint, read_tokens
+from plug.pretraining.watching import check_board
 from plug.tokenization import PlugTokenizer
 
 
@@ -64,6 +65,8 @@ def pretrain(
         PlugError: the loss is no longer a number; the disk or the memory is full.
     """
     output = Path(config.output)
+    if config.tensorboard:
+        check_board()
     with start_processes(device) as processes, ExitStack() as stack:
         if processes.is_first:
             check_output(output, resume=resume)
@@ -75,7 +78,8 @@ def pretrain(
         batches = _build_batches(stage, config, state.tokenizer, processes)
         _wait(processes)  # all have read OUTPUT before the first one writes there
         with _plain_errors(config):
-            if resume and is_finished(output):
+            is_repeated = resume and is_finished(output)
+            if is_repeated:
                 _tell(processes, f"{output} 的训练已经完成，模型在 {output / MODEL}。")
             else:
                 if processes.is_first:
@@ -85,7 +89,8 @@ def pretrain(
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
             if processes.is_first:
                 _plot(output)
-                write_page(output, stage, config, state.skipped)
+                if not is_repeated:
+                    write_page(output, stage, config, state.skipped)
 
 
 def _wait(processes: Processes) -> None:
@@ -134,7 +139,9 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
     """The model and the optimisers as the first step finds them."""
     tokenizer = PlugTokenizer.load(config.corpus)
     output = Path(config.output)
-    saved = read_saved(output, stage, config, processes.world_size) if resume else None
+    read_tokens(Path(config.corpus))  # says what is wrong with a corpus
+    corpus = fingerprint(Path(config.corpus))
+    saved = read_saved(output, stage, config, processes.world_size, corpus) if resume else None
     if resume and saved is None and not is_finished(output):
         _tell(processes, f"{output} 里还没有检查点，从头开始训练。")
     torch.manual_seed(config.seed)
@@ -149,7 +156,7 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    state = State(stage, config, model, tokenizer, list(optimizers))
+    state = State(stage, config, model, tokenizer, list(optimizers), corpus=corpus)
     if saved is not None:
         state.restore(saved)
     return state

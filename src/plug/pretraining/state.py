@@ -58,6 +58,7 @@ class State:
     tokens: int = 0  # seen in them, by all processes
     norms: list[float] = field(default_factory=list)  # of the gradient; see `spikes.is_spike`
     skipped: list[int] = field(default_factory=list)  # steps (from 0) that were passed over
+    corpus: str = ""  # the `fingerprint` of what it is trained on
 
     def save(self, output: Path, world_size: int) -> None:
         """Replace the checkpoint in ``output``, or leave the old one if that fails."""
@@ -70,6 +71,7 @@ class State:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "norms": self.norms,
             "skipped": self.skipped,
+            "corpus": self.corpus,
         }
         with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
             write_model(self.model, directory, tokenizer=self.tokenizer)
@@ -83,8 +85,10 @@ class State:
         """
         if len(saved.optimizers) != len(self.optimizers) or saved.step > self.config.steps:
             raise _damaged(saved.path, "步数或优化器的个数不对")
+        steps = self.config.steps
+        clean_from = round(self.config.mlm_fraction * steps) if self.stage == 2 else steps
         for optimizer, values in zip(self.optimizers, saved.optimizers, strict=True):
-            _check_optimizer(optimizer, values, saved)
+            _check_optimizer(optimizer, values, saved, clean_from)
             optimizer.load_state_dict(values)
         self.step, self.tokens = saved.step, saved.tokens
         self.norms, self.skipped = list(saved.norms), list(saved.skipped)
@@ -123,12 +127,16 @@ def is_finished(output: Path) -> bool:
     return (output / MODEL / CONFIG_FILE).is_file()
 
 
-def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> Saved | None:
+def read_saved(
+    output: Path, stage: int, config: RunConfig, world_size: int, corpus: str
+) -> Saved | None:
     """The checkpoint of an interrupted run; None if it was stopped before the first one.
 
+    ``corpus`` is the `fingerprint` of what the run would be trained on.
+
     Raises:
-        UsageError: the run was started with settings, or a number of processes, that would make
-            it another run.
+        UsageError: the run was started with settings, a number of processes or a corpus that would
+            make it another run.
         PlugError: the checkpoint or the settings are damaged.
     """
     path = output / CHECKPOINT / STATE_FILE
@@ -154,6 +162,11 @@ def read_saved(output: Path, stage: int, config: RunConfig, world_size: int) -> 
         raise _damaged(path, "跳过的步数或梯度的记录不对")
     saved = Saved(path, values["step"], values["tokens"], values["optimizers"], norms, skipped)
     _check_same(path, before, stage, config)
+    if values.get("corpus", corpus) != corpus:  # checkpoints of earlier versions do not say
+        raise UsageError(
+            f"语料 {config.corpus} 在检查点 {path} 之后变了：接下去的批次不会是原来的。"
+            "请恢复原来的语料，或换一个 output 重新训练。"
+        )
     # Batches are the same whatever the number of processes; the draws of dropout are not.
     if config.dropout and processes_before != world_size:
         raise UsageError(
@@ -188,7 +201,7 @@ def _damaged(path: Path, reason: str) -> PlugError:
     return PlugError(f"检查点 {path} 已损坏（{reason}）。请换一个 output 重新训练。")
 
 
-def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
+def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved, clean_from: int) -> None:
     """Raise a `PlugError` unless a saved state is one of this optimiser after ``saved.step`` steps.
 
     `load_state_dict` takes states of other shapes and settings without a word.
@@ -198,6 +211,10 @@ def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
         raise _damaged(saved.path, "优化器的状态不全")
     if _settings(values["param_groups"]) != _settings(own):
         raise _damaged(saved.path, "优化器的参数组与设置不符")
+    # Sources are clean from `clean_from` on, where no loss depends on the masked-LM head.
+    counts = {saved.step - len(saved.skipped)}
+    if clean_from < saved.step:
+        counts.add(clean_from - sum(step < clean_from for step in saved.skipped))
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if not isinstance(values["state"], dict) or not values["state"].keys() <= set(
         range(len(parameters))
@@ -209,8 +226,7 @@ def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
             wanted = torch.Size() if name == "step" else parameters[index].shape
             if not isinstance(value, Tensor) or value.shape != wanted:
                 raise _damaged(saved.path, "优化器的状态与参数的形状不符")
-            # Fewer where steps were passed over, or where no loss depended on the weight.
-            if name == "step" and not 0 < value.item() <= saved.step:
+            if name == "step" and value.item() not in counts:
                 raise _damaged(saved.path, "优化器的步数与检查点的不符")
             tensors[f"optimizer.{index}.{name}"] = value
     check_finite(saved.path, tensors.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
@@ -89,17 +90,17 @@ def measured_product(device: torch.device, size: int = 8192, times: int = 10) ->
     return times * 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)
 
 
-def open_board(directory: str, resume_step: int) -> Any:
-    """Return a `SummaryWriter` of TensorBoard; what it wrote after ``resume_step`` is dropped.
-
-    Raises:
-        UsageError: TensorBoard is not installed (extra `tensorboard`).
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+def check_board() -> None:
+    """Raise a `UsageError` if TensorBoard is not installed (extra `tensorboard`)."""
+    if find_spec("tensorboard") is None:
         raise UsageError(
             'tensorboard=true 要用的 TensorBoard 没有安装。请 pip install "plug-zh[tensorboard]"，'
             "或去掉这项设置：log.csv 里有同样的数。"
-        ) from None
+        )
+
+
+def open_board(directory: str, resume_step: int) -> Any:
+    """Return a `SummaryWriter` of TensorBoard; what it wrote after ``resume_step`` is dropped."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(directory, purge_step=resume_step + 1)

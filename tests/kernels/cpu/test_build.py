@@ -63,6 +63,17 @@ def test_a_compiler_that_fails_is_named(
     assert not list(own_cache.glob("*.so"))
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_a_cache_that_cannot_be_written_has_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setattr("os.access", lambda folder, mode: False)  # noqa: ARG005
+
+    assert library() is None
+    assert "XDG_CACHE_HOME" in caplog.text
+
+
 def test_a_damaged_library_is_not_loaded(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     own_cache.mkdir()
     library_file().write_bytes(b"not a library")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,12 @@ READ = {  # what is read of the configuration, and the option of `FinetuneSettin
     "preprocessor.sequence_length": "source_length",
     "evaluation.dataloader.batch_size_per_gpu": "eval_batch_size",
 }
+PARALLEL = {  # and of `ParallelSettings`
+    "train.sharding": "sharding",
+    "train.deepspeed": "deepspeed",
+}
 READ_TOO = {
+    *PARALLEL,
     "train.work_dir",
     "preprocessor.first_sequence",
     "preprocessor.second_sequence",
@@ -113,7 +120,8 @@ class PlugTrainer(BaseTrainer):
         self.datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.tokenizer = load_tokenizer(self.directory)
         chosen = find_device(self.device)
-        self.processes = PartialState(cpu=chosen.type == "cpu")
+        with _for_deepspeed(self.cfg.safe_get("train.deepspeed")):
+            self.processes = PartialState(cpu=chosen.type == "cpu")
         # The model card gives each process a work_dir of its own. All must have one.
         [self.work_dir] = broadcast_object_list([str(work_dir or self.cfg.train.work_dir)])
 
@@ -205,6 +213,8 @@ class PlugTrainer(BaseTrainer):
 
     def _settings(self) -> FinetuneSettings:
         values = {name: self.cfg.safe_get(key) for key, name in READ.items()}
+        parallel = {name: self.cfg.safe_get(key) for key, name in PARALLEL.items()}
+        values["parallel"] = {name: value for name, value in parallel.items() if value}
         values["memory"] = values["memory"] or "auto"
         return FinetuneSettings(
             task="generation",
@@ -300,6 +310,18 @@ class PlugTrainer(BaseTrainer):
                 count, longest,
             )  # fmt: skip
         return rows
+
+
+@contextmanager
+def _for_deepspeed(configuration: str | None) -> Iterator[None]:
+    """Have Accelerate, which asks once and early, know that DeepSpeed will train."""
+    if configuration:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        yield
+    finally:
+        if configuration:
+            del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
