@@ -668,7 +668,8 @@ def main() -> None:
     for name in arguments.parts.split(","):
         load = os.getloadavg()[0]
         is_other = arguments.device != "cpu" and name != "gpu"
-        results[f"gpu_{name}" if is_other else name] = parts[name](arguments) | {
+        key = f"gpu_{name}" if is_other else name
+        results[key] = parts[name](arguments) | {
             "processor": processor(),
             "device": device_name(arguments.device),
             "cores": os.cpu_count(),
@@ -676,7 +677,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
             "plug": plug.__version__,
         }
-        print(json.dumps(results), file=sys.stderr)
+        print(json.dumps({key: results[key]}), file=sys.stderr)
         if arguments.output is not None:  # after each, so that an interruption loses no more
             write(arguments.output, results)
     print(json.dumps(results))

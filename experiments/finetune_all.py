@@ -141,7 +141,7 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--device")
-    own = {"task", "train", "eval", "output", "model", "from_scratch", "seed"}
+    own = {"task", "train", "eval", "output", "model", "from_scratch", "seed", "parallel"}
     free = [field for field in dataclasses.fields(FinetuneSettings) if field.name not in own]
     read: dict[str, dict[str, Any]] = {
         "int": {"type": int},

@@ -334,7 +334,7 @@ WORKER = Path(__file__).parent / "distributed" / "worker.py"  # what each proces
 def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """`run_together(2, "write", …)`: what each of two processes answers (see `worker.py`).
 
-    They work together, without the seconds that `torchrun` takes to start. With ``fails`` all of
+    They work together, without the seconds that `torchrun` takes to start. With ``dies`` all of
     them are to end with an error.
     """
     context = multiprocessing.get_context("forkserver")
@@ -342,7 +342,7 @@ def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
         ["plug.generation.generator", "plug.finetuning.run"]
     )  # once for all
 
-    def run(count: int, function: str, fails: bool = False, **options: Any) -> list[Any]:
+    def run(count: int, function: str, dies: bool = False, **options: Any) -> list[Any]:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's
         answers = [tmp_path_factory.mktemp("answers") / f"{rank}.json" for rank in range(count)]
         processes = []
@@ -362,7 +362,7 @@ def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
         for process in processes:
             process.join(240)
             process.kill()
-        if fails:
+        if dies:
             assert all(process.exitcode for process in processes)
             return []
         assert [process.exitcode for process in processes] == [0] * count

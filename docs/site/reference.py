@@ -64,8 +64,8 @@ CHINESE = {
     "same": "选项与 `{}` 相同。",
 }
 ENGLISH = {
-    "# ": "# Commands and options\n\nMade from the code. The command line itself speaks Chinese, and so "
-    "do the options that have no English text in the code.",
+    "# ": "# Commands and options\n\nMade from the code. The command line itself "
+    "speaks Chinese, and so do the options that have no English text in the code.",
     "参数": "argument",
     "选项": "option",
     "作用": "meaning",

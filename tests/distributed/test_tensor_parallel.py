@@ -13,7 +13,6 @@ import torch
 from plug.distributed.processes import Processes
 from plug.distributed.tensor_parallel import RowParallelLinear
 from plug.errors import UsageError
-from plug.generation.async_engine import AsyncEngine
 from plug.generation.generator import Generator, generate
 from plug.loading.load import load
 from plug.loading.save import save
@@ -174,13 +173,6 @@ def test_groups_of_4_bits_are_not_torn_apart(
     quantize_directory(tmp_path / "wide", tmp_path / "quantized", bits=4)
     with pytest.raises(UsageError, match=r"每 128 个输入一组，\w+=128 分成 2 份"):
         load(tmp_path / "quantized", processes=Processes(0, 2, CPU))
-
-
-def test_a_batcher_needs_the_whole_model(odd_directory: Path) -> None:
-    generator = Generator(odd_directory, device="cpu")
-    generator.is_sharded = True
-    with pytest.raises(UsageError, match="请用一个进程"):
-        AsyncEngine(generator)
 
 
 def test_a_share_has_no_device_map(odd_directory: Path) -> None:

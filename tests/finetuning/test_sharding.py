@@ -133,7 +133,7 @@ def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
         return settings(task, data(task), batch_size=batch_size, output=output, **options)
 
     run_together(2, "finetune", settings=asdict(of("whole", 2)))
-    run_together(2, "finetune", fails=True, settings=asdict(of("broken", 2)), kill_at=4)
+    run_together(2, "finetune", dies=True, settings=asdict(of("broken", 2)), kill_at=4)
     broken, kept = tmp_path / "broken", tmp_path / "kept"
     assert not (broken / "config.json").exists()
     shutil.copytree(broken, kept)

@@ -134,9 +134,9 @@ def test_special_tokens_in_the_text_are_text_unless_asked_for(generator: Generat
     seen: list[list[int]] = []
     encode = generator.prepared.encode
 
-    def spy(sources: list[list[int]]) -> Any:
+    def spy(sources: list[list[int]], numbers: list[int]) -> Any:
         seen.extend(sources)
-        return encode(sources)
+        return encode(sources, numbers)
 
     generator.prepared.encode = spy  # type: ignore[method-assign, assignment]
     sep = generator.tokenizer.sep_token_id

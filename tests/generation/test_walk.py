@@ -17,7 +17,7 @@ from plug.generation.plain_model import PlainModel
 from plug.model.plug import Plug
 
 SOURCE = str(Path(plug.__file__).parent)
-MOST_CALLS, MOST_FILES, MOST_LINES = 6, 20, 4400
+MOST_CALLS, MOST_FILES, MOST_LINES = 6, 20, 4500
 CODE_OF_A_FUNCTION = 1  # inspect.CO_OPTIMIZED; class bodies and modules lack it
 
 

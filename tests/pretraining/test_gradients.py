@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
+from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
 from plug.pretraining import gradients as module
 from plug.pretraining.gradients import Gradients
@@ -53,3 +57,15 @@ def test_frozen_weights_have_no_gradient(tiny_model: Plug) -> None:
     tiny_model.sentence_head.requires_grad_(False)
     Gradients(tiny_model.named_parameters(), world_size=1)
     assert all(p.grad is None for p in tiny_model.sentence_head.parameters())
+
+
+def test_nothing_is_kept_in_memory_after_the_end() -> None:
+    model = Plug(PRESETS["test"])
+    gradients = Gradients(model.named_parameters(), world_size=1)
+    loss(model, 0).backward()
+    gradients.close()
+    assert all(p.grad is None for p in model.parameters())
+    alive = weakref.ref(model.embeddings.word_embeddings.weight)
+    del model, gradients
+    gc.collect()
+    assert alive() is None

@@ -31,8 +31,8 @@ from plug.generation.window import prompt_limit, window_length
 logger = logging.getLogger(__name__)
 
 # Source tokens that a step encodes, at most, unless told otherwise. What runs waits for them: on a
-# CPU as long as for some steps. A card waits for the host while requests are let in, so that more of
-# them join at once (docs/experiments.md).
+# CPU as long as for some steps. A card waits for the host while requests are let in, so that more
+# of them join at once (docs/experiments.md).
 _ENCODED_AT_ONCE = {"cpu": 256, "cuda": 16_384}
 
 

@@ -64,17 +64,20 @@ def _fits(weight: Tensor) -> bool:
 
 def fastest_source() -> str:
     """The fastest product of 64 rows: `KERNELS`, `PYTORCH` (`F.linear`) or `BFLOAT16`."""
-    weight, x = torch.ones(2048, 512), torch.ones(64, 512)
 
-    def of(product: Product) -> Callable[[], object]:
-        return lambda: product(x)
+    def of(make: Callable[[Tensor], Product]) -> Callable[[], Callable[[], object]]:
+        def prepare() -> Callable[[], object]:
+            product, x = make(torch.ones(2048, 512)), torch.ones(64, 512)
+            return lambda: product(x)
+
+        return prepare
 
     return _fastest(
         "source",
         {
-            KERNELS: lambda: of(CpuProduct(weight.bfloat16(), None)),
-            PYTORCH: lambda: of(lambda x: F.linear(x, weight)),
-            BFLOAT16: lambda: of(in_bfloat16(weight, None)),
+            KERNELS: of(lambda weight: CpuProduct(weight.bfloat16(), None)),
+            PYTORCH: of(lambda weight: lambda x: F.linear(x, weight)),
+            BFLOAT16: of(lambda weight: in_bfloat16(weight, None)),
         },
     )
 

@@ -193,6 +193,8 @@ class ModelRunner:
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
+        if self._pool is not None:  # the memory of the old one goes with its graphs
+            self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> FetchedIds:

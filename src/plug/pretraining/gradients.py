@@ -35,8 +35,10 @@ class Gradients:
         self._filled: set[nn.Parameter] = set()
         self._buckets = [_Bucket(each) for each in _parted([*reversed(layers), *reversed(others)])]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
-        for parameter in self._bucket_of:
+        self._handles = [
             parameter.register_post_accumulate_grad_hook(self._note)
+            for parameter in self._bucket_of
+        ]
         self.clear()
 
     def clear(self) -> None:
@@ -49,6 +51,13 @@ class Gradients:
         self._filled.clear()
         self._next = 0
         self.is_last = True
+
+    def close(self) -> None:
+        """Let go of the weights: hooks would keep them in memory, since nothing collects those."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._bucket_of:
+            parameter.grad = None
 
     def finish(self, max_norm: float) -> Tensor:
         """Wait for the sums, clip their norm to ``max_norm``, and return the norm before that.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -72,7 +73,11 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
         gradients = Gradients(state.model.named_parameters(), processes.world_size)
     vote = logs.vote
     schedule = _Schedule(config)
-    with Interrupts() as interrupts, StepProgress(config.steps, state.step, first) as progress:
+    with (
+        closing(gradients),
+        Interrupts() as interrupts,
+        StepProgress(config.steps, state.step, first) as progress,
+    ):
         for step, batch in zip(todo, logs.meter.batches(loader), strict=True):
             state.skipped += sorted(n for n in passed_over if state.step <= n < step)
             means, grad_norm = take_step(state, gradients, batch, processes, vote, step)

@@ -104,6 +104,10 @@ class ShardedGradients:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def close(self) -> None:
+        """Let go of what training alone needs."""
+        self.clear()
+
     def finish(self, max_norm: float) -> Tensor:
         """Clip the gradients' norm to ``max_norm``, and return the norm before that."""
         norm: Any = nn.utils.clip_grad_norm_(self._parameters, max_norm)

@@ -94,8 +94,10 @@ class State:
             raise _damaged(saved.path, "步数或优化器的个数不对")
         if is_sharded:
             restore(self.model, self.optimizers, saved.path)
+        steps = self.config.steps
+        clean_from = round(self.config.mlm_fraction * steps) if self.stage == 2 else steps
         for optimizer, values in zip(self.optimizers, saved.optimizers, strict=not is_sharded):
-            _check_optimizer(optimizer, values, saved)
+            _check_optimizer(optimizer, values, saved, clean_from)
             optimizer.load_state_dict(values)
         self.step, self.tokens = saved.step, saved.tokens
         self.norms, self.skipped = list(saved.norms), list(saved.skipped)
@@ -229,7 +231,7 @@ def _damaged(path: Path, reason: str) -> PlugError:
     return PlugError(f"检查点 {path} 已损坏（{reason}）。请换一个 output 重新训练。")
 
 
-def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
+def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved, clean_from: int) -> None:
     """Raise a `PlugError` unless a saved state is one of this optimiser after ``saved.step`` steps.
 
     `load_state_dict` takes states of other shapes and settings without a word.
@@ -239,6 +241,10 @@ def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
         raise _damaged(saved.path, "优化器的状态不全")
     if _settings(values["param_groups"]) != _settings(own):
         raise _damaged(saved.path, "优化器的参数组与设置不符")
+    # Sources are clean from `clean_from` on, where no loss depends on the masked-LM head.
+    counts = {saved.step - len(saved.skipped)}
+    if clean_from < saved.step:
+        counts.add(clean_from - sum(step < clean_from for step in saved.skipped))
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if not isinstance(values["state"], dict) or not values["state"].keys() <= set(
         range(len(parameters))
@@ -250,8 +256,7 @@ def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved) -> None:
             wanted = torch.Size() if name == "step" else parameters[index].shape
             if not isinstance(value, Tensor) or value.shape != wanted:
                 raise _damaged(saved.path, "优化器的状态与参数的形状不符")
-            # Fewer where steps were passed over, or where no loss depended on the weight.
-            if name == "step" and not 0 < value.item() <= saved.step:
+            if name == "step" and value.item() not in counts:
                 raise _damaged(saved.path, "优化器的步数与检查点的不符")
             tensors[f"optimizer.{index}.{name}"] = value
     check_finite(saved.path, tensors.items())

@@ -76,13 +76,6 @@ inline Floats second_of_pairs(const uint16_t* pairs) {
 inline Floats load_some(const float* from, int64_t count) {
   return _mm512_maskz_loadu_ps(count < 16 ? (1u << count) - 1 : 0xffff, from);
 }
-inline Floats load_some(const uint16_t* from, int64_t count) {  // bfloat16
-  const __m256i bits = _mm256_maskz_loadu_epi16(count < 16 ? (1u << count) - 1 : 0xffff, from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline Floats load_some(const int32_t* from, int64_t count) {
-  return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(count < 16 ? (1u << count) - 1 : 0xffff, from));
-}
 
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints load_ints(const int32_t* from) { return _mm512_loadu_si512(from); }
@@ -152,18 +145,21 @@ inline Ints sums_of_lanes(__m512i (&a)[16]) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(d[0], d[1], 0x88), _mm512_shuffle_i32x4(d[0], d[1], 0xdd));
 }
 
-// found[i] = packed group i . q group i, for 16 groups that follow each other.
-inline __m512i nibble_sums(const uint8_t* packed, const int8_t* q) {
+// found[i] = (the group of output i at `packed` + i `stride`) . q, for 16 outputs.
+inline __m512i nibble_sums(const uint8_t* packed, __m512i first, __m512i second) {
   const __m512i low = _mm512_set1_epi8(15), bytes = load_bytes(packed);
-  const __m512i half = dot(zero_ints(), _mm512_and_si512(bytes, low), load_bytes(q));
-  return dot(half, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), load_bytes(q + GROUP / 2));
+  const __m512i half = dot(zero_ints(), _mm512_and_si512(bytes, low), first);
+  return dot(half, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), second);
 }
-inline void nibble_dots(const uint8_t* packed, const int8_t* q, int32_t* found) {
+inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
+  const __m512i first = load_bytes(q), second = load_bytes(q + GROUP / 2);
   __m512i sums[16];
-  UNROLL for (int i = 0; i < 16; ++i) sums[i] = nibble_sums(packed + i * (GROUP / 2), q + i * GROUP);
-  store_ints(found, sums_of_lanes(sums));
+  UNROLL for (int i = 0; i < 16; ++i) sums[i] = nibble_sums(packed + i * stride, first, second);
+  return sums_of_lanes(sums);
 }
-inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) { return _mm512_reduce_add_epi32(nibble_sums(packed, q)); }
+inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) {
+  return _mm512_reduce_add_epi32(nibble_sums(packed, load_bytes(q), load_bytes(q + GROUP / 2)));
+}
 
 // found[i] = (weights of output i, with FLIP) . q, for 16 outputs; q is padded with zeros to whole GROUPs.
 inline void byte_dots(const int8_t* weights, const int8_t* q, int64_t count, int32_t* found) {
@@ -276,11 +272,6 @@ inline Bytes low_halves(Bytes bytes) {
 }
 inline Bytes high_halves(Bytes bytes) {
   return low_halves({_mm256_srli_epi16(bytes.part[0], 4), _mm256_srli_epi16(bytes.part[1], 4)});
-}
-inline Floats widened(const uint16_t* bits) {  // bfloat16
-  const __m256i words = load_256(bits);
-  const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words)), high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
 }
 
 // The sums of the lanes of each of 16.
@@ -414,11 +405,6 @@ inline Bytes high_halves(Bytes bytes) {
     bytes.val[i] = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(bytes.val[i]), 4));
   return bytes;
 }
-inline Floats widened(const uint16_t* bits) {  // bfloat16
-  Floats found;
-  UNROLL for (int i = 0; i < 4; ++i) found.val[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(bits + 4 * i), 16));
-  return found;
-}
 
 // The sums of the lanes of each of 16.
 inline void sums_of_lanes(const Ints* a, int32_t* found) {
@@ -541,11 +527,6 @@ inline Bytes high_halves(Bytes bytes) {
     for (int8_t& byte : each) byte = static_cast<int8_t>(static_cast<uint8_t>(byte) >> 4);
   return bytes;
 }
-inline Floats widened(const uint16_t* bits) {  // bfloat16
-  Floats found;
-  for (int i = 0; i < LANES; ++i) found.lane[i] = from_bfloat16(bits[i]);
-  return found;
-}
 
 inline void sums_of_lanes(const Ints* a, int32_t* found) {
   for (int i = 0; i < 16; ++i) found[i] = sum_of(a[i]);
@@ -564,19 +545,6 @@ inline Floats load_some(const float* from, int64_t count) {
   std::memcpy(lanes, from, count * sizeof(float));
   return load(lanes);
 }
-inline Floats load_some(const uint16_t* from, int64_t count) {  // bfloat16
-  if (count >= LANES) return widened(from);
-  uint16_t lanes[LANES] = {};
-  std::memcpy(lanes, from, count * sizeof(uint16_t));
-  return widened(lanes);
-}
-inline Floats load_some(const int32_t* from, int64_t count) {
-  if (count >= LANES) return to_floats(load_ints(from));
-  int32_t lanes[LANES] = {};
-  std::memcpy(lanes, from, count * sizeof(int32_t));
-  return to_floats(load_ints(lanes));
-}
-
 inline void transpose(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, uint32_t (*to)[LANES]) {
   if (rows == LANES && bytes >= 64) return transpose_whole(from, stride, to);
   std::memset(to, 0, 64 * LANES);
@@ -590,10 +558,12 @@ inline Ints nibble_sums(const uint8_t* packed, const int8_t* q) {
   return dot(dot(zero_ints(), low_halves(bytes), load_bytes(q)), high_halves(bytes), load_bytes(q + GROUP / 2));
 }
 inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) { return sum_of(nibble_sums(packed, q)); }
-inline void nibble_dots(const uint8_t* packed, const int8_t* q, int32_t* found) {
+inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
   Ints sums[16];
-  for (int i = 0; i < 16; ++i) sums[i] = nibble_sums(packed + i * (GROUP / 2), q + i * GROUP);
+  int32_t found[16];
+  for (int i = 0; i < 16; ++i) sums[i] = nibble_sums(packed + i * stride, q);
   sums_of_lanes(sums, found);
+  return load_ints(found);
 }
 
 inline Ints byte_sums(const int8_t* weights, const int8_t* q, int64_t count) {

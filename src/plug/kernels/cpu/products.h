@@ -26,6 +26,9 @@ namespace plug {
 
 constexpr int64_t OUTPUTS_AT_ONCE = 64;  // what a thread takes at a time
 constexpr int64_t ROWS_TOGETHER = 64;    // that share a tile of integers
+#ifndef STREAMS
+#define STREAMS 8
+#endif
 constexpr int64_t ROWS_ONE_BY_ONE = 3;   // up to so many, turning a tile costs more than reading its weights again
 constexpr int INTEGER_ROWS = TILE == 16 ? 8 : 4, INTEGER_VECTORS = TILE / INTEGER_ROWS;
 constexpr int64_t TILE_OUTPUTS = INTEGER_VECTORS * LANES;
@@ -83,9 +86,9 @@ inline int64_t rounded_up(int64_t count, int64_t multiple) { return (count + mul
 struct Rows {  // made ready for the products with weights of some bits
   std::vector<float> x;        // 32, 16 bits: with one zero more where the inputs are odd
   std::vector<uint16_t> half;  // 16 bits, where pairs are multiplied
-  std::vector<int8_t> q;       // 8 bits: padded with zeros to whole groups; 4 bits: see `one_row_4`
-  std::vector<float> scale;    // a row (8 bits) or a row and group, with zeros to whole vectors (4 bits)
-  std::vector<float> summed;   // 4 bits: scale times the sum of the group's integers, likewise
+  std::vector<int8_t> q;       // 8 bits: padded with zeros to whole groups
+  std::vector<float> scale;    // a row (8 bits) or a row and group (4 bits)
+  std::vector<float> summed;   // 4 bits: scale times the sum of the group's integers
   std::vector<int32_t> sum;    // 8 bits: the sum of the row's integers
 };
 
@@ -194,42 +197,18 @@ inline void one_row_8(const Product& p, const Rows& x, int64_t row, float* y, in
 }
 
 // The sum over groups of dot * (weights' scale * row's scale) + shift * summed, where shift is center - 8 scale: a weight is
-// center + scale (integer - 8). Lane i has groups i, i + 16, …
-inline void add_groups(Floats& sum, const Floats& dots, const Floats& scale, const Floats& shift, const Floats& row_scale, const Floats& summed) {
+// center + scale (integer - 8). Groups g, g + 16, … are summed first, then those 16 sums.
+inline void add_group(Floats& sum, const Floats& dots, const Floats& scale, const Floats& shift, const Floats& row_scale, const Floats& summed) {
   sum = multiply_add(dots, multiply(scale, row_scale), sum);
   sum = multiply_add(shift, summed, sum);
 }
 inline Floats shift_of(const Floats& center, const Floats& scale) { return multiply_add(all(-8), scale, center); }
 
-// Each row of x.q has 16 groups more: it begins again, so that any 16 groups of weights that follow each other find theirs.
-inline void one_row_4(const Product& p, const Rows& x, int64_t row, float* y, int64_t from, int64_t to) {
-  const int64_t G = p.in / GROUP;
-  const int8_t* q = x.q.data() + row * (G + LANES) * GROUP;
-  const float* row_scale = x.scale.data() + row * rounded_up(G, LANES);
-  const float* summed = x.summed.data() + row * rounded_up(G, LANES);
-  static thread_local std::vector<int32_t> own;
-  std::vector<int32_t>& dots = own;
-  const int64_t at_once = std::max<int64_t>(1, 256 / G);
-  dots.resize(at_once * G + LANES);
-  for (int64_t begin = from; begin < to; begin += at_once) {
-    const int64_t end = std::min(begin + at_once, to), count = (end - begin) * G;
-    const uint8_t* weight = static_cast<const uint8_t*>(p.weight) + begin * G * (GROUP / 2);
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) nibble_dots(weight + i * (GROUP / 2), q + i % G * GROUP, dots.data() + i);
-    for (; i < count; ++i) dots[i] = nibble_dot(weight + i * (GROUP / 2), q + i % G * GROUP);
-    for (int64_t o = begin; o < end; ++o) {
-      Floats sum = zero();
-      for (int64_t g = 0; g < G; g += LANES) {
-        // What is read behind the row's last group counts nothing: `row_scale` and `summed` are 0 there.
-        const int64_t left = std::min<int64_t>(p.out * G - (o * G + g), LANES);
-        const Floats scale = load_some(static_cast<const uint16_t*>(p.scale) + o * G + g, left);
-        const Floats center = load_some(static_cast<const uint16_t*>(p.center) + o * G + g, left);
-        add_groups(sum, to_floats(load_ints(dots.data() + (o - begin) * G + g)), scale, shift_of(center, scale), load(row_scale + g),
-                   load(summed + g));
-      }
-      y[o] = sum_of(sum) + (p.bias ? p.bias[o] : 0);
-    }
-  }
+// To each of the first `count` of 16 sums the one 8, 4, 2 and 1 behind it is added; what is left is the first.
+template <typename Add>
+inline void fold(int64_t count, const Add& add) {
+  for (int64_t step = LANES / 2; step; step /= 2)
+    for (int64_t i = 0; i < step && i + step < count; ++i) add(i, i + step);
 }
 
 // 128 inputs of TILE_OUTPUTS weights: each `dot` takes four inputs of 16 outputs.
@@ -282,7 +261,7 @@ struct Scratch {  // of a thread
   Tile tile;
   Turned scales, centers;
   alignas(64) int32_t sums_8[ROWS_TOGETHER][TILE_OUTPUTS];
-  // Sums of groups g, g + 16, …, each in its own: for one row they are the lanes of `add_groups`.
+  // Sums of groups g, g + 16, …
   alignas(64) float sums_4[LANES][ROWS_TOGETHER][TILE_OUTPUTS];
 };
 
@@ -313,8 +292,8 @@ inline void many_rows_8(const Product& p, const Rows& x, float* y, int64_t rows,
 inline void turn(Turned& turned, const void* of, int64_t G, int64_t o, int64_t g, int64_t outputs) {
   const uint16_t* values = static_cast<const uint16_t*>(of) + o * G + g;
   alignas(64) uint32_t words[LANES][LANES];
-  for (int v = 0; v < INTEGER_VECTORS; ++v) {
-    const int64_t rows = std::clamp<int64_t>(outputs - v * LANES, 0, LANES), bytes = std::min<int64_t>(2 * (G - g), 64);
+  for (int v = 0; v * LANES < outputs; ++v) {
+    const int64_t rows = std::min<int64_t>(outputs - v * LANES, LANES), bytes = std::min<int64_t>(2 * (G - g), 64);
     transpose(reinterpret_cast<const uint8_t*>(values + v * LANES * G), 2 * G, rows, bytes, words);
     for (int word = 0; 4 * word < bytes; ++word) {
       store(turned[2 * word] + v * LANES, first_of_pairs(reinterpret_cast<const uint16_t*>(words[word])));
@@ -323,8 +302,42 @@ inline void turn(Turned& turned, const void* of, int64_t G, int64_t o, int64_t g
   }
 }
 
+// Sixteen outputs side by side, each a stream that the processor fetches ahead.
+inline void one_row_4(const Product& p, const Rows& x, int64_t row, float* y, int64_t from, int64_t to) {
+  const int64_t G = p.in / GROUP, stride = G * (GROUP / 2);
+  static thread_local Scratch own;
+  Scratch& scratch = own;
+  for (int64_t o = from; o < to; o += LANES) {
+    const int64_t outputs = std::min<int64_t>(LANES, to - o);
+    const uint8_t* weight = static_cast<const uint8_t*>(p.weight) + o * stride;
+    Floats sums[LANES];
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t at = g % (2 * LANES);
+      if (at == 0) {
+        turn(scratch.scales, p.scale, G, o, g, outputs);
+        turn(scratch.centers, p.center, G, o, g, outputs);
+      }
+      const int8_t* q = x.q.data() + (row * G + g) * GROUP;
+      Ints dots;
+      if (outputs == LANES) {
+        dots = nibble_dots(weight + g * (GROUP / 2), stride, q);
+      } else {
+        int32_t found[LANES] = {};
+        for (int64_t i = 0; i < outputs; ++i) found[i] = nibble_dot(weight + i * stride + g * (GROUP / 2), q);
+        dots = load_ints(found);
+      }
+      const Floats scale = load(scratch.scales[at]), shift = shift_of(load(scratch.centers[at]), scale);
+      Floats sum = g < LANES ? zero() : sums[g % LANES];
+      add_group(sum, to_floats(dots), scale, shift, all(x.scale[row * G + g]), all(x.summed[row * G + g]));
+      sums[g % LANES] = sum;
+    }
+    fold(std::min<int64_t>(G, LANES), [&](int64_t to, int64_t from) { sums[to] = add(sums[to], sums[from]); });
+    put(y + o, sums[0], p.bias ? p.bias + o : nullptr, outputs);
+  }
+}
+
 inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
-  const int64_t G = p.in / GROUP, kept = std::min<int64_t>(G, LANES), width = rounded_up(G, LANES);
+  const int64_t G = p.in / GROUP, kept = std::min<int64_t>(G, LANES);
   static thread_local Scratch own;
   Tile& tile = own.tile;
   auto& sums = own.sums_4;
@@ -348,11 +361,11 @@ inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows,
           const int64_t row = first + r;
           dots<R>(tile, x.q.data() + (row * G + g) * GROUP, G * GROUP, found);
           UNROLL for (int i = 0; i < R; ++i) {
-            const Floats row_scale = all(x.scale[(row + i) * width + g]), summed = all(x.summed[(row + i) * width + g]);
+            const Floats row_scale = all(x.scale[(row + i) * G + g]), summed = all(x.summed[(row + i) * G + g]);
             UNROLL for (int v = 0; v < INTEGER_VECTORS; ++v) {
               float* at = sums[g % LANES][r + i] + v * LANES;
               Floats sum = g < LANES ? zero() : load(at);
-              add_groups(sum, to_floats(found[i][v]), scale[v], shift[v], row_scale, summed);
+              add_group(sum, to_floats(found[i][v]), scale[v], shift[v], row_scale, summed);
               store(at, sum);
             }
           }
@@ -360,11 +373,10 @@ inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows,
       }
       for (int64_t r = 0; r < here; ++r)
         for (int v = 0; v * LANES < outputs; ++v) {
-          for (int64_t step = LANES / 2; step; step /= 2)  // as `sum_of`
-            for (int64_t i = 0; i < step && i + step < kept; ++i) {
-              float* at = sums[i][r] + v * LANES;
-              store(at, add(load(at), load(sums[i + step][r] + v * LANES)));
-            }
+          fold(kept, [&](int64_t to, int64_t from) {
+            float* at = sums[to][r] + v * LANES;
+            store(at, add(load(at), load(sums[from][r] + v * LANES)));
+          });
           const int64_t begin = o + v * LANES;
           put(y + (first + r) * p.out + begin, load(sums[0][r] + v * LANES), p.bias ? p.bias + begin : nullptr,
               std::min<int64_t>(LANES, to - begin));
@@ -374,7 +386,7 @@ inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows,
 
 // --- products ----------------------------------------------------------------------------------------------------------
 
-inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r, int64_t in, bool one_by_one) {
+inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r, int64_t in) {
   if (bits == 16) {
     const int64_t width = rounded_up(in, 2);
 #ifdef PLUG_PAIRS
@@ -385,23 +397,20 @@ inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r,
   } else if (bits == 8) {
     ready.scale[r] = round_values(x, in, ready.q.data() + r * rounded_up(in, GROUP), &ready.sum[r]);
   } else {
-    const int64_t groups = in / GROUP, width = groups + (one_by_one ? LANES : 0);
+    const int64_t groups = in / GROUP;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = r * rounded_up(groups, LANES) + g;
+      const int64_t at = r * groups + g;
       int8_t q[GROUP];
       int32_t sum;
       ready.scale[at] = round_values(x + g * GROUP, GROUP, q, &sum);
       ready.summed[at] = ready.scale[at] * static_cast<float>(sum);
-      order_for_nibbles(q, ready.q.data() + (r * width + g) * GROUP);
+      order_for_nibbles(q, ready.q.data() + (r * groups + g) * GROUP);
     }
-    for (int64_t g = groups; g < width; ++g)
-      std::copy_n(ready.q.data() + (r * width + g % groups) * GROUP, GROUP, ready.q.data() + (r * width + g) * GROUP);
   }
 }
 
 // The rows that products multiply, made ready once for several weights of the same `bits`.
 inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, int64_t rows, int64_t in) {
-  const bool one_by_one = rows <= ROWS_ONE_BY_ONE;
   if (bits == 32) return;
   if (bits == 16) {
     const int64_t width = rounded_up(in, 2);
@@ -419,14 +428,14 @@ inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, in
     ready.sum.resize(rows);
   } else {
     const int64_t groups = rows * (in / GROUP);
-    ready.q.resize((groups + (one_by_one ? rows * LANES : 0)) * GROUP);
-    ready.scale.assign(rows * rounded_up(in / GROUP, LANES), 0);
-    ready.summed.assign(ready.scale.size(), 0);
+    ready.q.resize(groups * GROUP);
+    ready.scale.resize(groups);
+    ready.summed.resize(groups);
   }
   const int64_t at_once = rows < 4 ? rows : (rows + 15) / 16;
   if (rows)
     pool.run((rows + at_once - 1) / at_once, [&](int64_t chunk) {
-      for (int64_t r = chunk * at_once; r < std::min(rows, (chunk + 1) * at_once); ++r) make_row_ready(ready, bits, x + r * in, r, in, one_by_one);
+      for (int64_t r = chunk * at_once; r < std::min(rows, (chunk + 1) * at_once); ++r) make_row_ready(ready, bits, x + r * in, r, in);
     });
 }
 
