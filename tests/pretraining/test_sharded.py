@@ -87,9 +87,9 @@ def test_runs_that_die_in_a_save_go_on_with_other_processes(
 
     broken = asdict(settings(output=str(tmp_path / "broken"), **made))
     checkpoints = tmp_path / "broken" / "checkpoints"
-    run_together(4, "pretrain", fails=True, stage=1, settings=broken, die_at=2)
+    run_together(4, "pretrain", dies=True, stage=1, settings=broken, die_at=2)
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
-    run_together(2, "pretrain", fails=True, stage=1, settings=broken, resume=True, die_at=3)
+    run_together(2, "pretrain", dies=True, stage=1, settings=broken, resume=True, die_at=3)
     assert {path.name for path in checkpoints.glob("step-*")} == {"step-4", "step-6"}
     with pytest.raises(UsageError, match=r"parallel.sharding=fsdp 训练的，现在是 none"):
         pretrain(1, settings(output=str(tmp_path / "broken"), **made | {"parallel": {}}),
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_a_sentence(
     settings: Make, run_together: Together, tmp_path: Path
 ) -> None:
     made = asdict(settings(output=str(tmp_path / "run"), checkpoint_every=2, parallel=FSDP))
-    run_together(2, "pretrain", stage=1, settings=made, fails=True, die_at=2)
+    run_together(2, "pretrain", stage=1, settings=made, dies=True, die_at=2)
     for file in (tmp_path / "run" / "checkpoints" / "step-2").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:99])
     told = run_together(2, "failing", stage=1, settings=made, resume=True)
