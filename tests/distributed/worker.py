@@ -114,6 +114,40 @@ def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -
     return {"metrics": result.metrics, "held": held, "facts": result.facts}
 
 
+def pretrain(
+    stage: int, settings: dict[str, Any], resume: bool = False, die_at: int = 0
+) -> dict[str, Any]:
+    """Pre-train: the most bytes of weights that this process held.
+
+    With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
+    """
+    from plug.checkpoints import sharded
+    from plug.pretraining import loop
+    from plug.pretraining.run import pretrain
+    from plug.pretraining.settings import RunConfig
+
+    held, calls = 0, 0
+    take_step, async_save = loop.take_step, sharded.async_save
+
+    def watched(state: Any, *arguments: Any) -> Any:
+        nonlocal held
+        held = max(held, sum(local(x).nbytes for x in state.model.parameters()))
+        return take_step(state, *arguments)
+
+    def save_and_die(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        future = async_save(*arguments, **options)
+        if calls == die_at:
+            os._exit(9)
+        return future
+
+    loop.take_step = watched  # type: ignore[assignment]
+    sharded.async_save = save_and_die  # type: ignore[assignment]
+    pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")
+    return {"held": held}
+
+
 def finetune_by_deepspeed(**options: Any) -> dict[str, Any]:
     """As `finetune`. Accelerate knows DeepSpeed on GPUs alone, so it is told of it here."""
     warnings.simplefilter("ignore")  # of deepspeed
@@ -133,7 +167,7 @@ def failing(**options: Any) -> str:
     from plug.errors import PlugError
 
     try:
-        finetune(**options)
+        pretrain(**options) if "stage" in options else finetune(**options)
     except PlugError as error:
         return str(error)
     return ""

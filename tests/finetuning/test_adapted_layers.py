@@ -182,10 +182,27 @@ def test_only_recomputed_layers_multiply_again(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 3 * encoder + 5 * decoder
 
 
-@pytest.mark.parametrize("change", [{"dora": True}, {"lora_rank": 4}])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_training_moves_the_adapters_alone(bits: int) -> None:
+    model = made(PlugForConditionalGeneration, bits, DROPOUT, lora_dropout=0.1)
+    adapt_layers(model, in_fp8=bits < 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(6):
+        recompute_layers(model, step)
+        loss, _ = gradients(model, batch(padded=False))
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
+
+
+@pytest.mark.parametrize("change", [{"dora": True}, {"lora_rank": 4}, {"lora_rank": 86}])
 def test_layers_that_are_not_plain_lora_stay_as_they_are(change: dict[str, Any]) -> None:
     model = made(PlugForConditionalGeneration, 16, **change)
-    if "dora" not in change:
+    if change == {"lora_rank": 4}:
         model.add_adapter("second", model.peft_config["default"])
     assert adapt_layers(model, in_fp8=False) == 0
 

@@ -151,6 +151,31 @@ def test_a_quantised_model_asked_for_every_weight_is_refused() -> None:
         decide(settings(fgm=1.0, dora=True), case(80))
 
 
+@pytest.mark.parametrize(("memory", "host", "fits"), [
+    ("full", 500, True), ("full", 200, False), ("lora", 64, True), ("lora", 40, False),
+])  # fmt: skip
+def test_offloading_asks_for_the_host_s_memory(memory: str, host: int, fits: bool) -> None:
+    """27B: 16 bytes a parameter where every weight is trained, 2 beside adapters."""
+    asked = settings(memory=memory, recomputed_layers=30)
+    sharded = case(80, cards=8, offload=True, host=host * GB)
+    if fits:
+        assert decide(asked, sharded).settings.memory == memory
+    else:
+        with pytest.raises(PlugError, match=rf"offload 要把.*空闲 {host}\.0 GB，差 "):
+            decide(asked, sharded)
+
+
+def test_more_cards_take_less_each_and_offloading_the_least() -> None:
+    def peak(**changes: Any) -> float:
+        decision = decide(settings(recomputed_layers=30, memory="full"), case(900, **changes))
+        assert decision.way is not None
+        return decision.way.need.total / GB
+
+    one, two, eight = peak(), peak(cards=2), peak(cards=8)
+    assert one > two > eight > peak(cards=8, offload=True)
+    assert 416 / 8 < eight < 416 / 8 + 25  # a share, and what is gathered and computed
+
+
 def test_the_ways_of_a_mode_give_up_more_and_more() -> None:
     training = Training(batch_size=6, source_length=64, target_length=16)
     found = list(ways(PRESETS["mini"], MODES[0], training))

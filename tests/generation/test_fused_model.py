@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +146,27 @@ def test_quantized_weights_are_read_as_the_plain_model_reads_them(lively_model: 
 
     # The CPU rounds activations to 8 bits, a GPU reads sources in FP8.
     assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "unused", "kept"), [(32, 60, False), (33, 60, True), (128, 24, True), (128, 23, False)]
+)
+def test_a_copy_in_fp8_is_kept_for_many_rows_where_there_is_room(
+    rows: int, unused: int, kept: bool, lively_model: Plug, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 GB for all layers, and 15% of 80 GB to stay free."""
+    model: Any = FusedModel(lively_model)
+    made: list[int] = []
+    each = 12 * 10**9 // len(model._decoder_layers)
+    for layer in model._decoder_layers:
+        layer.products = (SimpleNamespace(fp8_bytes=each, keep_fp8=lambda: made.append(1)),)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (unused * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+
+    model.expect(rows)
+
+    assert bool(made) is kept
 
 
 def quantized(model: Plug, bits: int) -> Plug:

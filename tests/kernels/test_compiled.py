@@ -58,3 +58,55 @@ def test_adafactor_s_kernels_compile() -> None:
         "_apply",
         "_vector",
     ], ran.stderr
+
+
+TRAINING = """
+import warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from plug.kernels import training
+
+HALVES = ("x", "y", "gradient", "residual", "activated")
+FLOATS = ("a", "b", "u", "thin", "out", "of_a", "of_b")
+for rank in (16, 255):
+    for name, most in (
+        ("project", 64), ("outer", 64), ("expand", 64), ("through_gelu", 64),
+        ("back_through_gelu", 32),
+    ):
+        shape = training._SHAPES[name]
+        kernel = getattr(training, "_" + name)
+        columns = training._columns(shape, rank, most)
+        constants = {"DROP": True, "RANK": training._whole(rank), "ROWS": shape.rows}
+        constants |= {"COLUMNS": columns, "NEXT": constants["RANK"], "GELU": True, "RESIDUAL": True}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        kinds = {key: "i32" for key in kernel.arg_names}
+        kinds |= {key: "*bf16" for key in HALVES if key in kinds}
+        kinds |= {key: "*fp32" for key in FLOATS if key in kinds}
+        kinds |= {key: "fp32" for key in ("alpha", "scale") if key in kinds}
+        kinds |= dict.fromkeys(constants, "constexpr")
+        stages = {"project": 4}.get(name, 3)
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=kinds, constexprs=constants),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": shape.warps, "num_stages": stages},
+        )
+        print(name, rank, compiled.metadata.shared)
+"""
+
+
+@pytest.mark.slow
+def test_training_s_kernels_compile_and_fit_a_card_up_to_their_largest_rank() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", TRAINING],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = [line.split() for line in ran.stdout.splitlines()]
+    assert len(rows) == 10, ran.stderr
+    for name, rank, shared in rows:
+        assert int(shared) <= 232_448, (name, rank)  # bytes that a block of an H100 may have

@@ -56,6 +56,24 @@ def test_thin_products_in_parts(generator: torch.Generator) -> None:
     torch.testing.assert_close(kernels.project(x, a), x @ a.t(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("rank", [33, 85, 255])
+def test_thin_products_of_larger_ranks(rank: int, generator: torch.Generator) -> None:
+    u, x = torch.randn(40, rank, generator=generator), torch.randn(40, 300, generator=generator)
+    a = torch.randn(rank, 300, generator=generator)
+    wide = {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(kernels.project(x, a), x @ a.t(), **wide)
+    torch.testing.assert_close(kernels.outer(u, x), u.t() @ x, **wide)
+    torch.testing.assert_close(kernels.expand_(x.clone(), u, a), x + u @ a, **wide)
+    options = {"alpha": 0.5, "rate": 0.1, "seed": 3}
+    found = kernels.through_gelu_(x.clone(), u, a, a, wants_gelu=False, **options)[0]
+    expected = plain.through_gelu_(x.clone(), u, a, a, wants_gelu=False, **options)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+    back = [
+        module.back_through_gelu_(x.clone(), x, u, a, u, **options) for module in (kernels, plain)
+    ]
+    torch.testing.assert_close(*back, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_adding_a_thin_product(

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
 from plug.checkpoints.weights import check_finite
 from plug.errors import PlugError
-from plug.files import replace_directory
+from plug.files import plain_errors, replace_directory, write_json
 
 METADATA_FILE = ".metadata"  # written last by torch; shows that a directory is such a checkpoint
 
@@ -43,6 +43,62 @@ def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
         save(dict(tensors), storage_writer=FileSystemWriter(place[0]))
         # The block of the first process ends: files are synced, and the directory gets its name.
     dist.barrier()
+
+
+class Writing:
+    """A checkpoint that threads are writing; see `begin_sharded`."""
+
+    def __init__(self, place: ExitStack, future: Any, directory: Path) -> None:
+        self._place, self._future, self._directory = place, future, directory
+
+    @property
+    def is_written(self) -> bool:
+        """Whether `finish` need not wait for the writing."""
+        return bool(self._future.done())
+
+    def finish(self) -> None:
+        """Wait until it is on the disk; the first process then gives it its name.
+
+        Raises:
+            PlugError: the disk is full, or the directory cannot be written.
+        """
+        with self._place, plain_errors(self._directory):
+            try:
+                self._future.result()
+            except CheckpointException as error:
+                raise OSError(None, _first_reason(error)) from error
+
+
+def begin_sharded(
+    directory: Path,
+    tensors: Mapping[str, Any],
+    group: dist.ProcessGroup,
+    beside: Mapping[str, object],
+) -> Writing:
+    """Begin to write as `write_sharded` does; all processes call it together.
+
+    Returns once a copy of the tensors is in the host's memory, so that training may change them.
+
+    Args:
+        directory: whose name it gets when `Writing.finish` returns.
+        tensors: as in `write_sharded`.
+        group: over the CPU; nobody else uses it.
+        beside: JSON files of the directory, by name; the first process's count.
+    """
+    place = ExitStack()
+    try:
+        temporary = [directory]
+        if dist.get_rank() == 0:
+            temporary = [place.enter_context(replace_directory(directory, METADATA_FILE))]
+            for name, values in beside.items():
+                write_json(temporary[0] / name, values)
+        dist.broadcast_object_list(temporary, src=0)
+        writer = FileSystemWriter(temporary[0])
+        future = async_save(dict(tensors), storage_writer=writer, process_group=group)
+    except BaseException:
+        place.close()
+        raise
+    return Writing(place, future, directory)
 
 
 def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:

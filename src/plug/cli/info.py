@@ -244,14 +244,14 @@ def _finetuning(
     config: PlugConfig, batch_size: int, source: int, target: int, room: int | None, cards: int
 ) -> list[dict[str, Any]]:
     """For each mode the best way that fits; where none does, or no card is named, the extremes."""
-    from plug.finetuning.memory import MODES, NO_LIMIT, best_way, smallest_way
+    from plug.finetuning.memory import MODES, NO_LIMIT, SHARDED_MODES, best_way, smallest_way
     from plug.loading.estimate import Training
 
     training = Training(
         batch_size=batch_size, source_length=source, target_length=target, cards=cards
     )
     rows = []
-    for mode in MODES:
+    for mode in MODES if cards == 1 else SHARDED_MODES:
         found = [best_way(config, mode, training, room or NO_LIMIT)]
         if room is None or found[0] is None:
             found.append(smallest_way(config, mode, training))

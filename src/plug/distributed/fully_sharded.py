@@ -100,6 +100,14 @@ def gathers_layers(model: nn.Module) -> bool:
     return is_fully_sharded(model) or is_partitioned(model)
 
 
+def run_forward(model: Any, function: Callable[[], T]) -> T:
+    """Return what ``function`` returns, which runs parts of ``model`` as its `forward` would.
+
+    Backward may go through what is returned. A model that is not sharded is left as it is.
+    """
+    return getattr(model, _CALL)(function) if hasattr(model, _MARK) else function()
+
+
 def with_own_parameters(model: Any, function: Callable[[], T]) -> T:
     """Return what ``function`` returns, called while the root's own parameters are gathered.
 

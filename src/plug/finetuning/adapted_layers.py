@@ -7,7 +7,8 @@ their outputs. Here a layer keeps its products alone, or nothing but its input:
     recomputed      x (`plug.finetuning.recomputation` says which layers)
 
 Norms, GELU and dropout's masks are computed again in both cases: they cost little. The model stays
-peft's, which saves it. Layers that are not plain LoRA (DoRA, several adapters) run as they are.
+peft's, which saves it. Layers that are not plain LoRA (DoRA, several adapters), and those of ranks
+above 85, run as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.finetuning.adapted_products import Products, functions
+from plug.finetuning.adapted_products import MOST_RANKS, Products, functions
 from plug.finetuning.recomputation import layers_of
 from plug.hf.base import PlugDecoderLayer, PlugEncoderLayer
 from plug.model.attention import Attention
@@ -67,6 +68,7 @@ def _is_plain(linear: Any) -> bool:
         and not linear.lora_variant
         and not linear.merged
         and not linear.disable_adapters
+        and 3 * linear.r[linear.active_adapters[0]] <= MOST_RANKS  # of queries, keys and values
         and base.bias is not None
         and not any(each.requires_grad for each in base.parameters())
     )

@@ -22,7 +22,8 @@ from plug.quantization.linear import QuantizedLinear
 from plug.quantization.scheme import GROUP_SIZE
 
 FP8 = torch.float8_e4m3fn
-_ELEMENTS_AT_ONCE = 2**26  # of a weight in FP8: a copy of the largest weights would be 268 MB
+MOST_RANKS = 256  # of adapters that share an input: what the kernels take
+_ELEMENTS_AT_ONCE = 2**27  # of a weight in FP8: a copy of the largest weights would be 268 MB
 
 
 def functions(x: Tensor) -> ModuleType:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from plug.errors import PlugError, UsageError
 from plug.finetuning.settings import FinetuneSettings
-from plug.loading.estimate import Need, Training, generation_need, training_need
+from plug.loading.estimate import Need, Training, generation_need, host_need, training_need
 from plug.model.configuration import PlugConfig
 
 # The largest card that anybody has: in memory without end nothing is given up.
@@ -39,6 +39,10 @@ MODES = (
     Mode(memory="qlora", bits=8),
     Mode(memory="qlora", bits=4),
 )
+
+
+# Those that several cards can share (FSDP2).
+SHARDED_MODES = (MODES[0], Mode(memory="full", optimizer="adamw8bit", bits=32), MODES[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,8 @@ class Case:
         room: bytes free on the device; None where nobody says.
         on_gpu: whether it is one.
         cards: that share weights, gradients and states (FSDP2); one: each has all of them.
+        offload: whether those are kept in the host's memory.
+        host: bytes free there; None where nobody says.
     """
 
     config: PlugConfig
@@ -140,6 +146,8 @@ class Case:
     room: int | None
     on_gpu: bool
     cards: int = 1
+    offload: bool = False
+    host: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,11 @@ def decide(settings: FinetuneSettings, case: Case) -> Decision:
     """
     modes = _modes(settings, case)
     training = training_of(settings, case)
+    if case.offload and case.host is not None:
+        fitting = [mode for mode in modes if _host_bytes(case, mode, training) <= case.host]
+        if not fitting:
+            raise PlugError(_no_host_memory(case, modes[-1], training))
+        modes = fitting
     accumulated = settings.gradient_accumulation_steps
     is_auto = settings.memory == "auto"
     if case.room is None or not case.on_gpu:
@@ -186,6 +199,21 @@ def decide(settings: FinetuneSettings, case: Case) -> Decision:
         if way is not None:
             return _decided(settings, case, mode, way)
     raise PlugError(_too_small(settings, case, modes, training))
+
+
+def _host_bytes(case: Case, mode: Mode, training: Training) -> int:
+    picked = replace(training, memory=mode.memory, optimizer=mode.optimizer, bits=mode.bits)
+    return host_need(case.config, picked)
+
+
+def _no_host_memory(case: Case, mode: Mode, training: Training) -> str:
+    assert case.host is not None
+    needed = _host_bytes(case, mode, training)
+    return (
+        f"offload 要把权重、梯度和优化器状态放在内存里：{mode.name} 约需"
+        f" {gb(needed)} GB，空闲 {gb(case.host)} GB，差 {gb(needed - case.host)} GB。"
+        "请换内存更大的机器、用 --memory lora，或不用 offload。"
+    )
 
 
 def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
@@ -209,7 +237,12 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
                 "请去掉它，或用量化之前的模型。"
             )
         return [Mode(memory="qlora", bits=case.bits)]
-    if settings.optimizer == "adamw" and settings.can_be_fused and case.cards == 1:
+    if (
+        settings.optimizer == "adamw"
+        and settings.can_be_fused
+        and case.cards == 1
+        and not case.offload
+    ):
         full.append(fused)
     needs_lora = settings.rslora or settings.dora
     if needs_all and needs_lora:
@@ -229,6 +262,7 @@ def training_of(settings: FinetuneSettings, case: Case) -> Training:
         accumulates=settings.gradient_accumulation_steps > 1,
         dropout=case.config.hidden_dropout_prob > 0,
         cards=case.cards,
+        offload=case.offload,
     )
     if settings.gradient_checkpointing and not settings.recomputed_layers:
         training = replace(training, recomputed=layers_in(case.config, training))

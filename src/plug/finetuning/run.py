@@ -78,6 +78,7 @@ from plug.interrupts import Interrupts
 from plug.jsonfiles import read_json
 from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
 from plug.loading.estimate import OVERHEAD_BYTES
+from plug.loading.host_memory import free_host_memory
 from plug.loading.memory import free_memory
 from plug.model.configuration import PlugConfig
 from plug.quantization.scheme import read_scheme
@@ -186,7 +187,10 @@ def _run(
     case = _case(config, directory, task, features, chosen)
     layout = find_layout(settings, case, chosen)
     is_sharded = layout.is_sharded
-    decision = decide(settings, replace(case, cards=layout.processes if is_sharded else 1))
+    if is_sharded:
+        offload = settings.parallel.cpu_offload or layout.offloads
+        case = replace(case, cards=layout.processes, offload=offload, host=free_host_memory())
+    decision = decide(settings, case)
     settings = decision.settings
     check_base(settings, directory)
     multiplies_in_fp8(settings, chosen)

@@ -61,6 +61,13 @@ class Layout:
         """Whether no process has a whole copy of the model."""
         return self.is_fsdp or self.is_zero3
 
+    @property
+    def offloads(self) -> bool:
+        """Whether DeepSpeed keeps the parameters in the host's memory."""
+        zero = (self.deepspeed or {}).get("zero_optimization") or {}
+        place = zero.get("offload_param") if isinstance(zero, dict) else None
+        return isinstance(place, dict) and place.get("device") == "cpu"
+
 
 def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) -> Layout:
     """Return how the run is shared, as `settings.parallel` and the launcher's variables say.

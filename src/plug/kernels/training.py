@@ -36,7 +36,7 @@ _SHAPES = {
     "project": _Shape(64, 128, 16, 8),
     "outer": _Shape(64, 128, 16, 4),
     "expand": _Shape(32, 128, 1, 4),
-    "through_gelu": _Shape(64, 64, 4, 4),
+    "through_gelu": _Shape(64, 64, 2, 4),
     "back_through_gelu": _Shape(16, 128, 16, 4),
     "quantize": _Shape(1, 0, 1, 32),
 }
@@ -56,21 +56,22 @@ def project(
         seed: of dropout.
 
     Returns:
-        (rows, rank), in x's dtype.
+        float32 (rows, rank).
     """
     rows, size = x.shape
     rank = len(a)
     shape = _SHAPES["project"]
+    width = _columns(shape, rank, 64)
     chunk = shape.columns * shape.steps
     parts = triton.cdiv(size, chunk)
     out = torch.empty(parts, rows, rank, dtype=torch.float32, device=x.device)
     _project[(triton.cdiv(rows, shape.rows), parts)](
         x, a, out, rows, size, rank, chunk, x.stride(0), a.stride(0), a.stride(1),
         alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=width,
         num_stages=4, num_warps=shape.warps,
     )  # fmt: skip
-    return _total(out).to(x.dtype)
+    return _total(out)
 
 
 def outer(
@@ -98,15 +99,16 @@ def outer(
     rows, size = x.shape
     rank = u.shape[1]
     shape = _SHAPES["outer"]
+    width = _columns(shape, rank, 64)
     chunk = shape.rows * shape.steps
-    columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
+    columns, parts = triton.cdiv(size, width), triton.cdiv(rows, chunk)
     sizes = (parts, size, rank) if transposed else (parts, rank, size)
     out = torch.empty(sizes, dtype=torch.float32, device=x.device)
     strides = (1, rank) if transposed else (size, 1)
     _outer[(columns, parts)](
         u, x, out, rows, size, rank, chunk, u.stride(0), x.stride(0), *strides,
         alpha / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        RANK=_whole(rank), ROWS=shape.rows, COLUMNS=width,
         num_stages=3, num_warps=shape.warps,
     )  # fmt: skip
     return _total(out)
@@ -136,12 +138,13 @@ def expand_(
     rows, size = y.shape
     rank = u.shape[1]
     shape = _SHAPES["expand"]
-    grid = (triton.cdiv(rows, shape.rows) * triton.cdiv(size, shape.columns),)
+    width = _columns(shape, rank, 64)
+    grid = (triton.cdiv(rows, shape.rows) * triton.cdiv(size, width),)
     other = y if residual is None else residual
     _expand[grid](
         y, u, b, other, rows, size, rank, y.stride(0), u.stride(0), b.stride(0), b.stride(1),
         other.stride(0), alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RESIDUAL=residual is not None, RANK=_whole(rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        RESIDUAL=residual is not None, RANK=_whole(rank), ROWS=shape.rows, COLUMNS=width,
         num_warps=shape.warps,
     )  # fmt: skip
     return y
@@ -171,25 +174,24 @@ def through_gelu_(
         wants_gelu: return the GELU too.
 
     Returns:
-        dropout(gelu(y)) a^T (rows, next rank), and gelu(y).
+        dropout(gelu(y)) a^T, float32 (rows, next rank), and gelu(y).
     """
     rows, size = y.shape
     rank, next_rank = u.shape[1], len(a)
     shape = _SHAPES["through_gelu"]
+    width = _columns(shape, max(rank, next_rank), 64)
     chunk = shape.columns * shape.steps
     parts = triton.cdiv(size, chunk)
     out = torch.empty(parts, rows, next_rank, dtype=torch.float32, device=y.device)
     activated = torch.empty_like(y) if wants_gelu else None
-    # Read again for every few rows: in halves, and in order.
-    b, a = (each.to(y.dtype, memory_format=torch.contiguous_format) for each in (b, a))
     _through_gelu[(triton.cdiv(rows, shape.rows), parts)](
         y, u, b, a, out, y if activated is None else activated, rows, size, rank, next_rank, chunk,
         y.stride(0), u.stride(0), b.stride(0), b.stride(1), a.stride(0), a.stride(1),
         alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0, GELU=wants_gelu,
-        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=width,
         num_warps=shape.warps,
     )  # fmt: skip
-    return _total(out).to(y.dtype), activated
+    return _total(out), activated
 
 
 def back_through_gelu_(
@@ -221,16 +223,16 @@ def back_through_gelu_(
     rows, size = y.shape
     rank, next_rank = thin.shape[1], u.shape[1]
     shape = _SHAPES["back_through_gelu"]
+    width = _columns(shape, max(rank, next_rank), 32)
     chunk = shape.rows * shape.steps
-    columns, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
+    columns, parts = triton.cdiv(size, width), triton.cdiv(rows, chunk)
     of_a = torch.empty(parts, next_rank, size, dtype=torch.float32, device=y.device)
     of_b = torch.empty(parts, size, rank, dtype=torch.float32, device=y.device)
-    a = a.to(y.dtype)
     _back_through_gelu[(columns, parts)](
         gradient, y, u, a, thin, of_a, of_b, rows, size, rank, next_rank, chunk,
         gradient.stride(0), y.stride(0), u.stride(0), a.stride(0), a.stride(1), thin.stride(0),
         alpha, 1 / (1 - rate), *_dropout(rate, seed), DROP=rate > 0,
-        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=shape.columns,
+        RANK=_whole(rank), NEXT=_whole(next_rank), ROWS=shape.rows, COLUMNS=width,
         num_warps=shape.warps,
     )  # fmt: skip
     return _total(of_a), _total(of_b)
@@ -351,6 +353,11 @@ def unpack(
     )  # fmt: skip
 
 
+def _columns(shape: _Shape, rank: int, most: int) -> int:
+    """Columns of a program: fewer for ranks above ``most``, so that registers suffice."""
+    return max(32, shape.columns * most // max(most, _whole(rank)))
+
+
 def _total(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
@@ -445,7 +452,7 @@ def _outer(
             u + m[None, :] * u_stride + r[:, None],
             mask=(m[None, :] < end) & (r[:, None] < rank), other=0.0,
         )  # fmt: skip
-        total = tl.dot(thin, value, total, input_precision="ieee")
+        total = tl.dot(thin.to(value.dtype), value, total, input_precision="ieee")
     at = out + part * rank * size + r[:, None] * out_rank + k[None, :] * out_step
     tl.store(at, total * alpha, mask=(r[:, None] < rank) & (k[None, :] < size))
 
@@ -470,7 +477,8 @@ def _expand(
         b + r[:, None] * b_stride + n[None, :] * b_step,
         mask=(r[:, None] < rank) & (n[None, :] < size), other=0.0,
     )  # fmt: skip
-    total = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee") * alpha
+    half = y.dtype.element_ty
+    total = tl.dot(thin.to(half), wide.to(half), input_precision="ieee") * alpha
     at = y + m[:, None].to(tl.int64) * y_stride + n[None, :]
     before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -508,7 +516,7 @@ def _through_gelu(
             b + r[:, None] * b_stride + k[None, :] * b_step,
             mask=(r[:, None] < rank) & (k[None, :] < size), other=0.0,
         )  # fmt: skip
-        added = tl.dot(thin, wide.to(thin.dtype), input_precision="ieee")
+        added = tl.dot(thin.to(loaded.dtype), wide.to(loaded.dtype), input_precision="ieee")
         value = (loaded.to(tl.float32) + added * alpha).to(loaded.dtype)
         tl.store(y + at, value, mask=inside)
         gelu = _gelu(value.to(tl.float32)).to(loaded.dtype)
@@ -560,6 +568,7 @@ def _back_through_gelu(
             thin + m[None, :] * thin_stride + r[:, None],
             mask=(m[None, :] < end) & (r[:, None] < rank), other=0.0,
         )  # fmt: skip
+        after, before = after.to(loaded.dtype), before.to(loaded.dtype)
         cdf, e = _cdf(value)
         gelu = value * cdf
         added = tl.dot(after, wide.to(after.dtype), input_precision="ieee")

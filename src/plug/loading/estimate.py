@@ -269,7 +269,9 @@ class Training:
         recomputed: layers that keep their input alone, the encoder's first ones first.
         accumulates: gradients of several batches are added up, or kept from step to step.
         dropout: whether a layer keeps masks.
-        cards: that share weights, gradients and states (FSDP2).
+        cards: that share weights, gradients and states (FSDP2). Layers are gathered when needed,
+            in the dtype of the products, so that there is no autocast.
+        offload: those shards are in the host's memory.
         masked_share: of pre-training: the share of the source that the masked-LM head predicts.
         half_stream: the residual stream has 16 bits beside weights in float32, as in pre-training.
     """
@@ -286,12 +288,15 @@ class Training:
     accumulates: bool = False
     dropout: bool = True
     cards: int = 1
+    offload: bool = False
     masked_share: float = 0.0
     half_stream: bool = False
 
     @property
     def weight(self) -> int:
-        """Bytes of a weight that is no integer."""
+        """Bytes of a weight that is no integer, as a layer computes with it."""
+        if self.is_sharded and self.half:
+            return 2
         return 4 if self.bits == 32 else 2
 
     @property
@@ -305,6 +310,10 @@ class Training:
         return 2 if self.half else self.stream
 
     @property
+    def is_sharded(self) -> bool:
+        return self.cards > 1 or self.offload
+
+    @property
     def trains_all(self) -> bool:
         return self.memory == "full"
 
@@ -316,7 +325,7 @@ class Training:
     @property
     def own_passes(self) -> bool:
         """Whether layers with adapters train by `finetuning/adapted_layers.py`."""
-        return not self.trains_all and self.half
+        return not self.trains_all and self.half and not self.is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,18 +366,26 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     if not training.target_length:
         config = replace(config, num_decoder_layers=0)
     by_part = parts(config, num_labels)
-    weights = weight_bytes(config, training.bits, training.weight, num_labels=num_labels)
+    kept = 4 if training.bits == 32 else 2
+    weights = weight_bytes(config, training.bits, kept, num_labels=num_labels)
     adapters = 0 if training.trains_all else _adapter_parameters(by_part, training)
     trained = adapters or sum(by_part.values(), Part()).parameters
-    weights = weights // training.cards + 4 * adapters
+    weights += 4 * adapters
     optimizer = int(trained * _STATES[training.optimizer])
     if training.optimizer == "muon":
         optimizer -= 4 * (by_part["encoder"] + by_part["decoder"]).matrix_parameters
-    optimizer //= training.cards
     if training.is_fused:  # the word table is used at both ends of the step
         all_gradients = training.weight * config.vocab_size * config.hidden_size
     else:
-        all_gradients = (4 if adapters else training.weight) * trained // training.cards
+        all_gradients = (4 if adapters else kept) * trained
+    if training.is_sharded:
+        largest = layer(config, attentions=2 if config.num_decoder_layers else 1).parameters
+        root = (by_part["embeddings"] + by_part["heads"]).parameters
+        share = 0.0 if training.offload else 1 / training.cards
+        weights, optimizer, all_gradients = (
+            round(each * share) for each in (weights, optimizer, all_gradients)
+        )
+        weights += training.weight * (root + 2 * largest)  # gathered: the one at work, the next
 
     blocks = list(_blocks(config, training))
     scale = all_gradients / max(1, sum(block.gradients for block in blocks))
@@ -400,6 +417,16 @@ def _larger(
         activations=activations,
     )
     return max(best, need, key=lambda each: each.total)
+
+
+def host_need(config: PlugConfig, training: Training) -> int:
+    """Return the bytes of the host's memory that offloaded shards take, of all cards together."""
+    alone = replace(training, offload=False, cards=1)
+    need = training_need(config, alone)
+    trained = 0 if training.trains_all else _adapter_parameters(parts(config), training)
+    whole = 4 if training.trains_all else 0
+    gradients = 4 * trained + whole * sum(parts(config).values(), Part()).parameters
+    return need.weights + need.optimizer + gradients
 
 
 def _adapter_parameters(by_part: dict[str, Part], training: Training) -> int:
@@ -474,6 +501,8 @@ def _layer_block(
     largest = hidden * inner
     unpacked = largest * value if training.bits < 16 else 0
     weight_gradient = largest * (6 if _casts(training) else value) if training.trains_all else 0
+    if training.is_sharded and training.trains_all:  # of the layer, and in float32 to be summed
+        weight_gradient = (value + 4) * part.parameters
     return _Block(
         kept=kept - again,
         entry=entry,

@@ -31,7 +31,9 @@ def fill(
     directory: Path,
     device: torch.device,
     saved_name: Callable[[str], str] = lambda name: name,
-) -> None:
+    *,
+    partly: bool = False,
+) -> set[str]:
     """Give every sharded parameter that has no memory its own rows, read from ``directory``.
 
     Args:
@@ -39,6 +41,10 @@ def fill(
         directory: of the weights.
         device: where shards are kept.
         saved_name: given a parameter's name, returns the tensor's in the directory.
+        partly: leave parameters that the directory lacks without memory.
+
+    Returns:
+        The names of the parameters that were read.
 
     Raises:
         PlugError: tensors are missing, have another shape, are damaged, or NaN or infinite.
@@ -48,6 +54,7 @@ def fill(
         name: parameter
         for name, parameter in model.named_parameters()
         if parameter.is_meta and isinstance(parameter, DTensor)
+        if not partly or saved_name(name) in places
     }
     shapes = {saved_name(name): tuple(parameter.shape) for name, parameter in wanted.items()}
     found = {name: places[name].spec.shape for name in shapes if name in places}
@@ -73,6 +80,7 @@ def fill(
         strict=False,
         assign=True,
     )
+    return set(local)
 
 
 def write_gathered(

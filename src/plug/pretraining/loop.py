@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from time import monotonic, perf_counter
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from plug.distributed.fully_sharded import is_fully_sharded, run_forward
 from plug.distributed.processes import Processes, Vote
 from plug.errors import PlugError
 from plug.interrupts import Interrupted, Interrupts, ignore_signals
@@ -25,9 +27,11 @@ from plug.model.plug import Plug
 from plug.pretraining import losses as loss_functions
 from plug.pretraining.batches import Batch, PalmBatches, StructBertBatches, global_batch_tokens
 from plug.pretraining.gradients import Gradients
+from plug.pretraining.masking import IGNORE_INDEX
 from plug.pretraining.optimization import learning_rate_scale
 from plug.pretraining.record import FIELDS, MORE_FIELDS, Record
 from plug.pretraining.settings import RunConfig
+from plug.pretraining.sharded import ShardedCheckpoints, ShardedGradients
 from plug.pretraining.spikes import check_skipped, is_spike
 from plug.pretraining.state import State
 from plug.pretraining.watching import PROCESS_FIELDS, Meter, open_board
@@ -60,7 +64,13 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
         pin_memory=processes.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    gradients = Gradients(state.model.named_parameters(), processes.world_size)
+    gradients: Gradients | ShardedGradients
+    checkpoints = None
+    if is_fully_sharded(state.model):
+        gradients = ShardedGradients(state.model)
+        checkpoints = ShardedCheckpoints(output, processes, config.keep_checkpoints)
+    else:
+        gradients = Gradients(state.model.named_parameters(), processes.world_size)
     vote = logs.vote
     schedule = _Schedule(config)
     with (
@@ -75,6 +85,8 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
                 step + 1,
                 state.tokens + global_batch_tokens(batch, config.batch_tokens),
             )
+            if checkpoints is not None:
+                checkpoints.look()
             is_last = step == todo[-1]
             # One clock decides, and all stop at the same step.
             wish = interrupts.asked or (_SAVE if first and schedule.is_due(state.step) else 0)
@@ -88,9 +100,14 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
             if is_logged:
                 rate = logs.add(state, values, float(grad_norm))
                 progress.update(state.step, rate, values)
-            if agreed and first:
+            if agreed:
                 logs.sync()  # the log reaches the disk before the checkpoint that counts on it
-                state.save(output, processes.world_size)
+                if checkpoints is not None:
+                    values = state.to_dict(processes.world_size)
+                    waits = agreed > _SAVE
+                    checkpoints.save(state.model, state.optimizers, values, waits=waits)
+                elif first:
+                    state.save(output, processes.world_size)
                 schedule.saved()
             if agreed > _SAVE:
                 if processes.world_size > 1:
@@ -100,6 +117,8 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
                     "用同样的命令加 --resume 接着训练。",
                     agreed,
                 )
+    if checkpoints is not None:
+        checkpoints.finish()
     logs.close()
 
 
@@ -180,7 +199,7 @@ class _Schedule:
 
 def take_step(
     state: State,
-    gradients: Gradients,
+    gradients: Gradients | ShardedGradients,
     batch: Batch,
     processes: Processes,
     vote: Vote,
@@ -200,13 +219,18 @@ def take_step(
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     names, counts = _count(batch, processes)
     sums = torch.zeros_like(counts)
-    parts = list(split(batch, config.micro_batch_tokens))
+    is_sharded = isinstance(gradients, ShardedGradients)
+    # Sharded layers are gathered by all processes together, as often.
+    least = vote(part_count(batch, config.micro_batch_tokens)) if is_sharded else 1
+    parts = list(split(batch, config.micro_batch_tokens, least))
     for number, part in enumerate(parts, start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            part_sums = losses(state.model, part)
+            part_sums = run_forward(state.model, partial(losses, state.model, part))
         together = torch.stack([part_sums[name] for name in names])
         gradients.is_last = number == len(parts)
-        (together / counts).sum().backward()
+        # FSDP2 takes the mean over the processes where `Gradients` takes the sum.
+        factor = processes.world_size if is_sharded else 1
+        ((together / counts).sum() * factor).backward()
         sums += together.detach()
     waiting = dist.all_reduce(sums, async_op=True) if processes.world_size > 1 else None
     grad_norm = gradients.finish(config.clip_grad_norm)
@@ -248,14 +272,44 @@ def _count(batch: Batch, processes: Processes) -> tuple[list[str], Tensor]:
     return list(counted), counts.clamp(min=1)
 
 
-def split(batch: Batch, micro_batch_tokens: int) -> Iterator[Batch]:
-    """Yield the batch in parts of at most ``micro_batch_tokens`` tokens, at least one row each."""
+def part_count(batch: Batch, micro_batch_tokens: int) -> int:
+    """Return how many parts a batch is computed in: one row at least, else so many tokens."""
+    rows = len(batch["input_ids"])
+    return -(-rows // _part_size(batch, micro_batch_tokens))
+
+
+def _part_size(batch: Batch, micro_batch_tokens: int) -> int:
     rows = len(batch["input_ids"])
     tokens = sum(batch[k].numel() for k in ("input_ids", "decoder_input_ids") if k in batch)
-    parts = min(rows, -(-tokens // micro_batch_tokens))
-    size = -(-rows // parts)
+    return -(-rows // min(rows, -(-tokens // micro_batch_tokens)))
+
+
+def split(batch: Batch, micro_batch_tokens: int, least: int = 1) -> Iterator[Batch]:
+    """Yield the batch in `part_count` parts, or in ``least`` if that is more.
+
+    If there are fewer rows than parts, the last parts are a row from which nothing is predicted.
+    """
+    rows = len(batch["input_ids"])
+    size = _part_size(batch, micro_batch_tokens)
+    if least > part_count(batch, micro_batch_tokens):
+        pieces = min(least, rows)
+        parted = {name: tensor.tensor_split(pieces) for name, tensor in batch.items()}
+        for index in range(pieces):
+            yield {name: each[index] for name, each in parted.items()}
+        yield from [_nothing(batch)] * (least - pieces)
+        return
     for start in range(0, rows, size):
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+def _nothing(batch: Batch) -> Batch:
+    """A row from which nothing is predicted."""
+    labels = loss_functions.LABELS.values()
+    row = {name: tensor[:1].clone() for name, tensor in batch.items()}
+    return {
+        name: tensor.fill_(IGNORE_INDEX) if name in labels else tensor
+        for name, tensor in row.items()
+    }
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:

@@ -96,6 +96,89 @@ class Muon(torch.optim.Muon):
         return gathered.flatten(0, 1)[: len(gradients)]
 
 
+class ShardedMuon(torch.optim.Muon):
+    """`Muon` for weights of which each process holds some rows.
+
+    Of the matrices of one shape each process gets some whole, makes their updates, and gives each
+    process its rows of them. So every update is computed once. Momentum stays sharded.
+
+    Args:
+        params: matrices, sharded by rows over all processes.
+        settings: those of `torch.optim.Muon`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step; weights without a gradient stay as they are."""
+        assert closure is None
+        world_size = dist.get_world_size()
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[Any]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                size = max(1, MOST_STACKED // (rows * columns)) * world_size
+                for start in range(0, len(parameters), size):
+                    self._step_together(parameters[start : start + size], group)
+
+    def _step_together(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        rows, columns = parameters[0].shape
+        mine = [each.to_local() for each in parameters]
+        gradients = [each.grad.to_local() for each in parameters]
+        momenta = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momenta.append(state["momentum_buffer"].to_local())
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = momenta
+        if group["nesterov"]:
+            updates = list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+        scale = _rate(group["lr"], group["adjust_lr_fn"], parameters[0].shape)
+        steps = self._updates(updates, rows, columns, group)
+        torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(mine, steps, alpha=-scale)
+
+    def _updates(
+        self, momenta: list[Tensor], rows: int, columns: int, group: dict[str, Any]
+    ) -> list[Tensor]:
+        """This process's rows of every update, each in the momentum's dtype."""
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        each = -(-len(momenta) // world_size)  # matrices that a process gets whole
+        first = momenta[0]
+        chunk = -(-rows // world_size)  # rows of a process, as FSDP2 cuts them
+        shares = [min(chunk, max(0, rows - k * chunk)) for k in range(world_size)]
+        sent = first.new_zeros((each * world_size, shares[rank], columns), dtype=torch.bfloat16)
+        torch._foreach_copy_(list(sent[: len(momenta)].unbind()), momenta)
+        got = _exchange(sent, [each * share * columns for share in shares])
+        pieces = got.split([each * share * columns for share in shares])
+        whole = torch.cat(
+            [x.view(each, share, columns) for x, share in zip(pieces, shares, strict=True)], dim=1
+        )
+        is_tall = rows > columns
+        stack = whole.mT.contiguous() if is_tall else whole
+        stack = orthogonalize(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        whole = stack.mT if is_tall else stack
+        back = torch.cat([x.flatten() for x in whole.split(shares, dim=1)])
+        sizes = [each * share * columns for share in shares]
+        own = torch.empty_like(sent).flatten()
+        dist.all_to_all_single(own, back, [each * shares[rank] * columns] * world_size, sizes)
+        return [x.to(first.dtype) for x in own.view(sent.shape)[: len(momenta)].unbind()]
+
+
+def _exchange(sent: Tensor, sizes: list[int]) -> Tensor:
+    """Give each process an equal part of ``sent``; return the parts given to this one.
+
+    ``sizes`` are the elements that each process gives.
+    """
+    world_size = dist.get_world_size()
+    got = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(got, sent.flatten(), sizes, [sent.numel() // world_size] * world_size)
+    return got
+
+
 def orthogonalize(
     stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:

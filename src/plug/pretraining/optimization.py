@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from plug.errors import UsageError
-from plug.pretraining.muon import Muon
+from plug.pretraining.muon import Muon, ShardedMuon
 
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
@@ -44,6 +46,7 @@ def build_optimizers(
     weight_decay: float,
     rank: int = 0,
     world_size: int = 1,
+    is_sharded: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Return AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.
 
@@ -58,6 +61,7 @@ def build_optimizers(
         weight_decay: of matrices.
         rank: this process's number.
         world_size: processes that train copies of the model; they share out Muon's work.
+        is_sharded: each process holds a shard of every weight.
 
     Raises:
         UsageError: ``name`` is not in `OPTIMIZERS`.
@@ -77,14 +81,7 @@ def build_optimizers(
         torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
     ]
     if chosen:
-        optimizers.append(
-            Muon(
-                in_layers,
-                rank=rank,
-                world_size=world_size,
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+        muon = ShardedMuon if is_sharded else partial(Muon, rank=rank, world_size=world_size)
+        optimizers.append(muon(in_layers, adjust_lr_fn="match_rms_adamw", **settings))
     return optimizers

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from plug.checkpoints.directory import find_model_directory, refuse_quantized
+from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, refuse_quantized
+from plug.distributed.fully_sharded import is_fully_sharded
 from plug.distributed.processes import Processes, start_processes
 from plug.errors import PlugError, UsageError, install
 from plug.files import hold, recover
@@ -29,6 +31,7 @@ from plug.pretraining.loop import Batches, train
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
 from plug.pretraining.settings import RunConfig
+from plug.pretraining.sharded import save_whole, shard_new
 from plug.pretraining.state import (
     CHECKPOINT,
     MODEL,
@@ -85,7 +88,9 @@ def pretrain(
                 if processes.is_first:
                     write_settings(output, stage, config)
                 train(state, batches, processes, output)
-                if processes.is_first:
+                if is_fully_sharded(state.model):
+                    save_whole(state.model, output / MODEL, state.tokenizer, processes)
+                elif processes.is_first:
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
             if processes.is_first:
                 _plot(output)
@@ -141,12 +146,17 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
     output = Path(config.output)
     read_tokens(Path(config.corpus))  # says what is wrong with a corpus
     corpus = fingerprint(Path(config.corpus))
-    saved = read_saved(output, stage, config, processes.world_size, corpus) if resume else None
+    is_sharded = _is_sharded(config, processes)
+    saved = None
+    if resume:
+        saved = read_saved(output, stage, config, processes.world_size, corpus, is_sharded)
     if resume and saved is None and not is_finished(output):
         _tell(processes, f"{output} 里还没有检查点，从头开始训练。")
     torch.manual_seed(config.seed)
     source = config.init_from if saved is None else str(output / CHECKPOINT)
-    model = _build_model(stage, config, tokenizer, source, processes.device)
+    if is_sharded:
+        source = config.init_from if saved is None else ""
+    model = _build_model(stage, config, tokenizer, source, processes, is_sharded)
     optimizers = build_optimizers(
         model,
         name=config.optimizer,
@@ -155,11 +165,29 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
         weight_decay=config.weight_decay,
         rank=processes.rank,
         world_size=processes.world_size,
+        is_sharded=is_sharded,
     )
     state = State(stage, config, model, tokenizer, list(optimizers), corpus=corpus)
     if saved is not None:
         state.restore(saved)
     return state
+
+
+def _is_sharded(config: RunConfig, processes: Processes) -> bool:
+    """Whether each process holds a shard of the model.
+
+    Raises:
+        UsageError: that is asked for without a launcher.
+    """
+    sharding = config.parallel.sharding
+    if sharding == "fsdp" and "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            "parallel.sharding=fsdp 要由 torchrun 启动："
+            "torchrun --nproc-per-node 卡数 -m plug pretrain …。"
+        )
+    if sharding == "fsdp" and processes.world_size == 1:
+        raise UsageError("parallel.sharding=fsdp 要两个以上的进程，现在只有一个。")
+    return sharding == "fsdp"
 
 
 def _model_config(stage: int, settings: RunConfig, tokenizer: PlugTokenizer) -> PlugConfig:
@@ -188,7 +216,8 @@ def _build_model(
     settings: RunConfig,
     tokenizer: PlugTokenizer,
     source: str,
-    device: torch.device,
+    processes: Processes,
+    is_sharded: bool,
 ) -> Plug:
     """A new model, with the weights of ``source`` if that is not empty."""
     config = _model_config(stage, settings, tokenizer)
@@ -199,33 +228,52 @@ def _build_model(
             f"{config.max_position_embeddings}。"
         )
     dropout = settings.dropout
-    model = Plug(
-        dataclasses.replace(
-            config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+    with torch.device("meta" if is_sharded else "cpu"):
+        model = Plug(
+            dataclasses.replace(
+                config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+            )
         )
-    )
     model.config = config  # saved with the preset's dropout, which fine-tuning wants
-    if source:
-        _read_weights(model, source, tokenizer, settings.corpus)
-    model.to(device).train()
+    directory = _check_source(model, source, tokenizer, settings.corpus) if source else None
+    if is_sharded:
+        model.train()
+    else:
+        if directory is not None:
+            saved = load(directory)
+            is_partial = (model.decoder is None) != (saved.decoder is None)
+            model.load_state_dict(saved.state_dict(), strict=not is_partial)
+        model.to(processes.device).train()
     if stage == 2:
         model.sentence_head.requires_grad_(False)
-    if settings.precision == "bf16":
+    is_half = settings.precision == "bf16"
+    if is_half:
         keep_bf16(model)
     if settings.compile:
         compile_model(model)
+    if is_sharded:
+        shard_new(
+            model,
+            settings.parallel,
+            processes,
+            seed=settings.seed,
+            source=directory,
+            compute_dtype=torch.bfloat16 if is_half else None,
+        )
     return model
 
 
-def _read_weights(model: Plug, source: str, tokenizer: PlugTokenizer, corpus: str) -> None:
-    """Read the weights of a checkpoint, or of stage 1; a decoder that it lacks stays new."""
+def _check_source(model: Plug, source: str, tokenizer: PlugTokenizer, corpus: str) -> Path:
+    """Return the directory of a checkpoint, or of stage 1, if its weights are for ``model``.
+
+    A decoder that it lacks stays new.
+    """
     directory = find_model_directory(source)
     refuse_quantized(directory)
-    saved = load(directory)
-    ours, theirs = model.config.to_dict(), saved.config.to_dict()
+    theirs = PlugConfig.from_file(directory / CONFIG_FILE).to_dict()
+    ours = model.config.to_dict()
     differing = {name for name in ours if ours[name] != theirs[name]}
-    is_partial = (model.decoder is None) != (saved.decoder is None)
-    if is_partial:
+    if (model.decoder is None) != (theirs["num_decoder_layers"] == 0):
         differing.remove("num_decoder_layers")
     if differing:
         listed = "、".join(
@@ -235,7 +283,7 @@ def _read_weights(model: Plug, source: str, tokenizer: PlugTokenizer, corpus: st
     vocabulary = PlugTokenizer.load(directory).backend.get_vocab()
     if vocabulary != tokenizer.backend.get_vocab():
         raise UsageError(f"模型 {source} 的词表与语料 {corpus} 的不同。请用它的词表编码语料。")
-    model.load_state_dict(saved.state_dict(), strict=not is_partial)
+    return directory
 
 
 def _build_batches(

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
 from plug.model.configuration import PRESETS
-from plug.options import merge_tables, read_toml
+from plug.options import Table, merge_tables, read_toml
 from plug.pretraining.optimization import OPTIMIZERS, SCHEDULES
 
 _POSITIVE = (
@@ -18,6 +19,7 @@ _POSITIVE = (
     "batch_tokens",
     "micro_batch_tokens",
     "checkpoint_every",
+    "keep_checkpoints",
     "log_every",
     "learning_rate",
     "clip_grad_norm",
@@ -82,6 +84,7 @@ class RunConfig:
     workers: int = 2  # processes that make batches
     checkpoint_every: int = 1000  # steps
     checkpoint_minutes: float = 10.0  # a checkpoint is due after so long as well; 0: by steps alone
+    keep_checkpoints: int = 2  # of a sharded run, the newest
     log_every: int = 10  # steps
     tensorboard: bool = False  # write TensorBoard files as well (extra `tensorboard`)
     # A step whose gradient's norm exceeds so many times the median of the last 100 is not applied,
@@ -90,6 +93,8 @@ class RunConfig:
     # Numbers (from 1) of steps whose batch is passed over; may be added when resuming.
     skip_steps: list[int] = field(default_factory=list)
     seed: int = 1
+    # The table [parallel], as in `plug finetune`: sharding = "fsdp" under torchrun.
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -138,6 +143,14 @@ class RunConfig:
             and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)
         ):
             raise UsageError(f"设置 betas={betas!r} 应为 [0, 1) 内的两个数。")
+        parallel = Table(ParallelSettings).check("parallel", self.parallel)
+        object.__setattr__(self, "parallel", parallel)
+        if parallel.deepspeed:
+            raise UsageError(
+                '预训练不用 DeepSpeed：请去掉 parallel.deepspeed，用 sharding = "fsdp"。'
+            )
+        if parallel.sharding == "fsdp" and self.compile:
+            raise UsageError("compile 不能与 parallel.sharding=fsdp 一起用。请去掉其中一个。")
         if not isinstance(self.model, dict):
             raise UsageError(f"设置 model={self.model!r} 应为一个表，如 {{ hidden_size = 128 }}。")
         factors = self.domain_factors

@@ -20,6 +20,7 @@ from plug.files import is_used, replace_directory, write_json
 from plug.loading.save import write_model
 from plug.model.plug import Plug
 from plug.pretraining.settings import RunConfig
+from plug.pretraining.sharded import CHECKPOINTS, found, read_values, restore
 from plug.tokenization import PlugTokenizer
 
 SETTINGS_FILE = "settings.json"
@@ -29,7 +30,7 @@ MODEL = "model"  # the model directory that a finished run leaves
 # settings that change nothing of what is computed, and those that pass steps over
 FREE_ON_RESUME = frozenset(
     {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every", "tensorboard"}
-    | {"skip_spikes", "skip_steps"}
+    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel"}
 )
 
 
@@ -62,20 +63,24 @@ class State:
 
     def save(self, output: Path, world_size: int) -> None:
         """Replace the checkpoint in ``output``, or leave the old one if that fails."""
-        values = {
+        values = self.to_dict(world_size)
+        values["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
+            write_model(self.model, directory, tokenizer=self.tokenizer)
+            save_pickle(values, directory / STATE_FILE)
+
+    def to_dict(self, world_size: int) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and the optimisers' states."""
+        return {
             "stage": self.stage,
             "step": self.step,
             "tokens": self.tokens,
             "world_size": world_size,
             "config": dataclasses.asdict(self.config),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "norms": self.norms,
             "skipped": self.skipped,
             "corpus": self.corpus,
         }
-        with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
-            write_model(self.model, directory, tokenizer=self.tokenizer)
-            save_pickle(values, directory / STATE_FILE)
 
     def restore(self, saved: Saved) -> None:
         """Go on from ``saved``; the weights have been read with the model.
@@ -83,11 +88,15 @@ class State:
         Raises:
             PlugError: the checkpoint is not of these optimisers.
         """
-        if len(saved.optimizers) != len(self.optimizers) or saved.step > self.config.steps:
+        is_sharded = saved.path.is_dir()
+        count = 0 if is_sharded else len(self.optimizers)
+        if len(saved.optimizers) != count or saved.step > self.config.steps:
             raise _damaged(saved.path, "步数或优化器的个数不对")
+        if is_sharded:
+            restore(self.model, self.optimizers, saved.path)
         steps = self.config.steps
         clean_from = round(self.config.mlm_fraction * steps) if self.stage == 2 else steps
-        for optimizer, values in zip(self.optimizers, saved.optimizers, strict=True):
+        for optimizer, values in zip(self.optimizers, saved.optimizers, strict=not is_sharded):
             _check_optimizer(optimizer, values, saved, clean_from)
             optimizer.load_state_dict(values)
         self.step, self.tokens = saved.step, saved.tokens
@@ -128,19 +137,36 @@ def is_finished(output: Path) -> bool:
 
 
 def read_saved(
-    output: Path, stage: int, config: RunConfig, world_size: int, corpus: str
+    output: Path,
+    stage: int,
+    config: RunConfig,
+    world_size: int,
+    corpus: str,
+    is_sharded: bool = False,
 ) -> Saved | None:
     """The checkpoint of an interrupted run; None if it was stopped before the first one.
 
-    ``corpus`` is the `fingerprint` of what the run would be trained on.
+    Args:
+        output: of the run.
+        stage: that it is to go on with.
+        config: likewise.
+        world_size: processes that it has now.
+        corpus: the `fingerprint` of what the run would be trained on.
+        is_sharded: whether the processes share the model.
 
     Raises:
         UsageError: the run was started with settings, a number of processes or a corpus that would
             make it another run.
         PlugError: the checkpoint or the settings are damaged.
     """
-    path = output / CHECKPOINT / STATE_FILE
-    if not path.is_file():
+    path, sharded = output / CHECKPOINT / STATE_FILE, found(output / CHECKPOINTS)
+    if (path.is_file() and is_sharded) or (sharded and not is_sharded):
+        was, now = ("none", "fsdp") if is_sharded else ("fsdp", "none")
+        raise UsageError(
+            f"{output} 的检查点是用 parallel.sharding={was} 训练的，现在是 {now}。"
+            f"请用 --set parallel.sharding={was}，或换一个 output 重新训练。"
+        )
+    if not path.is_file() and not sharded:
         path = output / SETTINGS_FILE
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +174,11 @@ def read_saved(
             raise PlugError(f"{path} 已损坏，也没有检查点。请换一个 output 重新训练。") from None
         _check_same(path, before if isinstance(before, dict) else {}, stage, config)
         return None
-    values = read_torch_file(path, "optimizers").content
+    if sharded:  # the optimisers' states are read with the weights
+        path = sharded[-1]
+        values = read_values(path) | {"optimizers": []}
+    else:
+        values = read_torch_file(path, "optimizers").content
     kinds = {"stage": int, "config": dict, "world_size": int, "step": int, "tokens": int}
     kinds["optimizers"] = list
     if not isinstance(values, dict) or any(type(values.get(n)) is not k for n, k in kinds.items()):

@@ -1,0 +1,130 @@
+"""Pre-training of which no process holds the whole model: as one process with all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plug.errors import UsageError
+from plug.loading.save import save
+from plug.model.configuration import PRESETS
+from plug.model.plug import Plug
+from plug.pretraining.record import read_rows
+from plug.pretraining.run import pretrain
+from plug.pretraining.settings import RunConfig
+from plug.tokenization import PlugTokenizer
+
+Make = Callable[..., RunConfig]
+Together = Callable[..., list[Any]]
+FSDP = {"sharding": "fsdp"}
+SHAPES = {1: [[32, 1.0]], 2: [[24, 16, 1.0], [16, 16, 1.0]]}
+
+
+def same_rows(output: Path, expected: Path, *names: str) -> None:
+    """Losses within 1e-5; the same steps and passages."""
+    ours, theirs = (read_rows(path / "log.csv") for path in (output, expected))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["tokens"] == other["tokens"]
+        assert row.keys() - {"memory_gb"} == other.keys() - {"memory_gb"}
+        for name in other.keys() & set(names):
+            assert row[name] == pytest.approx(other[name], abs=1e-5), (row["step"], name)
+
+
+@pytest.fixture
+def beginning(tiny_tokenizer: PlugTokenizer, tmp_path: Path) -> Path:
+    """A whole model, to begin stage 2 from: what is drawn anew differs for sharded runs."""
+    config = dataclasses.replace(
+        PRESETS["test"], vocab_size=384, num_emitted_tokens=tiny_tokenizer.vocab_size
+    )
+    torch.manual_seed(0)
+    save(Plug(config), tmp_path / "beginning", tokenizer=tiny_tokenizer)
+    return tmp_path / "beginning"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_and_four_processes_learn_as_one_that_holds_all(
+    optimizer: str, beginning: Path, settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    """Batches of 6 or 8 rows, also in parts of 1: some processes have fewer rows than parts."""
+    made = {"shapes": SHAPES[2], "batch_tokens": 255, "mlm_fraction": 0.6, "optimizer": optimizer}
+    made |= {"init_from": str(beginning)}
+    pretrain(2, settings(output=str(tmp_path / "one"), **made), device="cpu")
+    expected = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for count, tokens in ((2, 65536), (4, 30)):
+        output = tmp_path / f"{count}"
+        shared = settings(output=str(output), parallel=FSDP, micro_batch_tokens=tokens, **made)
+        answers = run_together(count, "pretrain", stage=2, settings=asdict(shared))
+        same_rows(output, tmp_path / "one", "lm", "mlm", "grad_norm")
+        held = [answer["held"] for answer in answers]
+        assert max(held) < 1.2 * sum(held) / count  # each holds its share
+        found = load_file(output / "model" / "model.safetensors")
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
+            ours, theirs = (tmp_path / x / "model" / name for x in (f"{count}", "one"))
+            assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_runs_that_die_in_a_save_go_on_with_other_processes(
+    optimizer: str, settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    """4, then 2, then 4 processes: no passage is lost or repeated; the last two are kept."""
+    made = {"optimizer": optimizer, "steps": 10, "checkpoint_every": 2, "parallel": FSDP}
+    whole = settings(output=str(tmp_path / "whole"), **made)
+    run_together(2, "pretrain", stage=1, settings=asdict(whole))
+    kept = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    assert kept == ["step-6", "step-8"]
+
+    broken = asdict(settings(output=str(tmp_path / "broken"), **made))
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    run_together(4, "pretrain", fails=True, stage=1, settings=broken, die_at=2)
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-2"]
+    run_together(2, "pretrain", fails=True, stage=1, settings=broken, resume=True, die_at=3)
+    assert {path.name for path in checkpoints.glob("step-*")} == {"step-4", "step-6"}
+    with pytest.raises(UsageError, match=r"parallel.sharding=fsdp 训练的，现在是 none"):
+        pretrain(1, settings(output=str(tmp_path / "broken"), **made | {"parallel": {}}),
+                 resume=True, device="cpu")  # fmt: skip
+    run_together(4, "pretrain", stage=1, settings=broken, resume=True)
+    same_rows(tmp_path / "broken", tmp_path / "whole", "mlm", "word", "sentence", "grad_norm")
+    assert not [path for path in checkpoints.iterdir() if not path.name.startswith("step-")]
+
+
+def test_a_damaged_checkpoint_is_a_sentence(
+    settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    made = asdict(settings(output=str(tmp_path / "run"), checkpoint_every=2, parallel=FSDP))
+    run_together(2, "pretrain", stage=1, settings=made, fails=True, die_at=2)
+    for file in (tmp_path / "run" / "checkpoints" / "step-2").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:99])
+    told = run_together(2, "failing", stage=1, settings=made, resume=True)
+    assert all("step-2 已损坏" in each for each in told)
+
+
+def test_sharding_needs_a_launcher_and_two_processes(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings(parallel=FSDP)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
+        pretrain(1, run, device="cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="两个以上的进程"):
+        pretrain(1, run, device="cpu")
+    assert not (tmp_path / "run").exists()
+    for parallel, message in (({"sharding": "all"}, "sharding='all'"), (3, r"\[parallel\]")):
+        with pytest.raises(UsageError, match=message):
+            settings(parallel=parallel)
+    with pytest.raises(UsageError, match="DeepSpeed"):
+        settings(parallel={"deepspeed": "zero3.json"})
+    with pytest.raises(UsageError, match="compile"):
+        settings(parallel=FSDP, compile=True)
