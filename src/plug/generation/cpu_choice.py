@@ -43,6 +43,8 @@ def source_product(kernels: Callable[[nn.Linear], Product]) -> Callable[[nn.Line
     """Return what makes the fastest product of a source with a plain layer; perhaps ``kernels``."""
 
     def product(linear: nn.Linear) -> Product:
+        if linear.weight.is_meta:  # it comes from elsewhere when it is needed
+            return linear
         best = fastest_source()
         if best == BFLOAT16 and _fits(linear.weight):
             return in_bfloat16(linear.weight, linear.bias)

@@ -62,9 +62,12 @@ class CpuModel(PlainModel):
     def _prepare_encoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._products: dict[nn.Module, CpuProduct] = {}
-        for_plain = source_product(self._product_of)
         self._encoder = with_products(
-            model.encoder, self._product_of, for_plain, self._adapters, "encoder."
+            model.encoder,
+            lambda layer: layer if layer.get_buffer("weight").is_meta else self._product_of(layer),
+            source_product(self._product_of),
+            self._adapters,
+            "encoder.",
         )
         self._project_encoder = with_products(
             model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
