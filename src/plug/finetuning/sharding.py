@@ -96,6 +96,10 @@ def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) ->
     if sharding == "none":
         return Layout(processes, device)
     _refuse_unsupported(settings, "parallel.sharding=fsdp")
+    if settings.optimizer == "adamw8bit":
+        # torchao compiles the step of a shard. The cache on disk gives it the code for a shard of
+        # another size, since the whole tensor has the same (torch 2.13, torchao 0.18).
+        torch.compiler.config.force_disable_caches = True
     if not dist.is_initialized():
         # gloo carries what `cpu_offload` keeps in the host's memory.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
