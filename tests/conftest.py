@@ -350,6 +350,7 @@ def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
             environment |= {"TORCHELASTIC_USE_AGENT_STORE": True}
             environment |= {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
+            environment |= {"OMP_NUM_THREADS": 1}  # as torchrun sets it
             given = {
                 "environment": {name: str(value) for name, value in environment.items()},
                 "job": (function, options),

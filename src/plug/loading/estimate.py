@@ -325,7 +325,7 @@ class Training:
     @property
     def own_passes(self) -> bool:
         """Whether layers with adapters train by `finetuning/adapted_layers.py`."""
-        return not self.trains_all and self.half and not self.is_sharded
+        return not self.trains_all and self.half
 
 
 @dataclass(frozen=True, slots=True)
