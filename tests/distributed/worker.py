@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,9 @@ def pretrain(
             os._exit(9)
         return future
 
+    if settings["compile"]:  # traced, with autograd; code for the processor takes minutes
+        warnings.simplefilter("ignore")  # torch's compiler imports what torch deprecates
+        torch.compile = partial(torch.compile, backend="aot_eager")
     loop.take_step = watched  # type: ignore[assignment]
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")
