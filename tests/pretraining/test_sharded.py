@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,8 @@ from plug.tokenization import PlugTokenizer
 Make = Callable[..., RunConfig]
 Together = Callable[..., list[Any]]
 FSDP = {"sharding": "fsdp"}
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+OPTIMIZERS = ["adamw", "muon", *(["adamw8bit"] if HAS_TORCHAO else [])]
 SHAPES = {1: [[32, 1.0]], 2: [[24, 16, 1.0], [16, 16, 1.0]]}
 
 
@@ -50,7 +53,7 @@ def beginning(tiny_tokenizer: PlugTokenizer, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_and_four_processes_learn_as_one_that_holds_all(
     optimizer: str, beginning: Path, settings: Make, run_together: Together, tmp_path: Path
 ) -> None:
@@ -74,7 +77,7 @@ def test_two_and_four_processes_learn_as_one_that_holds_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_runs_that_die_in_a_save_go_on_with_other_processes(
     optimizer: str, settings: Make, run_together: Together, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.pretraining.adamw8bit import check_torchao
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
 from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.end_page import write_page
@@ -70,6 +71,7 @@ def pretrain(
     output = Path(config.output)
     if config.tensorboard:
         check_board()
+    check_torchao(config.optimizer)
     with start_processes(device) as processes, ExitStack() as stack:
         if processes.is_first:
             check_output(output, resume=resume)

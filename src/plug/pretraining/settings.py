@@ -65,7 +65,7 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)  # changes to the preset, e.g. its layers
     init_from: str = ""  # stage 2: the model folder that stage 1 left ("": from nothing)
     micro_batch_tokens: int = 65536  # of one process, forward and backward at once
-    optimizer: str = "adamw"  # or "muon"
+    optimizer: str = "adamw"  # or "adamw8bit" (moments in 8 bits: torchao), "muon"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
