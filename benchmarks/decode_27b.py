@@ -9,7 +9,7 @@ end to end: the encoder, every step and the sampling. The peer is `transformers`
 24 + 6 layers, the same widths and vocabulary), `generate()` with its dynamic cache and, with
 `--peer-static`, its static cache compiled. The weights are the same for any number of processes;
 with `--ids` the likeliest ids of a few texts are in the JSON, and by how much each was the
-likeliest. Prints one JSON line, last.
+likeliest. Prints one JSON line, last, or writes it to `--output`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def measure_all(arguments: argparse.Namespace, processes: Processes) -> None:
         time.sleep(COOLING if device.type == "cuda" else 0)
         line["results"][NAMES[bits]] = measure(bits, arguments, processes)
         if processes.is_first:
-            print(json.dumps(line["results"]), flush=True)
+            shown = {key: x for key, x in line["results"][NAMES[bits]].items() if key != "ids"}
+            print(NAMES[bits], json.dumps(shown), flush=True)
             if arguments.output:  # what is known so far
                 arguments.output.write_text(json.dumps(line) + "\n", encoding="utf-8")
         free()
@@ -98,7 +99,8 @@ def measure_all(arguments: argparse.Namespace, processes: Processes) -> None:
     text = json.dumps(line, ensure_ascii=False)
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    else:
+        print(text)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

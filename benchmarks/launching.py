@@ -22,9 +22,14 @@ _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 _DYING = 5  # seconds between the request for stacks and the end
 
 
+def torchrun(count: int) -> list[str]:
+    """Return the start of a command that `torchrun` runs in ``count`` processes."""
+    return [*_TORCHRUN, f"--nproc-per-node={count}"]
+
+
 def launched(count: int, script: str, *options: str) -> list[str]:
-    """Return the command that runs a file of this folder in ``count`` processes by `torchrun`."""
-    return [*_TORCHRUN, f"--nproc-per-node={count}", str(HERE / script), *options]
+    """Return the command that runs a file of this folder in ``count`` processes."""
+    return [*torchrun(count), str(HERE / script), *options]
 
 
 def run_part(name: str, command: Sequence[str], limit: float) -> Found:
@@ -63,13 +68,36 @@ def run_part(name: str, command: Sequence[str], limit: float) -> Found:
     return found | {"wall_s": round(took, 1)} | ({"error": error} if error else {})
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, which may be in sessions of their own."""
+def call(command: Sequence[str], limit: float | None, environment: dict[str, str]) -> str:
+    """Run a command to its end; its standard output. Its errors are passed on.
+
+    Raises:
+        RuntimeError: it failed, or took longer than so many seconds.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            out, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not done after {limit:.0f} s: {list(command)[-6:]}") from None
+        finally:
+            end(process)
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {list(command)[-6:]}")
+    return out
+
+
+def end(process: subprocess.Popen[Any], *, asks_for_stacks: bool = True) -> None:
+    """End a process and all that it started, which may be in sessions of their own.
+
+    Args:
+        process: that may have ended already.
+        asks_for_stacks: have each print its Python stacks (`PYTHONFAULTHANDLER=1`) first.
+    """
     if process.poll() is not None:
         return
     parent = psutil.Process(process.pid)
-    everyone = [*parent.children(recursive=True), parent]
-    for number in (signal.SIGABRT, signal.SIGKILL):  # the first one prints stacks
+    everyone = [parent, *parent.children(recursive=True)]
+    for number in [signal.SIGABRT, signal.SIGKILL] if asks_for_stacks else [signal.SIGKILL]:
         for each in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.send_signal(number)
