@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,15 @@ def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) 
         return {"written": written, "held": held}
 
 
-def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, Any]:
-    """Run `plug`: exit status, standard output and standard error."""
+def command(
+    arguments: list[str], failing_rank: int | None = None, first_is_late: float = 0.0
+) -> dict[str, Any]:
+    """Run `plug`: exit status, standard output and standard error.
+
+    With ``first_is_late`` the first process begins so many seconds after the others.
+    """
+    if os.environ["RANK"] == "0":
+        time.sleep(first_is_late)
     from plug.cli import main
     from plug.errors import PlugError
     from plug.generation.plain_model import PlainModel
