@@ -68,7 +68,9 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
     checkpoints = None
     if is_fully_sharded(state.model):
         gradients = ShardedGradients(state.model)
-        checkpoints = ShardedCheckpoints(output, processes, config.keep_checkpoints)
+        checkpoints = ShardedCheckpoints(
+            output, processes, config.keep_checkpoints, state.tokenizer
+        )
     else:
         gradients = Gradients(state.model.named_parameters(), processes.world_size)
     vote = logs.vote
