@@ -123,14 +123,19 @@ def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -
 
 
 def pretrain(
-    stage: int, settings: dict[str, Any], resume: bool = False, die_at: int = 0
+    stage: int,
+    settings: dict[str, Any],
+    resume: bool = False,
+    die_at: int = 0,
+    emulates: bool = False,
 ) -> dict[str, Any]:
     """Pre-train: the most bytes of weights that this process held.
 
+    With ``emulates`` products in FP8 are emulated, which are refused on a CPU otherwise.
     With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
     """
     from plug.checkpoints import sharded
-    from plug.pretraining import loop
+    from plug.pretraining import loop, run
     from plug.pretraining.run import pretrain
     from plug.pretraining.settings import RunConfig
 
@@ -150,6 +155,8 @@ def pretrain(
             os._exit(9)
         return future
 
+    if emulates:
+        run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")
