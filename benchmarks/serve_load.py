@@ -450,7 +450,7 @@ def adapters(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine with its texts spread over adapters, and without, in turns."""
     is_gpu = arguments.device != "cpu"
     clients, source, tokens = (32, 512, 128) if is_gpu else (arguments.clients, 64, 64)
-    seconds, rounds = (arguments.gpu_seconds / 2, 1) if is_gpu else (arguments.seconds / 12, 4)
+    seconds, rounds = (arguments.gpu_seconds / 2, 1) if is_gpu else (arguments.seconds / 12, 6)
     engine = InProcess(arguments, clients, ADAPTERS)
     rates: dict[int, list[float]] = {0: [], ADAPTERS: []}
     for each in range(rounds + 1):  # the first warms up
@@ -462,6 +462,7 @@ def adapters(arguments: argparse.Namespace) -> dict[str, Any]:
                 found.append(steady if is_gpu else written / used)
     engine.close()
     base, adapted = (statistics.median(each) for each in rates.values())
+    ratios = [own / plain for plain, own in zip(*rates.values(), strict=True)]
     return {
         "count": ADAPTERS,
         "rank": 8,
@@ -469,7 +470,8 @@ def adapters(arguments: argparse.Namespace) -> dict[str, Any]:
         "per": "second" if is_gpu else "cpu second",
         "base_tokens": round(base, 1),
         "tokens": round(adapted, 1),
-        "ratio": round(adapted / base, 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(each, 3) for each in ratios],
     }
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,15 @@ def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) 
         return {"written": written, "held": held}
 
 
-def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, Any]:
-    """Run `plug`: exit status, standard output and standard error."""
+def command(
+    arguments: list[str], failing_rank: int | None = None, first_is_late: float = 0.0
+) -> dict[str, Any]:
+    """Run `plug`: exit status, standard output and standard error.
+
+    With ``first_is_late`` the first process begins so many seconds after the others.
+    """
+    if os.environ["RANK"] == "0":
+        time.sleep(first_is_late)
     from plug.cli import main
     from plug.errors import PlugError
     from plug.generation.plain_model import PlainModel
@@ -121,14 +129,19 @@ def finetune(
 
 
 def pretrain(
-    stage: int, settings: dict[str, Any], resume: bool = False, die_at: int = 0
+    stage: int,
+    settings: dict[str, Any],
+    resume: bool = False,
+    die_at: int = 0,
+    emulates: bool = False,
 ) -> dict[str, Any]:
     """Pre-train: the most bytes of weights that this process held.
 
+    With ``emulates`` products in FP8 are emulated, which are refused on a CPU otherwise.
     With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
     """
     from plug.checkpoints import sharded
-    from plug.pretraining import loop
+    from plug.pretraining import loop, run
     from plug.pretraining.run import pretrain
     from plug.pretraining.settings import RunConfig
 
@@ -148,6 +161,8 @@ def pretrain(
             os._exit(9)
         return future
 
+    if emulates:
+        run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")

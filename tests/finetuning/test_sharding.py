@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 
 from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
+from plug.finetuning.predict import Predictor
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharded_state import check_engine
 from plug.finetuning.sharding import read_deepspeed, zero_stage
+from plug.loading.from_checkpoint import convert_checkpoint
 
 Make = Callable[..., FinetuneSettings]
 Together = Callable[..., list[Any]]
@@ -185,6 +187,18 @@ def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
         finetune(unsharded, device="cpu", resume=True)
 
     (checkpoint,) = broken.glob("checkpoints/checkpoint-5")
+    if memory == "lora":
+        with pytest.raises(UsageError, match="只有适配器"):
+            convert_checkpoint(broken, tmp_path / "converted")
+    else:
+        convert_checkpoint(broken, tmp_path / "converted")
+        names = {path.name for path in (tmp_path / "converted").iterdir()}
+        assert names == {
+            *("config.json", "configuration.json", "finetuning.json", "model.safetensors"),
+            *("tokenizer.json", "tokenizer_config.json"),
+        }
+        answer = Predictor(tmp_path / "converted", device="cpu").predict_text("今天天气很好")
+        assert answer
     for file in checkpoint.glob("weights/*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
     told = run_together(2, "failing", settings=asdict(of("broken", 2)), resume=True)

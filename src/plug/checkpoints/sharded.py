@@ -7,24 +7,43 @@ The format is PyTorch's (`torch.distributed.checkpoint`): a file of tensors from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
-from plug.checkpoints.weights import check_finite
+from plug.checkpoints.weights import TensorSpec, check_finite
 from plug.errors import PlugError
-from plug.files import plain_errors, replace_directory, write_json
+from plug.files import plain_errors, replace_directory
 
 METADATA_FILE = ".metadata"  # written last by torch; shows that a directory is such a checkpoint
+_METADATA_CLASSES = {  # what a pickled `.metadata` may name
+    name: getattr(torch_metadata, name)
+    for name in (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    )
+}
+_UNREADABLE = (
+    *(CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError),
+    *(AttributeError, IndexError, AssertionError, ImportError, pickle.UnpicklingError),
+)
 
 
 def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
@@ -73,7 +92,7 @@ def begin_sharded(
     directory: Path,
     tensors: Mapping[str, Any],
     group: dist.ProcessGroup,
-    beside: Mapping[str, object],
+    write_beside: Callable[[Path], None],
 ) -> Writing:
     """Begin to write as `write_sharded` does; all processes call it together.
 
@@ -83,15 +102,14 @@ def begin_sharded(
         directory: whose name it gets when `Writing.finish` returns.
         tensors: as in `write_sharded`.
         group: over the CPU; nobody else uses it.
-        beside: JSON files of the directory, by name; the first process's count.
+        write_beside: given the directory, writes other files into it; in the first process.
     """
     place = ExitStack()
     try:
         temporary = [directory]
         if dist.get_rank() == 0:
             temporary = [place.enter_context(replace_directory(directory, METADATA_FILE))]
-            for name, values in beside.items():
-                write_json(temporary[0] / name, values)
+            write_beside(temporary[0])
         dist.broadcast_object_list(temporary, src=0)
         writer = FileSystemWriter(temporary[0])
         future = async_save(dict(tensors), storage_writer=writer, process_group=group)
@@ -114,14 +132,89 @@ def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:
             NaN or infinite.
     """
     try:
-        load(tensors, storage_reader=FileSystemReader(directory))
-    except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = _first_reason(error)
-        raise PlugError(
-            f"检查点 {directory} 已损坏，或与这个模型的形状不符（{reason}）。"
-            "请用训练时的模型和设置，或从更早的检查点继续。"
-        ) from None
+        load(tensors, storage_reader=_Reader(directory))
+    except _UNREADABLE as error:
+        raise _damaged(directory, error) from None
     check_finite(directory, _flat("", tensors))
+
+
+def sharded_specs(directory: Path) -> dict[str, TensorSpec]:
+    """Return what every tensor of a checkpoint is, by name; other values are left out.
+
+    Raises:
+        PlugError: the checkpoint is damaged.
+    """
+    try:
+        found = _Reader(directory).read_metadata().state_dict_metadata
+        return {
+            name: TensorSpec(each.properties.dtype, tuple(each.size))
+            for name, each in found.items()
+            if isinstance(each, torch_metadata.TensorStorageMetadata)
+        }
+    except _UNREADABLE as error:
+        raise _damaged(directory, error) from None
+
+
+def read_whole(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a checkpoint whole, one at a time, in a process that is alone.
+
+    Args:
+        directory: that `write_sharded` wrote, in any number of processes.
+        names: of its tensors.
+
+    Raises:
+        PlugError: the checkpoint is damaged.
+    """
+    specs, reader = sharded_specs(directory), _Reader(directory)
+    for name in names:
+        wanted = {name: torch.empty(specs[name].shape, dtype=specs[name].dtype)}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(wanted, storage_reader=reader, no_dist=True)
+        except _UNREADABLE as error:
+            raise _damaged(directory, error) from None
+        yield name, wanted[name]
+
+
+class _Reader(FileSystemReader):
+    """Torch's, which reads `.metadata` once and runs nothing that its pickle names."""
+
+    _metadata: torch_metadata.Metadata | None = None
+
+    def read_metadata(self, *_args: Any, **_options: Any) -> torch_metadata.Metadata:
+        if self._metadata is None:
+            with (Path(self.path) / METADATA_FILE).open("rb") as file:
+                metadata = _Unpickler(file).load()
+            if not isinstance(metadata, torch_metadata.Metadata):
+                raise pickle.UnpicklingError(f"{METADATA_FILE} holds something else")
+            metadata.storage_meta = torch_metadata.StorageMeta(load_id=self.load_id)
+            self._metadata = metadata
+        return self._metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == torch_metadata.__name__ and name in _METADATA_CLASSES:
+            return _METADATA_CLASSES[name]
+        if (module, name) == (_StorageInfo.__module__, _StorageInfo.__name__):
+            return _StorageInfo
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        if module.startswith("pathlib"):  # where it was written; nobody reads that
+            return PureWindowsPath if "Windows" in name else PurePosixPath
+        raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}")
+
+
+def _damaged(directory: Path, error: BaseException) -> PlugError:
+    return PlugError(
+        f"检查点 {directory} 已损坏，或与这个模型的形状不符（{_first_reason(error)}）。"
+        "请用训练时的模型和设置，或从更早的检查点继续。"
+    )
 
 
 def is_sharded(directory: Path) -> bool:

@@ -258,11 +258,15 @@ def save_model(model: Any, directory: Path | None) -> None:
     """
     state: dict[str, Tensor] = dict(model.named_parameters())  # there are no buffers
     write_gathered(directory or Path(), state, writes=directory is not None)
-    if directory is None:
-        return
+    if directory is not None:
+        write_model_configs(model, directory)
+
+
+def write_model_configs(model: Any, directory: Path) -> None:
+    """Write what `save_pretrained` writes of a sharded model beside its weights."""
     config = model.config
     config.architectures = [plain_class(model).__name__]
-    config.dtype = next(iter(state.values())).dtype
+    config.dtype = next(iter(model.parameters())).dtype
     config.save_pretrained(directory)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)

@@ -25,7 +25,7 @@ from plug.distributed.fully_sharded import as_shard, own_region, shard
 from plug.distributed.processes import Processes
 from plug.distributed.settings import ParallelSettings
 from plug.errors import PlugError
-from plug.files import remove_directory, replace_directory
+from plug.files import remove_directory, replace_directory, write_json
 from plug.jsonfiles import read_json
 from plug.loading.shards import fill, write_gathered
 from plug.model.heads import MaskedLMHead
@@ -33,7 +33,8 @@ from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 
 CHECKPOINTS = "checkpoints"  # of a sharded run: a directory `step-N` each
-_OPTIMIZER = "optimizer/"  # before the names of states
+WEIGHT = "model."  # before the names of weights in a checkpoint
+_OPTIMIZER = "optimizer/"  # likewise of states
 STATE_FILE = "state.json"  # in it: the step, and what else is the same in all processes
 
 
@@ -121,10 +122,15 @@ class ShardedCheckpoints:
         output: of the run.
         processes: this one and how many there are.
         kept: how many checkpoints.
+        tokenizer: of the run; with the model's config it is in each checkpoint, so that
+            `plug convert --from-checkpoint` needs nothing else.
     """
 
-    def __init__(self, output: Path, processes: Processes, kept: int) -> None:
+    def __init__(
+        self, output: Path, processes: Processes, kept: int, tokenizer: PlugTokenizer
+    ) -> None:
         self.folder, self.processes, self.kept = output / CHECKPOINTS, processes, kept
+        self.tokenizer = tokenizer
         self._group = dist.new_group(backend="gloo")  # threads that write have one of their own
         self._writing: Writing | None = None
 
@@ -152,7 +158,12 @@ class ShardedCheckpoints:
         self.finish()
         place = self.folder / f"step-{values['step']}"
         tensors = _tensors(model, optimizers)
-        self._writing = begin_sharded(place, tensors, self._group, {STATE_FILE: values})
+
+        def write_beside(directory: Path) -> None:
+            write_json(directory / STATE_FILE, values)
+            _write_configs(directory, model, self.tokenizer)
+
+        self._writing = begin_sharded(place, tensors, self._group, write_beside)
         if waits:
             self.finish()
 
@@ -219,7 +230,7 @@ def _tensors(model: Plug, optimizers: list[Optimizer]) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     states = get_optimizer_state_dict(model, optimizers, options=_options())
-    weights = {f"model.{name}": x.detach() for name, x in model.named_parameters()}
+    weights = {f"{WEIGHT}{name}": x.detach() for name, x in model.named_parameters()}
     return weights | {f"{_OPTIMIZER}{name}": x for name, x in states.items()}
 
 
@@ -234,7 +245,12 @@ def save_whole(
             place = stack.enter_context(replace_directory(directory, "config.json"))
         write_gathered(place, tensors, writes=processes.is_first)
         if processes.is_first:
-            specs = {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-            write_configs(place, model.config, specs)
-            tokenizer.save(place, model_max_length=model.config.max_source_length)
+            _write_configs(place, model, tokenizer)
     dist.barrier()
+
+
+def _write_configs(directory: Path, model: Plug, tokenizer: PlugTokenizer) -> None:
+    """Write what a model directory has beside its weights."""
+    specs = {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in model.named_parameters()}
+    write_configs(directory, model.config, specs)
+    tokenizer.save(directory, model_max_length=model.config.max_source_length)
