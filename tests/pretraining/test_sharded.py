@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plug.distributed.processes import Processes
 from plug.errors import UsageError
+from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.from_checkpoint import convert_checkpoint
 from plug.loading.save import save
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
+from plug.pretraining import run
+from plug.pretraining.memory import need_of
 from plug.pretraining.record import read_rows
 from plug.pretraining.run import pretrain
 from plug.pretraining.settings import RunConfig
@@ -146,11 +150,11 @@ def test_a_checkpoint_goes_on_with_another_mesh(
     output = str(tmp_path / "broken")
     meshes = [(4, {"tensor": 2}), (1, FSDP), (2, FSDP), (2, {"tensor": 2})]
     for number, (count, parallel) in enumerate(meshes):
-        run = asdict(settings(output=output, parallel=parallel, **made))
+        made_so = asdict(settings(output=output, parallel=parallel, **made))
         last = number == len(meshes) - 1
         # The first save of each process group goes on being written when the second one ends it.
         options = {} if last else {"dies": True, "die_at": 2}
-        run_together(count, "pretrain", stage=1, settings=run, resume=number > 0, **options)
+        run_together(count, "pretrain", stage=1, settings=made_so, resume=number > 0, **options)
     same_rows(Path(output), tmp_path / "whole", "mlm", "word", "sentence", "grad_norm")
     found, expected = (
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("broken", "whole")
@@ -162,10 +166,10 @@ def test_a_checkpoint_goes_on_with_another_mesh(
 def test_compiled_layers_are_sharded(
     beginning: Path, settings: Make, run_together: Together, tmp_path: Path
 ) -> None:
-    made = {"shapes": SHAPES[2], "steps": 3, "init_from": str(beginning)}
+    made = {"shapes": SHAPES[2][:1], "steps": 2, "init_from": str(beginning)}
     for name, changes in (("plain", {}), ("compiled", {"compile": True})):
-        run = settings(output=str(tmp_path / name), parallel=FSDP, **made, **changes)
-        run_together(2, "pretrain", stage=2, settings=asdict(run))
+        asked = settings(output=str(tmp_path / name), parallel=FSDP, **made, **changes)
+        run_together(2, "pretrain", stage=2, settings=asdict(asked))
     same_rows(tmp_path / "compiled", tmp_path / "plain", "lm", "mlm", "grad_norm")
 
 
@@ -183,10 +187,10 @@ def test_a_damaged_checkpoint_is_a_sentence(
 def test_sharding_needs_a_launcher(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = settings(parallel=FSDP)
+    asked = settings(parallel=FSDP)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
-        pretrain(1, run, device="cpu")
+        pretrain(1, asked, device="cpu")
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
         pretrain(1, settings(parallel={"tensor": 2}), device="cpu")
     assert not (tmp_path / "run").exists()
@@ -200,6 +204,28 @@ def test_sharding_needs_a_launcher(
     for more in ({"sharding": "none"}, {"deepspeed": "zero3.json"}):
         with pytest.raises(UsageError, match=r"parallel.tensor=2"):
             settings(parallel={"tensor": 2, **more})
+
+
+def test_auto_shards_what_does_not_fit_a_card(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made, model = settings(recomputation=2), PRESETS["test"]
+    pair = Processes(0, 2, torch.device("cpu"))
+    need = need_of(model, made, 1, 2, 1, 2) + OVERHEAD_BYTES
+    monkeypatch.setattr(run, "Vote", lambda _: lambda number: number)
+    for room, picked in ((need, "none"), (need - 1, "fsdp")):
+        monkeypatch.setattr(run, "free_memory", lambda _, room=room: room)
+        assert run.is_to_be_sharded(1, made, model, None, pair) == (picked == "fsdp")
+        assert f"用 {picked}，" in capsys.readouterr().err
+    assert not run.is_to_be_sharded(1, made, model, None, Processes(0, 1, torch.device("cpu")))
+    # A resumed run goes on as it began.
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "training_state.pt").touch()
+    assert not run.is_to_be_sharded(1, made, model, tmp_path, pair)
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-2" / ".metadata").touch()
+    monkeypatch.setattr(run, "free_memory", lambda _: need)
+    assert run.is_to_be_sharded(1, made, model, tmp_path, pair)
 
 
 @pytest.mark.parametrize(

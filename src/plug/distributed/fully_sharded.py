@@ -72,11 +72,14 @@ def shard(
     if mesh.ndim == 2:
         parallelize_layers(model, mesh["tensor"])
         every, mesh = init_device_mesh(mesh.device_type, (mesh.size(),)), mesh["data"]
+    offload = OffloadPolicy()
+    if settings.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy(),
+        "offload_policy": offload,
     }
     reshard = settings.reshard_after_forward
     decoder = getattr(model, "decoder", None)

@@ -227,9 +227,11 @@ def take_step(
     is_sharded = isinstance(gradients, ShardedGradients)
     # Sharded layers are gathered by all processes together, as often.
     least = vote(part_count(batch, config.micro_batch_tokens)) if is_sharded else 1
+    # FSDP2 gathers weights in bf16: autocast would but make norms write float32.
+    casts = config.precision == "bf16" and not is_sharded
     parts = list(split(batch, config.micro_batch_tokens, least))
     for number, part in enumerate(parts, start=1):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=casts):
             part_sums = run_forward(state.model, partial(losses, state.model, part))
         together = torch.stack([part_sums[name] for name in names])
         gradients.is_last = number == len(parts)

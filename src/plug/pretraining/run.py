@@ -21,7 +21,8 @@ from plug.distributed.parallel_layers import check_mesh
 from plug.distributed.processes import Processes, Vote, start_processes
 from plug.errors import PlugError, UsageError, install
 from plug.files import hold, recover
-from plug.loading.estimate import Training, training_need
+from plug.finetuning.recomputation import recompute_layers
+from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.load import load
 from plug.loading.memory import free_memory
 from plug.loading.save import save
@@ -31,7 +32,9 @@ from plug.pretraining.adamw8bit import check_torchao
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
 from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.end_page import write_page
+from plug.pretraining.fp8 import check_fp8, multiply_in_fp8
 from plug.pretraining.loop import Batches, train
+from plug.pretraining.memory import need_of, recomputed_layers
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
 from plug.pretraining.settings import RunConfig
@@ -79,6 +82,8 @@ def pretrain(
     sharding = config.parallel.sharding
     with start_processes(device, joins_alone=sharding == "fsdp") as joined, ExitStack() as stack:
         processes = dataclasses.replace(joined, tensor=config.parallel.tensor)
+        if config.fp8_products:
+            check_fp8(processes.device)
         if processes.is_first:
             check_output(output, resume=resume)
             stack.enter_context(hold(output))
@@ -155,7 +160,9 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
     read_tokens(Path(config.corpus))  # says what is wrong with a corpus
     corpus = fingerprint(Path(config.corpus))
     model_config = _model_config(stage, config, tokenizer)
-    is_sharded = _is_sharded(stage, config, model_config, output if resume else None, processes)
+    is_sharded = is_to_be_sharded(
+        stage, config, model_config, output if resume else None, processes
+    )
     saved = None
     if resume:
         saved = read_saved(output, stage, config, processes, corpus, is_sharded)
@@ -182,14 +189,14 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
     return state
 
 
-def _is_sharded(
+def is_to_be_sharded(
     stage: int,
     config: RunConfig,
     model: PlugConfig,
     resumed: Path | None,
     processes: Processes,
 ) -> bool:
-    """Whether each process holds a shard of the model.
+    """Return whether each process is to hold a shard of the model.
 
     "auto" shards a model of which a card has no room for a copy. A resumed run goes on as its
     checkpoint says.
@@ -212,7 +219,8 @@ def _is_sharded(
     room = free_memory(processes.device)
     if processes.world_size == 1 or room is None:
         return False
-    need = training_need(model, training_of(stage, config)).with_overhead().total
+    least = 0 if config.recomputation == "auto" else int(config.recomputation)
+    need = need_of(model, config, stage, processes.world_size, 1, least) + OVERHEAD_BYTES
     is_sharded = bool(Vote(processes.world_size)(int(need > room)))
     picked, word = ("fsdp", "放不下") if is_sharded else ("none", "放得下")
     _tell(
@@ -221,23 +229,6 @@ def _is_sharded(
         f"（预计 {need / 1e9:.1f} GB，空闲 {room / 1e9:.1f} GB）。",
     )
     return is_sharded
-
-
-def training_of(stage: int, config: RunConfig) -> Training:
-    """Return what the settings say of a training step's memory, on one card with a whole model."""
-    shapes = [shape for shape, _ in config.parsed_shapes(dimensions=stage)]
-    longest = max(shapes, key=sum)
-    return Training(
-        batch_size=max(1, -(-config.micro_batch_tokens // sum(longest))),
-        source_length=longest[0],
-        target_length=longest[1] if stage == 2 else 0,
-        optimizer=config.optimizer,
-        half=config.precision == "bf16",
-        half_stream=config.precision == "bf16",
-        accumulates=True,
-        dropout=config.dropout > 0,
-        masked_share=config.mlm_rate,
-    )
 
 
 def _model_config(stage: int, settings: RunConfig, tokenizer: PlugTokenizer) -> PlugConfig:
@@ -299,6 +290,19 @@ def _build_model(
     is_half = settings.precision == "bf16"
     if is_half:
         keep_bf16(model)
+    again = recomputed_layers(
+        config,
+        settings,
+        stage,
+        processes.device,
+        world_size=processes.data_size,
+        cards=processes.world_size if is_sharded else 1,
+    )
+    recompute_layers(model, again)
+    if settings.fp8_products:
+        multiply_in_fp8(model)
+    if again and settings.recomputation == "auto":
+        _tell(processes, f"为了放得下，反向时重算 {again} 层。")
     if settings.compile:
         compile_model(model, is_sharded=is_sharded)
     if is_sharded:

@@ -32,7 +32,7 @@ MODEL = "model"  # the model directory that a finished run leaves
 # settings that change nothing of what is computed, and those that pass steps over
 FREE_ON_RESUME = frozenset(
     {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every", "tensorboard"}
-    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel"}
+    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel", "recomputation"}
 )
 
 
@@ -210,11 +210,15 @@ def read_saved(
     # Batches are the same whatever the number of processes; the draws of dropout are not.
     if config.dropout and layout_before != (processes.world_size, processes.tensor):
         count, tensor = layout_before
+        was, now = (
+            "" if each == 1 else f"（parallel.tensor={each}）"
+            for each in (tensor, processes.tensor)
+        )
         raise UsageError(
-            f"检查点 {path} 是用 {count} 个进程训练的（parallel.tensor={tensor}），现在有"
-            f" {processes.world_size} 个（{processes.tensor}），而 dropout={config.dropout}："
-            "接下去不会与不中断的训练相同。请用同样的进程"
-            f"（torchrun --nproc-per-node {count}，--set parallel.tensor={tensor}），"
+            f"检查点 {path} 是用 {count} 个进程{was}训练的，现在有"
+            f" {processes.world_size} 个{now}，而 dropout={config.dropout}："
+            "接下去不会与不中断的训练相同。请用同样多的进程"
+            f"（torchrun --nproc-per-node {count}）和同样的 parallel.tensor，"
             "或换一个 output 重新训练。"
         )
     return saved
@@ -226,6 +230,8 @@ def _are(values: object, kind: type) -> bool:
 
 def _check_same(path: Path, before: dict[str, Any], stage: int, config: RunConfig) -> None:
     wanted = {"stage": stage, **dataclasses.asdict(config)}
+    # Earlier versions had fewer settings, and did what the defaults are.
+    before = {item.name: item.default for item in dataclasses.fields(config)} | before
     differing = sorted(
         # By their text: 1, 1.0 and True are equal numbers, and other settings.
         name
