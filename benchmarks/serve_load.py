@@ -53,7 +53,7 @@ from plug.generation.generator import Generator
 SHIPPED = "plug-mini-zh"
 TICKS = os.sysconf("SC_CLK_TCK")
 ADAPTERS = 8
-CPU_PARTS = "cpu,adapters,overload,disconnects,characters,sigterm"
+CPU_PARTS = "cpu,adapters,http,disconnects,sigterm,characters,overload"
 RARE = "龘靐齉爩麤龗灪龖厵滟爨癵籱饢驫鲡鹂鸾麣纞虋讟钃鸜麷鞻韽顟顠饙饳饸😀🌸🏔️🐉🎋"
 SENTENCES = (
     "今天天气很好，我们去公园看{}。",
@@ -277,7 +277,12 @@ def run_engine(arguments: argparse.Namespace) -> None:
     Tokens, seconds, CPU seconds, and tokens a second in the `Window`. Client i uses adapter
     1 + i mod ADAPTERS, or none with 0.
     """
-    engine = plug.AsyncEngine(generator_of(arguments), rows=arguments.rows, max_waiting=1024)
+    engine = plug.AsyncEngine(
+        generator_of(arguments),
+        rows=arguments.rows,
+        max_waiting=1024,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+    )
 
     def measure(
         seconds: float, seed: int, clients: int, source: int, tokens: int, adapters: int
@@ -320,7 +325,7 @@ def run_server(arguments: argparse.Namespace) -> None:
     from plug.serving.settings import ServeSettings
 
     generator = generator_of(arguments)
-    served = serve_plug("random", generator, arguments.rows)
+    served = serve_plug("random", generator, arguments.rows, arguments.max_num_batched_tokens)
     settings = ServeSettings(
         port=arguments.port, max_num_seqs=arguments.rows, max_waiting_tokens=2**20
     )
@@ -451,7 +456,10 @@ def role(arguments: argparse.Namespace, name: str, rows: int, *more: str) -> lis
     """The command of this script in another role."""
     words = [__file__, "--role", name, "--model", arguments.model, "--device", arguments.device]
     words += ["--rows", str(rows), "--bits", str(arguments.bits), *more]
-    return words if arguments.preset is None else [*words, "--preset", arguments.preset]
+    for option in ("preset", "max_num_batched_tokens"):
+        if (value := getattr(arguments, option)) is not None:
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    return words
 
 
 def transformers_rate(arguments: argparse.Namespace, source: int, tokens: int) -> float:
@@ -581,7 +589,8 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
                 "server_cpu_share": round(used / wall, 2),
                 "errors": tally.other + tally.rejected + tally.cut,
             }
-    return {"preset": arguments.preset, "bits": arguments.bits, **found}
+    chosen = ("preset", "bits", "max_num_batched_tokens")
+    return {**{name: getattr(arguments, name) for name in chosen}, **found}
 
 
 def http(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -707,7 +716,7 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
                 }
                 more["logprobs"] = 0  # so that each token comes beside the text
                 tally, text, raw = Tally(), "", b""
-                body = body_of(rare_prompt(draw), 512, **more)
+                body = body_of(rare_prompt(draw), 256, **more)
                 async for event in stream(server.port, body, tally):
                     for choice in event["choices"]:
                         text += choice["text"]
@@ -724,15 +733,18 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
         async def all_of_them() -> None:
             await asyncio.gather(*(client() for _ in range(clients)))
 
+        used = time.process_time(), server.cpu_seconds()
         asyncio.run(all_of_them())
+        found["client_cpu_s"] = round(time.process_time() - used[0])
+        found["server_cpu_s"] = round(server.cpu_seconds() - used[1])
     return found
 
 
 def rare_prompt(draw: random.Random) -> str:
     """Sentences with a rare character in each; every eighth prompt has rare characters alone."""
     if draw.randrange(8) == 0:
-        return "".join(draw.choice(RARE) for _ in range(30)) * 3
-    return "".join(draw.choice(SENTENCES).replace("{}", draw.choice(RARE)) for _ in range(8))
+        return "".join(draw.choice(RARE) for _ in range(10)) * 3
+    return "".join(draw.choice(SENTENCES).replace("{}", draw.choice(RARE)) for _ in range(3))
 
 
 def bytes_of(token: str) -> bytes:
@@ -767,7 +779,7 @@ ROLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default=CPU_PARTS, help="of: cpu overload … gpu")
+    parser.add_argument("--parts", default=CPU_PARTS, help="those above, with commas")
     parser.add_argument("--model", default=SHIPPED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clients", type=int, default=16)
@@ -775,13 +787,14 @@ def main() -> None:
     parser.add_argument("--overload-seconds", type=float, default=600)
     parser.add_argument("--leaving", type=int, default=1000, help="clients of part disconnects")
     parser.add_argument("--characters", type=int, default=1_000_000, help="of part characters")
-    parser.add_argument("--characters-seconds", type=float, default=540, help="at most")
+    parser.add_argument("--characters-seconds", type=float, default=480, help="at most")
     parser.add_argument("--http-seconds", type=float, default=10, help="of each count, part http")
     parser.add_argument("--output", type=Path, help="JSON file; parts that are not run stay")
     parser.add_argument("--preset", help="part gpu: random weights of this shape")
     parser.add_argument("--bits", type=int, default=16, choices=[16, 8, 4], help="with --preset")
     parser.add_argument("--gpu-seconds", type=float, default=20)
     parser.add_argument("--streams", default="1,32,128", help="of part gpu")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="part gpu: as in plug serve")
     parser.add_argument("--adapters", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)
