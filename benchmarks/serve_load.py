@@ -247,7 +247,9 @@ def generator_of(arguments: argparse.Namespace) -> Generator:
         shipped = plug.PlugConfig.from_file(find_model_directory() / "config.json")
         names = [each.name for each in dataclasses.fields(shipped)]
         ids = {x: getattr(shipped, x) for x in names if x.endswith("_id") or "emitted" in x}
-        config = dataclasses.replace(plug.PRESETS[arguments.preset], **ids)
+        preset = plug.PRESETS[arguments.preset]
+        vocabulary = max(preset.vocab_size, shipped.vocab_size)  # that of small presets is smaller
+        config = dataclasses.replace(preset, vocab_size=vocabulary, **ids)
         model = random_model(config, arguments.bits, processes)
     found = Generator(model, plug.PlugTokenizer.load(find_model_directory()), **takes)
     return with_adapters(found, arguments.adapters)
