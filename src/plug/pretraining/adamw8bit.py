@@ -169,7 +169,7 @@ def block_of(weight: Tensor) -> int:
         UsageError: the row has no such blocks.
     """
     found = math.gcd(weight.shape[1], BLOCK)
-    if found < _LEAST_BLOCK:
+    if found < _LEAST_BLOCK or _local(weight).shape[1] % found:
         raise UsageError(
             f"optimizer=adamw8bit 要求 hidden_size 和 intermediate_size 是 {_LEAST_BLOCK} 的倍数，"
             f"现在有一个是 {weight.shape[1]}。请改大小，或用 optimizer=adamw。"

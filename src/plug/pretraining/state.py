@@ -31,7 +31,7 @@ MODEL = "model"  # the model directory that a finished run leaves
 # settings that change nothing of what is computed, and those that pass steps over
 FREE_ON_RESUME = frozenset(
     {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every", "tensorboard"}
-    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel"}
+    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel", "recomputation"}
 )
 
 
@@ -215,6 +215,8 @@ def _are(values: object, kind: type) -> bool:
 
 def _check_same(path: Path, before: dict[str, Any], stage: int, config: RunConfig) -> None:
     wanted = {"stage": stage, **dataclasses.asdict(config)}
+    # Earlier versions had fewer settings, and did what the defaults are.
+    before = {item.name: item.default for item in dataclasses.fields(config)} | before
     differing = sorted(
         # By their text: 1, 1.0 and True are equal numbers, and other settings.
         name
