@@ -378,6 +378,23 @@ def run_plug(
     return run
 
 
+@pytest.fixture
+def kill_tree() -> Callable[[int], None]:
+    """`kill_tree(pid)`: a process and all that it started die as by `kill -9`.
+
+    The processes that torchrun starts have sessions of their own: no signal to a group gets them.
+    """
+    psutil = pytest.importorskip("psutil")  # Accelerate brings it along
+
+    def kill(pid: int) -> None:
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    return kill
+
+
 WORKER = Path(__file__).parent / "distributed" / "worker.py"  # what each process runs
 
 

@@ -88,15 +88,19 @@ def close(fails: bool) -> dict[str, Any]:
     return {"saw": owner.saw, "is_left": dist.is_initialized()}
 
 
-def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -> dict[str, Any]:
+def finetune(
+    settings: dict[str, Any], resume: bool = False, kill_at: int = 0, in_half: bool = False
+) -> dict[str, Any]:
     """Fine-tune: the metrics, and the most bytes of parameters that this process held at a step.
 
     With ``kill_at`` the first process dies at that call of `save` of a sharded checkpoint, as by
-    `kill -9`, when half of the files are there.
+    `kill -9`, when half of the files are there. With ``in_half`` gathered layers are bfloat16 here
+    too, as on a GPU.
     """
     from transformers import TrainerCallback
 
     from plug.checkpoints import sharded
+    from plug.finetuning import sharding
     from plug.finetuning.run import finetune
     from plug.finetuning.settings import FinetuneSettings
 
@@ -117,6 +121,8 @@ def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -
             os._exit(9)
 
     sharded.save = save_and_die  # type: ignore[assignment]
+    if in_half:
+        sharding.computes_in_half = lambda *_: True
     made = FinetuneSettings(**settings)
     result = finetune(made, device="cpu", resume=resume, callbacks=[Holds()])
     return {"metrics": result.metrics, "held": held, "facts": result.facts}

@@ -64,7 +64,7 @@ from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
-from plug.finetuning.sharded_state import check_is_sharded
+from plug.finetuning.sharded_state import check_engine
 from plug.finetuning.sharding import (
     Layout,
     find_layout,
@@ -240,7 +240,7 @@ def _run(
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     if checkpoint is not None:
-        check_is_sharded(checkpoint, layout.is_fsdp)
+        check_engine(checkpoint, layout.engine, layout.processes)
         check_checkpoint(checkpoint)
 
     def write_beside(folder: Path) -> None:
