@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -81,6 +82,8 @@ def main() -> None:
                 traceback.print_exc(limit=8)
                 line[group][name] = {"error": f"{type(error).__name__}: {error}"[:300]}
             print(group, name, json.dumps(line[group][name]), flush=True)
+            if arguments.output:  # what is known so far
+                arguments.output.write_text(json.dumps(line | facts(arguments)) + "\n")
     line |= facts(arguments)
     text = json.dumps(line, ensure_ascii=False)
     if arguments.output:
@@ -133,7 +136,9 @@ def measure(
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    say(f"random weights in {bits} bits")
     model = prepare(random_model(config, bits, device, dtype), run, device)
+    say("the model is there")
     with tempfile.TemporaryDirectory() as folder:
         told = training_arguments(run, find_task(TASK), Path(folder), device, False)
         trainer = FinetuneTrainer(
@@ -417,6 +422,15 @@ def for_timing(told: Any, steps: int) -> Any:
     return told
 
 
+_BEGAN = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """Print how far the run is, after how many seconds; of several processes, the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{time.perf_counter() - _BEGAN:7.1f} s  {what}", flush=True)
+
+
 class Clock(TrainerCallback):
     """Keeps the time at which each step ended, on the device: nobody waits for it."""
 
@@ -425,6 +439,7 @@ class Clock(TrainerCallback):
         self.ends: list[Any] = []
 
     def on_step_end(self, *_args: Any, **_options: Any) -> None:
+        say(f"step {len(self.ends) + 1} is queued")
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()

@@ -21,7 +21,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from launching import call, torchrun
 from machine import processor
 
 from plug.pretraining.tokens import DomainCounts, write_json
@@ -77,22 +77,22 @@ def write_corpus(directory: Path, documents: int, length: int, seed: int = 0) ->
 
 
 def train(
-    source: Path, stage: int, settings: Sequence[str], output: Path, cards: int = 1
+    source: Path,
+    stage: int,
+    settings: Sequence[str],
+    output: Path,
+    cards: int = 1,
+    limit: float | None = None,
 ) -> list[dict[str, float]]:
-    """Run a stage with the code of ``source``; the rows of its log."""
-    launcher = ["-m", "plug"]
-    if cards > 1:
-        launcher = [
-            *("-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={cards}", "-m", "plug"),
-        ]
-    command = [sys.executable, *launcher, "pretrain", f"stage{stage}"]
+    """Run a stage with the code of ``source``, for so many seconds at most; the rows of its log."""
+    launcher = torchrun(cards) if cards > 1 else [sys.executable]
+    command = [*launcher, "-m", "plug", "pretrain", f"stage{stage}"]
     command += ["--config", str(source / "configs" / f"mini-stage{stage}.toml")]
     for setting in [*settings, f'output="{output}"']:
         command += ["--set", setting]
     environment = os.environ | {"PYTHONPATH": str(source / "src")}
     environment.pop("OMP_NUM_THREADS", None)
-    subprocess.run(command, env=environment, check=True)
+    call(command, limit, environment)
     with (output / "log.csv").open(encoding="utf-8") as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     shutil.rmtree(output)

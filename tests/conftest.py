@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ if not torch.cuda.is_available():
 # isort: split
 
 from plug.cli import main
+from plug.loading.host_memory import free_host_memory
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
@@ -45,6 +47,36 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+_WORKER_BYTES = 3 * 2**30  # of a process that runs tests, with those that it starts
+_MOST_WORKERS = 8  # the longest tests take as long with more
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run folders of tests in several processes. Files that are named run in this one.
+
+    The tests stay in order, and a process takes over the last ones of another, so that few fixtures
+    are made twice. `-n` says otherwise, and so does a card, which one process has to itself.
+    """
+    if hasattr(config, "workerinput"):  # one of those processes
+        return
+    if not config.pluginmanager.hasplugin("xdist") or config.option.numprocesses is not None:
+        return
+    if config.option.usepdb or config.option.collectonly or torch.cuda.is_available():
+        return
+    if all(Path(argument).is_dir() for argument in config.args):
+        config.option.numprocesses = "auto"
+        config.option.dist = "worksteal"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process for each core, as far as the memory goes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = free_host_memory()
+    fit = _MOST_WORKERS if memory is None else memory // _WORKER_BYTES
+    return max(1, min(cores or 1, fit, _MOST_WORKERS))
 
 
 def pytest_configure() -> None:
@@ -156,6 +188,25 @@ def model_directory(tiny_model: Plug, tiny_tokenizer: PlugTokenizer, tmp_path: P
     """`tiny_model` and `tiny_tokenizer`, saved."""
     save(tiny_model, tmp_path / "tiny-model", tokenizer=tiny_tokenizer)
     return tmp_path / "tiny-model"
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For a test of a training run whose pictures are to be real ones; see `undrawn`."""
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and saved, but not drawn: that is four fifths of a small training run."""
+    if "drawn" in request.fixturenames or importlib.util.find_spec("matplotlib") is None:
+        return
+
+    def save(_figure: Any, file: Any, **_options: Any) -> None:
+        content = b"\x89PNG, not drawn"
+        file.write(content) if hasattr(file, "write") else Path(file).write_bytes(content)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda _figure: None)
 
 
 @pytest.fixture
@@ -325,6 +376,23 @@ def run_plug(
         return Ran(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def kill_tree() -> Callable[[int], None]:
+    """`kill_tree(pid)`: a process and all that it started die as by `kill -9`.
+
+    The processes that torchrun starts have sessions of their own: no signal to a group gets them.
+    """
+    psutil = pytest.importorskip("psutil")  # Accelerate brings it along
+
+    def kill(pid: int) -> None:
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    return kill
 
 
 WORKER = Path(__file__).parent / "distributed" / "worker.py"  # what each process runs

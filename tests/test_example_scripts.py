@@ -80,5 +80,6 @@ def test_a_notebook_runs_and_is_kept_without_output(place: Path, name: str) -> N
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["outputs"] for cell in code] == [[]] * len(code)
     text = "\n".join("".join(cell["source"]) for cell in code)
+    text = text.replace("epochs=3", "epochs=1")  # the script of the same name shows that it learns
 
     assert run(place / "examples", sys.executable, "-c", text).count("\n") > 3

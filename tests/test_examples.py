@@ -77,7 +77,10 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture
 def workplace(
-    tmp_path: Path, tiny_tokenizer: PlugTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_tokenizer: PlugTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    undrawn: None,  # noqa: ARG001
 ) -> Path:
     torch.manual_seed(0)
     config = dataclasses.replace(

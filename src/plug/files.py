@@ -31,10 +31,8 @@ from typing import IO, Any
 
 from plug.errors import PlugError, UsageError
 
-try:
+if sys.platform != "win32":  # where no lock is taken, so that two writers are not kept apart
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -294,8 +292,13 @@ def plain_errors(
 
 
 def sync(path: Path) -> None:
-    """Flush one file, or the names in one directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush one file, or the names in one directory, to the disk. Windows flushes files alone."""
+    flags = os.O_RDONLY
+    if sys.platform == "win32":
+        if path.is_dir():
+            return
+        flags = os.O_RDWR  # what is open to be read is not flushed there
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     except OSError as error:  # file systems that cannot sync a directory
@@ -393,8 +396,11 @@ def _lock(path: Path, target: Path, *, waits: bool = False) -> Iterator[None]:
     finally:
         if descriptor in _held:  # not in a forked child, which holds nothing
             _held.remove(descriptor)
+            if sys.platform == "win32":  # which removes no open file
+                os.close(descriptor)
             path.unlink(missing_ok=True)  # still held: nobody else can have it in between
-            os.close(descriptor)
+            if sys.platform != "win32":
+                os.close(descriptor)
 
 
 def _acquire(path: Path, waits: bool) -> int | None:
@@ -402,7 +408,7 @@ def _acquire(path: Path, waits: bool) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is not None:
+            if sys.platform != "win32":
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             if _is_at(path, descriptor):
                 return descriptor

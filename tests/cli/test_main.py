@@ -84,6 +84,16 @@ def raiser(error: BaseException) -> Callable[..., NoReturn]:
     return fail
 
 
+def test_the_deepspeed_launcher_adds_an_option_of_its_own(
+    run_plug: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = (2, "", "错误：没有选项 --local_rank。加上 `--help` 看全部选项。\n")
+    assert run_plug("--local_rank=1", "--version") == wrong  # typed by somebody
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_plug("--local_rank=1", "--version").status == 0
+    assert run_plug("--local_rank=2", "--version") == wrong
+
+
 def test_a_failure_is_one_line_and_status_1(
     run_plug: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from plug.distributed.processes import is_first_to_fail
 from plug.generation.generator import generate
 
 Run = Callable[..., list[Any]]
@@ -68,6 +71,19 @@ def test_what_keeps_the_group_alive_is_closed_first(fails: bool, run_together: R
 
     # After an error the group is not destroyed, which would wait for the others.
     assert answers == [{"saw": [True], "is_left": fails}] * 2
+
+
+def test_without_a_store_to_ask_each_process_tells_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:  # a port that nobody listens on
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        began = time.monotonic()
+        assert is_first_to_fail()
+    assert time.monotonic() - began < 4  # `TCPStore` tries for 5 seconds
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

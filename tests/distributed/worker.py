@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,15 @@ def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) 
         return {"written": written, "held": held}
 
 
-def command(arguments: list[str], failing_rank: int | None = None) -> dict[str, Any]:
-    """Run `plug`: exit status, standard output and standard error."""
+def command(
+    arguments: list[str], failing_rank: int | None = None, first_is_late: float = 0.0
+) -> dict[str, Any]:
+    """Run `plug`: exit status, standard output and standard error.
+
+    With ``first_is_late`` the first process begins so many seconds after the others.
+    """
+    if os.environ["RANK"] == "0":
+        time.sleep(first_is_late)
     from plug.cli import main
     from plug.errors import PlugError
     from plug.generation.plain_model import PlainModel
@@ -80,15 +88,19 @@ def close(fails: bool) -> dict[str, Any]:
     return {"saw": owner.saw, "is_left": dist.is_initialized()}
 
 
-def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -> dict[str, Any]:
+def finetune(
+    settings: dict[str, Any], resume: bool = False, kill_at: int = 0, in_half: bool = False
+) -> dict[str, Any]:
     """Fine-tune: the metrics, and the most bytes of parameters that this process held at a step.
 
     With ``kill_at`` the first process dies at that call of `save` of a sharded checkpoint, as by
-    `kill -9`, when half of the files are there.
+    `kill -9`, when half of the files are there. With ``in_half`` gathered layers are bfloat16 here
+    too, as on a GPU.
     """
     from transformers import TrainerCallback
 
     from plug.checkpoints import sharded
+    from plug.finetuning import sharding
     from plug.finetuning.run import finetune
     from plug.finetuning.settings import FinetuneSettings
 
@@ -109,20 +121,27 @@ def finetune(settings: dict[str, Any], resume: bool = False, kill_at: int = 0) -
             os._exit(9)
 
     sharded.save = save_and_die  # type: ignore[assignment]
+    if in_half:
+        sharding.computes_in_half = lambda *_: True
     made = FinetuneSettings(**settings)
     result = finetune(made, device="cpu", resume=resume, callbacks=[Holds()])
     return {"metrics": result.metrics, "held": held, "facts": result.facts}
 
 
 def pretrain(
-    stage: int, settings: dict[str, Any], resume: bool = False, die_at: int = 0
+    stage: int,
+    settings: dict[str, Any],
+    resume: bool = False,
+    die_at: int = 0,
+    emulates: bool = False,
 ) -> dict[str, Any]:
     """Pre-train: the most bytes of weights that this process held.
 
+    With ``emulates`` products in FP8 are emulated, which are refused on a CPU otherwise.
     With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
     """
     from plug.checkpoints import sharded
-    from plug.pretraining import loop
+    from plug.pretraining import loop, run
     from plug.pretraining.run import pretrain
     from plug.pretraining.settings import RunConfig
 
@@ -142,6 +161,8 @@ def pretrain(
             os._exit(9)
         return future
 
+    if emulates:
+        run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")

@@ -23,6 +23,12 @@ pytest.importorskip("transformers")
 CHARACTERS = "今天气很好，我们去公园看花。山上有座庙"
 
 
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest) -> None:
+    """Pictures are not drawn, but where a test asks for `drawn`."""
+    request.getfixturevalue("undrawn")
+
+
 @pytest.fixture
 def base_model(config: PlugConfig, tiny_tokenizer: PlugTokenizer, tmp_path: Path) -> Path:
     """The directory of a model as initialisation leaves it; without dropout it learns sooner."""

@@ -8,9 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
+from plug.finetuning.recomputation import (
+    is_recomputed,
+    layers_of,
+    recompute_cheap_parts,
+    recompute_layers,
+)
 from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
 from plug.model.configuration import PRESETS
+from plug.model.plug import Plug
 
 
 @pytest.mark.parametrize("count", [1, 3, 99])
@@ -88,3 +94,45 @@ def test_cheap_parts_are_left_alone_without_gradients() -> None:
         recompute_cheap_parts(model)
         assert torch.equal(model(input_ids=ids, labels=ids).logits, expected)
     assert not any(layer.forward.made for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_plain_model_has_the_same_gradients(dropout: float) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model = Plug(replace(PRESETS["test"], **shape)).train()
+    ids = torch.randint(5, 100, (3, 17))
+
+    def gradients(count: int) -> list[torch.Tensor]:
+        recompute_layers(model, count)
+        assert sum(map(is_recomputed, layers_of(model))) == min(count, 5)
+        torch.manual_seed(1)
+        model.zero_grad()
+        model.lm_logits(model.decode(ids[:, :9], model.encode(ids))).logsumexp(-1).sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients(0)
+    for count in (2, 99, 0, 1):
+        for a, b in zip(expected, gradients(count), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_plain_layer_keeps_its_input_alone() -> None:
+    model = Plug(PRESETS["test"]).train()
+    ids = torch.randint(5, 100, (3, 17))
+
+    def kept(count: int) -> int:
+        recompute_layers(model, count)
+        sizes: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.encode(ids)
+        weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    whole, part, nothing = kept(0), kept(2), kept(3)
+    assert whole > 2 * part > 3 * nothing

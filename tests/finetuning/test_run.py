@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -203,18 +201,14 @@ def test_r_drop_fgm_and_scratch_run_and_change_the_outcome(
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
 
 
-FIRST_IS_LATE = """
-import os, sys, time
-time.sleep(4 * (os.environ["RANK"] == "0"))
-from plug.cli import main
-sys.exit(main())
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.2}], ids=["plain", "smoothed"])
 def test_two_processes_take_the_step_of_one(
-    changes: dict[str, float], settings: Make, write_lines: Callable[..., Path], tmp_path: Path
+    changes: dict[str, float],
+    settings: Make,
+    write_lines: Callable[..., Path],
+    run_together: Callable[..., list[Any]],
+    tmp_path: Path,
 ) -> None:
     """Each token has the same weight, whichever process its text is in and however long that is.
 
@@ -224,12 +218,9 @@ def test_two_processes_take_the_step_of_one(
     run = settings("generation", write_lines("rows.jsonl", rows), batch_size=8, **changes)
     finetune(run, device="cpu")
     two = replace(run, batch_size=4, output=str(tmp_path / "two"))
-    (tmp_path / "late.py").write_text(FIRST_IS_LATE, encoding="utf-8")
     words = [*shlex.split(two.command())[1:], "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(tmp_path / "late.py"), *words]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr
+    ran = run_together(2, "command", arguments=words, first_is_late=2.0)
+    assert [each["status"] for each in ran] == [0, 0], ran
     first, second = (
         json.loads(Path(output, "log.jsonl").read_text().splitlines()[0])
         for output in (run.output, two.output)

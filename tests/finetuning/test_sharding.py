@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 
 from plug.distributed.settings import ParallelSettings
 from plug.errors import UsageError
+from plug.finetuning.predict import Predictor
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharded_state import check_engine
 from plug.finetuning.sharding import read_deepspeed, zero_stage
+from plug.loading.from_checkpoint import convert_checkpoint
 
 Make = Callable[..., FinetuneSettings]
 Together = Callable[..., list[Any]]
@@ -81,6 +84,38 @@ def test_one_two_and_four_processes_learn_as_one_that_holds_all(
         if memory == "full":
             ours, theirs = (Path(x, "config.json").read_text() for x in (output, one.output))
             assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "full"},
+        {"memory": "lora", "lora_dropout": 0.0, "recomputed_layers": 1},
+        {"memory": "lora", "lora_dropout": 0.0, "parallel": FSDP | {"cpu_offload": True}},
+    ],
+    ids=["full", "lora", "offloaded"],
+)
+def test_layers_in_bfloat16_learn_as_in_float32(
+    options: dict[str, Any],
+    settings: Make,
+    data: Callable[..., Path],
+    run_together: Together,
+    tmp_path: Path,
+) -> None:
+    """What a GPU runs: frozen weights in bfloat16 beside adapters in float32, our own passes."""
+    options = {"epochs": 2.0, "target_length": 6, "parallel": FSDP} | options
+    found = {}
+    for count, in_half in ((1, False), (1, True), (2, True)):
+        output = f"{tmp_path}/{count}{in_half}"
+        shared = settings(
+            "generation", data("generation"), batch_size=4 // count, output=output, **options
+        )
+        run_together(count, "finetune", settings=asdict(shared), in_half=in_half)
+        found[count, in_half] = losses(output)
+    assert found[2, True] == pytest.approx(found[1, True], rel=2e-3)  # 2^-9 a rounding
+    assert found[1, True] == pytest.approx(found[1, False], rel=2e-2)
+    assert found[1, True] != found[1, False]
 
 
 @pytest.mark.slow
@@ -146,10 +181,24 @@ def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
         shutil.rmtree(broken)
         shutil.copytree(kept, broken)
     unsharded = replace(of("broken", 4), parallel=ParallelSettings(sharding="none"))
-    with pytest.raises(UsageError, match=r"是用 parallel.sharding=fsdp 训练的，现在是 none"):
+    with pytest.raises(
+        UsageError, match=r"是用 parallel.sharding=fsdp 训练的，现在是 parallel.sharding=none"
+    ):
         finetune(unsharded, device="cpu", resume=True)
 
     (checkpoint,) = broken.glob("checkpoints/checkpoint-5")
+    if memory == "lora":
+        with pytest.raises(UsageError, match="只有适配器"):
+            convert_checkpoint(broken, tmp_path / "converted")
+    else:
+        convert_checkpoint(broken, tmp_path / "converted")
+        names = {path.name for path in (tmp_path / "converted").iterdir()}
+        assert names == {
+            *("config.json", "configuration.json", "finetuning.json", "model.safetensors"),
+            *("tokenizer.json", "tokenizer_config.json"),
+        }
+        answer = Predictor(tmp_path / "converted", device="cpu").predict_text("今天天气很好")
+        assert answer
     for file in checkpoint.glob("weights/*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
     told = run_together(2, "failing", settings=asdict(of("broken", 2)), resume=True)
@@ -190,6 +239,50 @@ def test_what_needs_whole_weights_is_not_sharded(
     assert not Path(asked.output).exists()
 
 
+def test_deepspeed_needs_gpus(
+    settings: Make, data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("plug.finetuning.sharding.read_deepspeed", lambda _: {})
+    asked = settings("classification", data("classification"), parallel={"deepspeed": "x.json"})
+    with pytest.raises(UsageError, match=r"要有 GPU，这里用的是 CPU.*parallel.sharding=fsdp"):
+        finetune(asked, device="cpu")
+    assert not Path(asked.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "engine", "processes", "message"),
+    [
+        (["latest"], "fsdp", 2, "是用 parallel.deepspeed 训练的，现在是 parallel.sharding=fsdp"),
+        (["weights/.metadata"], "deepspeed", 2, "请用原来的 parallel.sharding=fsdp 接着训练"),
+        (["model.safetensors"], "fsdp", 2, "是用 parallel.sharding=none 训练的"),
+        (
+            ["latest", *(f"global_step9/bf16_zero_pp_rank_{n}_mp_rank_00_optim_states.pt"
+                         for n in range(4))],
+            "deepspeed", 2, "DeepSpeed 的 4 个进程写的，它只能由 4 个进程接着训练，现在是 2 个",
+        ),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_this_run_cannot_go_on_from(
+    files: list[str], engine: str, processes: int, message: str, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=message):
+        check_engine(tmp_path, engine, processes)
+
+
+def test_checkpoints_of_the_same_engine_and_number_are_taken(tmp_path: Path) -> None:
+    check_engine(tmp_path, "none", 1)
+    for rank in range(2):
+        file = tmp_path / "global_step9" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    (tmp_path / "latest").touch()
+    check_engine(tmp_path, "deepspeed", 2)
+
+
 def test_a_configuration_of_deepspeed_that_makes_no_sense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,3 +302,17 @@ def test_a_configuration_of_deepspeed_that_makes_no_sense(
             read_deepspeed(str(tmp_path / "zero3.json"))
     shipped = Path(__file__).parents[2] / "configs" / "zero3-offload.json"
     assert zero_stage(read_deepspeed(str(shipped))) == 3
+
+
+def test_a_schedule_of_deepspeed_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    file = tmp_path / "zero2.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    read_deepspeed(str(file))
+    assert not caplog.records
+    file.write_text('{"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}')
+    read_deepspeed(str(file))
+    assert "warmup_fraction 和线性下降不起作用" in caplog.text

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,52 @@ def test_texts_of_one_batch_are_those_of_each_adapter_alone(
     for (number, text), result in found.items():
         assert result.token_ids == merged[number](text, **options).token_ids, (number, text)
     assert len({found[number, TEXTS[0]].token_ids for number in numbers}) == len(numbers)
+
+
+def test_greedy_texts_of_a_mixed_batch_are_those_of_merged_adapters(
+    shared: Generator, merged: list[Generator], adapters: list[Adapter]
+) -> None:
+    """The adapters are in the weights, not beside them: sums in another order, the same texts."""
+    numbers = [0, *(shared.add_adapter(each) for each in adapters)]
+    check_greedy_texts(shared, merged, numbers)
+
+
+@pytest.mark.gpu
+def test_greedy_texts_of_a_mixed_batch_in_cuda_graphs(
+    lively_model: Plug, tiny_tokenizer: PlugTokenizer, adapters: list[Adapter]
+) -> None:
+    """In float32, where a near-tie does not decide; 30 texts at once want graphs of many rows."""
+    lively_model.cuda()
+    shared = Generator(lively_model, tiny_tokenizer, takes_adapters=True)
+    merged = [Generator(copy.deepcopy(lively_model), tiny_tokenizer)]
+    for adapter in adapters:
+        model = copy.deepcopy(lively_model)
+        attach(model, adapter)
+        merged.append(Generator(model, tiny_tokenizer))
+    assert shared.prepared.uses_graphs
+    numbers = [0, *(shared.add_adapter(each) for each in adapters)]
+    check_greedy_texts(shared, merged, numbers)
+    shared.remove_adapter(numbers[1])  # graphs hold the matrices of before
+    again = shared.add_adapter(adapters[0])
+    check_greedy_texts(shared, merged, [0, again, *numbers[2:]])
+
+
+def check_greedy_texts(
+    shared: Generator, merged: Sequence[Generator], numbers: Sequence[int]
+) -> None:
+    """All texts of all adapters in one batch, against each adapter's own model."""
+    options: dict[str, Any] = {"out_length": 24, "do_sample": False}
+    with AsyncEngine(shared, rows=30, max_waiting=100) as engine:
+        requests = [
+            (index, text, engine.submit(text, adapter=number, **options))
+            for text in [*TEXTS, *(text + "树" for text in TEXTS)]
+            for index, number in enumerate(numbers)
+        ]
+        found = [(index, text, request.result()) for index, text, request in requests]
+
+    assert len({result.token_ids for _, _, result in found}) > len(numbers)
+    for index, text, result in found:
+        assert result.token_ids == merged[index](text, **options).token_ids, (index, text)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 6}], ids=str)

@@ -29,6 +29,7 @@ from transformers import (  # noqa: E402
     BartConfig,
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
+    LogitsProcessor,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
@@ -184,6 +185,35 @@ def test_generation_stops_at_the_end_token_and_pads(
     )
 
     assert written.tolist() == [by_hand[: by_hand.index(by_hand[3], 1) + 1]]
+
+
+class Dictated(LogitsProcessor):
+    """Has the given ids written, then the end token."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        dictated = torch.full_like(scores, -torch.inf)
+        dictated[:, self.ids[input_ids.shape[1] - 1]] = 0
+        return dictated
+
+
+@pytest.mark.parametrize(("stop", "written"), [("d", "abcd"), ("bc", "abc"), ("ca", "abcdabca")])
+def test_stop_strings_end_a_text(
+    stop: str, written: str, plug_model: Plug, byte_pieces: PlugTokenizer, tmp_path: Path
+) -> None:
+    save(plug_model, tmp_path / "model", tokenizer=byte_pieces)
+    model = PlugForConditionalGeneration.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("abcdabcabcd", add_special_tokens=False).input_ids
+
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=len(ids), logits_processor=[Dictated(ids)],
+        stop_strings=[stop], tokenizer=tokenizer,
+    )  # fmt: skip
+
+    assert tokenizer.decode(output[0], skip_special_tokens=True) == written
 
 
 def test_token_types_reach_the_encoder(

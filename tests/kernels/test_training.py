@@ -148,6 +148,18 @@ def test_rows_in_fp8(
     check_fp8(found[0], expected[0])
 
 
+@pytest.mark.parametrize("rows", [1, 16, 150])
+@pytest.mark.parametrize("size", [48, 80])
+def test_columns_in_fp8(rows: int, size: int, generator: torch.Generator) -> None:
+    x = torch.randn(rows, size, generator=generator)
+    x[:, 3] = 0.0
+    found, expected = kernels.quantize_columns(x), plain.quantize_columns(x)
+    assert found[0].shape == (size, -(-rows // 16) * 16)
+    torch.testing.assert_close(found[1], expected[1], **CLOSE)
+    check_fp8(found[0], expected[0])
+    assert not found[0][:, rows:].float().any()
+
+
 def _of(name: str, bits: int, columns: slice) -> slice:
     """Where a part of a quantised weight has some columns."""
     each = (8 // bits if bits == 4 else 1) if name == "weight" else 128

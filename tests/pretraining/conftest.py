@@ -21,6 +21,12 @@ VERBS = ["很好", "有座庙", "去看花", "看天"]
 
 
 @pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest) -> None:
+    """Pictures are not drawn, but where a test asks for `drawn`."""
+    request.getfixturevalue("undrawn")
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small train faster on one thread, and do not wait where others use the cores."""
     threads = torch.get_num_threads()

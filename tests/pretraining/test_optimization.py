@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -88,6 +89,16 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(tiny_model: Pl
     assert {name.split(".")[0] for name in matrices} == {"encoder", "decoder"}
     left = names_of(tiny_model, adamw.param_groups[0]["params"])
     assert {"embeddings.word_embeddings.weight", "mlm_head.dense.weight"} <= left
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+def test_eight_bits_are_for_all_matrices(tiny_model: Plug) -> None:
+    adamw, eight = build(tiny_model, "adamw8bit")
+    assert {p.ndim for group in adamw.param_groups for p in group["params"]} == {1}
+    (group,) = eight.param_groups
+    assert group["weight_decay"] == 0.3
+    matrices = {name for name, p in tiny_model.named_parameters() if p.ndim == 2}
+    assert names_of(tiny_model, group["params"]) == matrices
 
 
 def test_frozen_weights_are_left_out(tiny_model: Plug) -> None:

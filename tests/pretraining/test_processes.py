@@ -62,6 +62,7 @@ def test_two_processes_are_one(
     optimizer: str,
     command: Command,
     settings: Callable[..., RunConfig],
+    run_together: Callable[..., list[Any]],
     tmp_path: Path,
 ) -> None:
     """Batches of 7 and of 6 or 8 rows, so that shares are uneven; losses to 1e-5."""
@@ -69,9 +70,10 @@ def test_two_processes_are_one(
     made["optimizer"] = optimizer
     made["skip_spikes"] = 50.0
     pretrain(stage, settings(output=str(tmp_path / "one"), **made), device="cpu")
-    two = run(command(stage, launcher=TWO_PROCESSES, output=str(tmp_path / "two"), **made))
-    assert two.returncode == 0, two.stderr
-    assert two.stderr.count("6/6 步") == 1  # rank 0 alone tells of it
+    _, _, _, *words = command(stage, output=str(tmp_path / "two"), **made)  # after "python -m plug"
+    two = run_together(2, "command", arguments=words)
+    assert [each["status"] for each in two] == [0, 0], two
+    assert [each["err"].count("6/6 步") for each in two] == [1, 0]  # the first alone tells of it
 
     ours, theirs = (read_rows(tmp_path / name / "log.csv") for name in ("one", "two"))
     assert len(ours) == len(theirs) == 6

@@ -36,6 +36,7 @@ def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "log.csv") == []
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_plot_of_losses_that_end_early(tmp_path: Path) -> None:
     record = Record(tmp_path / "log.csv", [*FIELDS, "lm", "mlm"], 0)
     for step in range(1, 4):

@@ -65,6 +65,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, RunConfig, in
 # --- both stages -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn")
 def test_stage_1_then_stage_2(
     settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

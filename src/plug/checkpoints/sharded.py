@@ -7,24 +7,45 @@ The format is PyTorch's (`torch.distributed.checkpoint`): a file of tensors from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 from torch.distributed.tensor import DTensor
 
-from plug.checkpoints.weights import check_finite
+from plug.checkpoints.weights import TensorSpec, check_finite
 from plug.errors import PlugError
-from plug.files import plain_errors, replace_directory, write_json
+from plug.files import plain_errors, replace_directory
 
 METADATA_FILE = ".metadata"  # written last by torch; shows that a directory is such a checkpoint
+_METADATA_CLASSES = {  # what a pickled `.metadata` may name
+    name: getattr(torch_metadata, name)
+    for name in (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    )
+}
+_UNREADABLE = (
+    *(CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError),
+    *(AttributeError, IndexError, AssertionError, ImportError, pickle.UnpicklingError),
+)
 
 
 def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
@@ -45,16 +66,60 @@ def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
     dist.barrier()
 
 
+class Copier(BlockingAsyncStager):
+    """Copies tensors to the host's memory in a thread and on a stream beside those of training.
+
+    On a card the memory is pinned and kept for the next copy: to pin it anew takes seconds. Torch's
+    `DefaultStager` keeps nothing in torch 2.11.
+
+    Args:
+        device: of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_card = device.type == "cuda"
+        super().__init__(cache_staged_state_dict=is_card)
+        self._thread = ThreadPoolExecutor(1)
+        self._stream = torch.cuda.Stream(device) if is_card else None
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        """Begin to copy what the tensors are when the work that is queued now has ended.
+
+        Returns:
+            A future; the tensors may change when it is done.
+        """
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record()
+        return self._thread.submit(self._copy, state_dict, ready)
+
+    def _copy(self, state_dict: dict[str, Any], ready: Any) -> dict[str, Any]:
+        if self._stream is None:
+            return super().stage(state_dict)
+        torch.cuda.set_device(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            copied = super().stage(state_dict)
+            self._stream.synchronize()
+        return copied
+
+    def close(self) -> None:
+        """Wait for what is being copied, and let go of the memory."""
+        self._thread.shutdown()
+        self.state_dict_cache = None
+
+
 class Writing:
-    """A checkpoint that threads are writing; see `begin_sharded`."""
+    """A checkpoint that threads are copying and writing; see `begin_sharded`."""
 
-    def __init__(self, place: ExitStack, future: Any, directory: Path) -> None:
-        self._place, self._future, self._directory = place, future, directory
+    def __init__(self, place: ExitStack, futures: AsyncSaveResponse, directory: Path) -> None:
+        self._place, self._directory = place, directory
+        self._copied, self._written = futures.staging_completion, futures.upload_completion
 
-    @property
-    def is_written(self) -> bool:
-        """Whether `finish` need not wait for the writing."""
-        return bool(self._future.done())
+    def wait_for_copy(self) -> None:
+        """Return when the tensors may change. What went wrong is for `finish` to raise."""
+        wait([self._copied, self._written], return_when=FIRST_COMPLETED)
 
     def finish(self) -> None:
         """Wait until it is on the disk; the first process then gives it its name.
@@ -64,7 +129,7 @@ class Writing:
         """
         with self._place, plain_errors(self._directory):
             try:
-                self._future.result()
+                self._written.result()
             except CheckpointException as error:
                 raise OSError(None, _first_reason(error)) from error
 
@@ -73,32 +138,38 @@ def begin_sharded(
     directory: Path,
     tensors: Mapping[str, Any],
     group: dist.ProcessGroup,
-    beside: Mapping[str, object],
+    write_beside: Callable[[Path], None],
+    copier: Copier,
 ) -> Writing:
     """Begin to write as `write_sharded` does; all processes call it together.
 
-    Returns once a copy of the tensors is in the host's memory, so that training may change them.
+    The tensors must not change before `Writing.wait_for_copy` returns.
 
     Args:
         directory: whose name it gets when `Writing.finish` returns.
         tensors: as in `write_sharded`.
         group: over the CPU; nobody else uses it.
-        beside: JSON files of the directory, by name; the first process's count.
+        write_beside: given the directory, writes other files into it; in the first process.
+        copier: whose last checkpoint has been written.
     """
     place = ExitStack()
     try:
         temporary = [directory]
         if dist.get_rank() == 0:
             temporary = [place.enter_context(replace_directory(directory, METADATA_FILE))]
-            for name, values in beside.items():
-                write_json(temporary[0] / name, values)
-        dist.broadcast_object_list(temporary, src=0)
-        writer = FileSystemWriter(temporary[0])
-        future = async_save(dict(tensors), storage_writer=writer, process_group=group)
+            write_beside(temporary[0])
+        # Not over the cards: that would wait for the work that is queued there.
+        dist.broadcast_object_list(temporary, src=0, group=group, device=torch.device("cpu"))
+        futures = async_save(
+            dict(tensors),
+            storage_writer=FileSystemWriter(temporary[0]),
+            process_group=group,
+            async_stager=copier,
+        )
     except BaseException:
         place.close()
         raise
-    return Writing(place, future, directory)
+    return Writing(place, cast(AsyncSaveResponse, futures), directory)
 
 
 def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:
@@ -114,14 +185,89 @@ def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:
             NaN or infinite.
     """
     try:
-        load(tensors, storage_reader=FileSystemReader(directory))
-    except (CheckpointException, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = _first_reason(error)
-        raise PlugError(
-            f"检查点 {directory} 已损坏，或与这个模型的形状不符（{reason}）。"
-            "请用训练时的模型和设置，或从更早的检查点继续。"
-        ) from None
+        load(tensors, storage_reader=_Reader(directory))
+    except _UNREADABLE as error:
+        raise _damaged(directory, error) from None
     check_finite(directory, _flat("", tensors))
+
+
+def sharded_specs(directory: Path) -> dict[str, TensorSpec]:
+    """Return what every tensor of a checkpoint is, by name; other values are left out.
+
+    Raises:
+        PlugError: the checkpoint is damaged.
+    """
+    try:
+        found = _Reader(directory).read_metadata().state_dict_metadata
+        return {
+            name: TensorSpec(each.properties.dtype, tuple(each.size))
+            for name, each in found.items()
+            if isinstance(each, torch_metadata.TensorStorageMetadata)
+        }
+    except _UNREADABLE as error:
+        raise _damaged(directory, error) from None
+
+
+def read_whole(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a checkpoint whole, one at a time, in a process that is alone.
+
+    Args:
+        directory: that `write_sharded` wrote, in any number of processes.
+        names: of its tensors.
+
+    Raises:
+        PlugError: the checkpoint is damaged.
+    """
+    specs, reader = sharded_specs(directory), _Reader(directory)
+    for name in names:
+        wanted = {name: torch.empty(specs[name].shape, dtype=specs[name].dtype)}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(wanted, storage_reader=reader, no_dist=True)
+        except _UNREADABLE as error:
+            raise _damaged(directory, error) from None
+        yield name, wanted[name]
+
+
+class _Reader(FileSystemReader):
+    """Torch's, which reads `.metadata` once and runs nothing that its pickle names."""
+
+    _metadata: torch_metadata.Metadata | None = None
+
+    def read_metadata(self, *_args: Any, **_options: Any) -> torch_metadata.Metadata:
+        if self._metadata is None:
+            with (Path(self.path) / METADATA_FILE).open("rb") as file:
+                metadata = _Unpickler(file).load()
+            if not isinstance(metadata, torch_metadata.Metadata):
+                raise pickle.UnpicklingError(f"{METADATA_FILE} holds something else")
+            metadata.storage_meta = torch_metadata.StorageMeta(load_id=self.load_id)
+            self._metadata = metadata
+        return self._metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == torch_metadata.__name__ and name in _METADATA_CLASSES:
+            return _METADATA_CLASSES[name]
+        if (module, name) == (_StorageInfo.__module__, _StorageInfo.__name__):
+            return _StorageInfo
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        if module.startswith("pathlib"):  # where it was written; nobody reads that
+            return PureWindowsPath if "Windows" in name else PurePosixPath
+        raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}")
+
+
+def _damaged(directory: Path, error: BaseException) -> PlugError:
+    return PlugError(
+        f"检查点 {directory} 已损坏，或与这个模型的形状不符（{_first_reason(error)}）。"
+        "请用训练时的模型和设置，或从更早的检查点继续。"
+    )
 
 
 def is_sharded(directory: Path) -> bool:

@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
@@ -120,7 +121,7 @@ class WeightWriter:
         if target.shape != value.shape:  # `copy_` would broadcast
             raise ValueError(f"{name}{region}: {tuple(value.shape)} into {tuple(target.shape)}")
         target.copy_(value)
-        if hasattr(mmap, "MADV_DONTNEED"):  # a shared map: the pages go, what was written stays
+        if sys.platform != "win32":  # a shared map: the pages go, what was written stays
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, page, start + spec.num_bytes - page)
 

@@ -101,7 +101,7 @@ def _run() -> int:
         command = typer.main.get_command(app)
         help.use_on(command)
         _let_interruptions_through(command)
-        status = command(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = command(_without_launchers(sys.argv[1:]) or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except PlugError as error:
         return _say(str(error), error.exit_code)
@@ -130,6 +130,12 @@ def _run() -> int:
             raise
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _without_launchers(arguments: list[str]) -> list[str]:
+    """Drop `--local_rank=N`, which the `deepspeed` launcher puts first; LOCAL_RANK says it too."""
+    is_launchers = arguments[:1] == [f"--local_rank={os.environ.get('LOCAL_RANK')}"]
+    return arguments[1:] if is_launchers else arguments
 
 
 class _StoppedError(Exception):

@@ -1,4 +1,4 @@
-"""`plug convert`: the original's checkpoints to our directories, and back; and to ModelScope's."""
+"""`plug convert`: originals and training checkpoints to our directories; to ModelScope's; back."""
 
 from __future__ import annotations
 
@@ -21,8 +21,18 @@ class Precision(StrEnum):
 
 
 def convert(
-    source: Annotated[str, typer.Option("--from", help="要读的目录。")],
     target: Annotated[Path, typer.Option("--to", help="要写的目录，须不存在或为空。")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="要读的目录。", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-checkpoint",
+            help="要读的训练检查点，或训练的输出目录（取其中最新的检查点）。",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Precision | None,
         typer.Option(help="所有权重的精度；不给则各张量保持原样。", show_default=False),
@@ -38,25 +48,37 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """把原版 PLUG 的权重（model/mp_rank_NN_model_states.pt）转成本项目的目录，或反过来。"""
+    """把原版 PLUG 的权重（model/mp_rank_NN_model_states.pt）转成本项目的目录，或反过来。
+
+    也把训练的检查点变成普通的模型目录（--from-checkpoint）。
+    """
     if to_original is not None and to_modelscope:
         raise UsageError("--to-original 和 --to-modelscope 只能给一个。")
+    if (source is None) == (checkpoint is None):
+        raise UsageError("--from 和 --from-checkpoint 要给一个，也只能给一个。")
+    if checkpoint is not None and (to_original is not None or to_modelscope):
+        raise UsageError(
+            "--from-checkpoint 写成本项目的目录。请先这样转换，再用 --from 转成别的格式。"
+        )
 
     from plug.checkpoints.original import export_original, import_original
     from plug.checkpoints.weights import DTYPES
     from plug.integrations.modelscope_hub import write_hub_directory
+    from plug.loading.from_checkpoint import convert_checkpoint
     from plug.progress import byte_counter
 
     start = time.perf_counter()
     wanted = None if dtype is None else DTYPES[dtype.value]
     with byte_counter("转换") as progress:
-        if to_modelscope:
-            notes = write_hub_directory(source, target, dtype=wanted, progress=progress)
+        if checkpoint is not None:
+            notes = convert_checkpoint(checkpoint, target, dtype=wanted, progress=progress)
+        elif to_modelscope:
+            notes = write_hub_directory(str(source), target, dtype=wanted, progress=progress)
         elif to_original is None:
-            notes = import_original(Path(source), target, dtype=wanted, progress=progress)
+            notes = import_original(Path(str(source)), target, dtype=wanted, progress=progress)
         else:
             notes = export_original(
-                Path(source), target, to_original, dtype=wanted, progress=progress
+                Path(str(source)), target, to_original, dtype=wanted, progress=progress
             )
     for note in notes:
         print(f"注意：{note}")

@@ -173,7 +173,7 @@ def _tell_memory(
     elif use == "finetune":
         rows = _finetuning(config, size, source, target, room, cards)
     else:
-        rows = _pretraining(config, size, source, target, cards)
+        rows = _pretraining(config, size, source, target, room, cards)
     for row in rows:
         if room is not None and row["peak_bytes"] is not None:
             row["fits"] = row["peak_bytes"] + row.pop("overhead_bytes") <= room
@@ -269,12 +269,20 @@ def _finetuning(
 
 
 def _pretraining(
-    config: PlugConfig, batch_size: int, source: int, target: int, cards: int
+    config: PlugConfig, batch_size: int, source: int, target: int, room: int | None, cards: int
 ) -> list[dict[str, Any]]:
-    from plug.loading.estimate import Training, training_need
+    """For each optimizer, and with FP8, the fewest recomputed layers that fit.
+
+    Where none does, or no card is named: no layer and all layers.
+    """
+    from dataclasses import replace
+
+    from plug.finetuning.memory import layers_in
+    from plug.loading.estimate import OVERHEAD_BYTES, Training, training_need
 
     rows = []
-    for optimizer in ("adamw", "muon"):
+    ways = [("adamw", False), ("adamw8bit", False), ("adamw8bit", True), ("muon", False)]
+    for optimizer, fp8 in ways:
         training = Training(
             batch_size=batch_size,
             source_length=source,
@@ -285,8 +293,22 @@ def _pretraining(
             dropout=False,
             masked_share=0.15,
             half_stream=True,
+            fp8=fp8,
         )
-        rows.append(_row(optimizer, training_need(config, training)))
+        layers = layers_in(config, training)
+        needs = {
+            count: training_need(config, replace(training, recomputed=count))
+            for count in range(layers + 1)
+        }
+        fitting = (
+            count
+            for count, need in needs.items()
+            if room is not None and need.total + OVERHEAD_BYTES <= room
+        )
+        fewest = next(fitting, None)
+        for count in sorted({0, layers}) if fewest is None else [fewest]:
+            given_up = {"batch_size": batch_size, "accumulated": 1, "recomputed_layers": count}
+            rows.append(_row(f"{optimizer} fp8" if fp8 else optimizer, needs[count], **given_up))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -160,17 +161,21 @@ def agree(value: T) -> T:
 
 
 def is_first_to_fail() -> bool:
-    """Whether none of the processes has failed before this one: then it tells of it."""
+    """Whether none of the processes has failed before this one: then it tells of it.
+
+    torchrun's agent keeps a store that knows; under the `deepspeed` launcher there is one once the
+    processes have joined. Without one each process tells.
+    """
     try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # `TCPStore` would try for seconds, and print a stack.
+        socket.create_connection(address, timeout=5).close()
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=5),
+            *address, is_master=False, timeout=timedelta(seconds=5)
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return store.add(f"plug/failed/{attempt}", 1) == 1
-    except (KeyError, RuntimeError):  # nobody there to ask
+    except (KeyError, OSError, RuntimeError):  # nobody there to ask
         return True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,11 +11,16 @@ from torch import Tensor, nn
 from plug.quantization.scheme import Scheme
 
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
+_MULTIPLE = 16  # of rows that a card's FP8 products sum over
 _WORD = 2**32 - 1
 
 
-class Fp8Rows(tuple[Tensor, Tensor, torch.dtype]):
-    """Values (rows, size) in FP8, float32 scales (rows, 1), and the dtype of their product."""
+class Fp8Rows(NamedTuple):
+    """Rows in FP8, as those of `plug.kernels.rows`, which needs Triton."""
+
+    values: Tensor  # (rows, size)
+    scale: Tensor  # float32 (rows, 1)
+    dtype: torch.dtype  # of their product
 
 
 def project(
@@ -120,11 +127,23 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     if units is not None:
         value = value * units
     scale = value.abs().amax(1, keepdim=True).clamp_min(1e-30) / FP8_MAX
-    return Fp8Rows(((value / scale).to(FP8), scale, x.dtype))
+    return Fp8Rows((value / scale).to(FP8), scale, x.dtype)
+
+
+def quantize_columns(x: Tensor) -> Fp8Rows:
+    """Round the columns of ``x`` to FP8; the kernel says how."""
+    turned = x.t().contiguous()
+    return quantize(F.pad(turned, (0, -len(x) % _MULTIPLE)))
 
 
 def multiply_fp8(
-    x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+    x: Fp8Rows,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    fast: bool = True,  # noqa: ARG001 (sums are in float32 here)
 ) -> None:
     """Multiply rows with a weight in FP8 (out, in), whose rows have the units ``scale``."""
     values, units, _ = x

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, EncoderLayer, LayerNorm
 
 
 def layers_of(model: nn.Module) -> list[EncoderLayer | DecoderLayer]:
-    """Return the layers of a model of `plug.hf`, the encoder's first; peft may be around it."""
+    """Return the layers of a `Plug` or a model of `plug.hf`, the encoder's first.
+
+    The wrapper of peft may be around it.
+    """
     return [part for part in model.modules() if isinstance(part, EncoderLayer | DecoderLayer)]
 
 
@@ -26,22 +30,41 @@ def recompute_layers(model: nn.Module, count: int) -> None:
     comes to the first layers, which then need some to compute themselves again.
 
     Args:
-        model: of `plug.hf`, with or without peft around it.
+        model: a `Plug`, or of `plug.hf` with or without peft around it; before it is compiled.
         count: layers; more than there are means all.
     """
     for index, layer in enumerate(layers_of(model)):
-        switched = cast(Any, layer)  # a `GradientCheckpointingLayer` of transformers
+        switched = cast(Any, layer)
         if hasattr(switched, "recomputed"):  # of `plug.finetuning.adapted_layers`
             switched.recomputed = index < count
-        else:
+        elif hasattr(switched, "gradient_checkpointing"):  # of transformers
             switched.gradient_checkpointing = index < count
             switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        elif is_recomputed(layer):
+            if index >= count:
+                del switched.forward
+        elif index < count:
+            switched.forward = partial(_compute_again, layer.forward, _draws(layer))
+
+
+def _draws(layer: EncoderLayer | DecoderLayer) -> bool:
+    """Whether a layer has any dropout."""
+    attentions = [part for part in layer.modules() if isinstance(part, Attention)]
+    return max(layer.dropout.p, *(each.dropout for each in attentions)) > 0
+
+
+def _compute_again(forward: Callable[..., Tensor], draws: bool, *inputs: Any) -> Tensor:
+    """Compute a plain layer so that it keeps ``inputs`` alone; hooks of FSDP2 stay outside."""
+    # To save and restore the generators costs the host time, and without dropout nothing draws.
+    found = checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return cast(Tensor, found)
 
 
 def is_recomputed(layer: nn.Module) -> bool:
     """Return whether a layer keeps its input alone."""
-    of_transformers = getattr(layer, "gradient_checkpointing", False)
-    return bool(getattr(layer, "recomputed", of_transformers))
+    own = getattr(layer.__dict__.get("forward"), "func", None)
+    is_plain = own is _compute_again or getattr(layer, "gradient_checkpointing", False)
+    return bool(getattr(layer, "recomputed", is_plain))
 
 
 def recompute_cheap_parts(model: nn.Module) -> None:

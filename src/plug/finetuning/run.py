@@ -64,13 +64,14 @@ from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
 from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
-from plug.finetuning.sharded_state import check_is_sharded
+from plug.finetuning.sharded_state import check_engine
 from plug.finetuning.sharding import (
     Layout,
     find_layout,
     gathered_adapter,
     load_sharded,
     save_model,
+    write_model_configs,
 )
 from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
@@ -239,11 +240,27 @@ def _run(
     interrupts = Interrupts()
     checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
     if checkpoint is not None:
-        check_is_sharded(checkpoint, layout.is_fsdp)
+        check_engine(checkpoint, layout.engine, layout.processes)
         check_checkpoint(checkpoint)
+
+    def write_beside(folder: Path) -> None:
+        """So that `plug convert --from-checkpoint` can make a model of a checkpoint."""
+        if is_adapter:
+            return
+        if layout.is_fsdp:
+            write_model_configs(model, folder)
+        write_files(folder)
+
+    def write_files(folder: Path) -> None:
+        tokenizer.save(
+            folder, model_max_length=config.max_source_length, by_character=kind.by_character
+        )
+        write_finetuned_configuration(folder, task.kind, settings.num_beams)
+
     trainer = FinetuneTrainer(
         score=score,
         settings=settings,
+        write_beside=write_beside,
         model=model,
         args=arguments,
         train_dataset=features,
@@ -294,12 +311,7 @@ def _run(
                     save_model(model, new)
                 else:
                     model.save_pretrained(new)
-                tokenizer.save(
-                    new,
-                    model_max_length=config.max_source_length,
-                    by_character=kind.by_character,
-                )
-                write_finetuned_configuration(new, task.kind, settings.num_beams)
+                write_files(new)
             write_report(new, f"{task.title}：微调", asked.command(), facts, evaluation)
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in history]
             write_text(new / "log.jsonl", "".join(lines))

@@ -26,6 +26,8 @@ from plug.errors import PlugError, UsageError
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
 SCHEDULE_FILE = "schedule.pt"  # the learning rate's, which is the same in all processes
+_DEEPSPEED_FILE = "latest"  # of its engine: names the folder of its files
+_DEEPSPEED_SHARES = "global_step*/*zero_pp_rank_*_optim_states.pt"  # one of each process
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _FLAT = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
 
@@ -39,10 +41,8 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     """Read what `write_weights` wrote, for any number of processes.
 
     Raises:
-        UsageError: the checkpoint is of a run that was not sharded.
-        PlugError: it is damaged, or of a model of another shape.
+        PlugError: the checkpoint is damaged, or of a model of another shape.
     """
-    check_is_sharded(folder, True)
     read_sharded(folder / WEIGHTS, get_model_state_dict(model, options=_TRAINED))
 
 
@@ -72,12 +72,36 @@ def read_optimizer(
         ) from None
 
 
-def check_is_sharded(folder: Path, wanted: bool) -> None:
-    """Raise a `UsageError` where a checkpoint was written with other `parallel.sharding`."""
-    if is_sharded(folder / WEIGHTS) == wanted:
-        return
-    was, now = ("none", "fsdp") if wanted else ("fsdp", "none")
-    raise UsageError(
-        f"检查点 {folder} 是用 parallel.sharding={was} 训练的，现在是 {now}。"
-        f"请用 --set parallel.sharding={was} 接着训练，或换一个输出目录。"
-    )
+def check_engine(folder: Path, engine: str, processes: int) -> None:
+    """Refuse a checkpoint that this run's engine did not write, or cannot share out anew.
+
+    Args:
+        folder: the Trainer's checkpoint.
+        engine: "none", "fsdp" or "deepspeed".
+        processes: that take part now.
+
+    Raises:
+        UsageError: it is so.
+    """
+    written_by = "none"
+    if is_sharded(folder / WEIGHTS):
+        written_by = "fsdp"
+    elif (folder / _DEEPSPEED_FILE).is_file():
+        written_by = "deepspeed"
+    if written_by != engine:
+        option = {
+            "none": "parallel.sharding=none",
+            "fsdp": "parallel.sharding=fsdp",
+            "deepspeed": "parallel.deepspeed",
+        }
+        raise UsageError(
+            f"检查点 {folder} 是用 {option[written_by]} 训练的，现在是 {option[engine]}。"
+            f"请用原来的 {option[written_by]} 接着训练，或换一个输出目录。"
+        )
+    shares = len(list(folder.glob(_DEEPSPEED_SHARES)))
+    if shares and shares != processes:
+        raise UsageError(
+            f"检查点 {folder} 是 DeepSpeed 的 {shares} 个进程写的，它只能由 {shares} 个进程"
+            f"接着训练，现在是 {processes} 个。请用 {shares} 个进程；"
+            "要换进程数，请用 parallel.sharding=fsdp 重新训练。"
+        )

@@ -7,6 +7,7 @@ sharded checkpoints.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -30,6 +33,8 @@ from plug.loading.shards import fill, write_gathered
 
 _UNSUPPORTED = ("fgm", "from_scratch", "dora")  # need whole weights in one process
 _PEFT_NAMES = (".base_layer", ".original_module")  # what peft puts into names of frozen parameters
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,13 @@ class Layout:
         return self.is_fsdp or self.is_zero3
 
     @property
+    def engine(self) -> str:
+        """Who keeps the shards and writes checkpoints: "none", "fsdp" or "deepspeed"."""
+        if self.deepspeed is not None:
+            return "deepspeed"
+        return "fsdp" if self.is_fsdp else "none"
+
+    @property
     def offloads(self) -> bool:
         """Whether DeepSpeed keeps the parameters in the host's memory."""
         zero = (self.deepspeed or {}).get("zero_optimization") or {}
@@ -90,7 +102,13 @@ def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) ->
         torch.cuda.set_device(device)
     if settings.parallel.deepspeed:
         _refuse_unsupported(settings, "parallel.deepspeed")
-        return Layout(processes, device, deepspeed=read_deepspeed(settings.parallel.deepspeed))
+        values = read_deepspeed(settings.parallel.deepspeed)
+        if device.type == "cpu" and not _accelerate_knows_deepspeed():
+            raise UsageError(
+                "parallel.deepspeed 要有 GPU，这里用的是 CPU。CPU 上请去掉它，"
+                "用 torchrun 启动并加 --set parallel.sharding=fsdp。"
+            )
+        return Layout(processes, device, deepspeed=values)
     if sharding == "auto":
         sharding = "fsdp" if processes > 1 and not _fits(settings, case) else "none"
     if sharding == "none":
@@ -104,6 +122,12 @@ def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) ->
         # gloo carries what `cpu_offload` keeps in the host's memory.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Layout(processes, device, init_device_mesh(device.type, (processes,)))
+
+
+def _accelerate_knows_deepspeed() -> bool:
+    """Whether Accelerate has been told that DeepSpeed trains; on a CPU it cannot be asked to."""
+    known = PartialState._shared_state.get("distributed_type")
+    return bool(known == DistributedType.DEEPSPEED)
 
 
 def _refuse_unsupported(settings: FinetuneSettings, asked: str) -> None:
@@ -142,6 +166,13 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     values = read_json(Path(path))
     if not isinstance(values, dict) or zero_stage(values) not in (0, 1, 2, 3):
         raise UsageError(f"{path} 不是 DeepSpeed 的设置：zero_optimization.stage 应是 0 到 3。")
+    if "scheduler" in values:
+        logger.warning(
+            "%s 里有 scheduler：学习率由 DeepSpeed 安排，warmup_fraction 和线性下降不起作用；"
+            'DeepSpeed 的预热默认按对数升高，开头高得多（"warmup_type": "linear" 才是线性）。'
+            "要用 PLUG 的学习率，请删去 scheduler。",
+            path,
+        )
     return values
 
 
@@ -173,7 +204,7 @@ def load_sharded(
     Raises:
         PlugError: the weights are damaged, or do not fit.
     """
-    half = layout.device.type == "cuda" and settings.precision == "bf16"
+    half = computes_in_half(settings, layout.device)
     dtype = torch.bfloat16 if half and settings.is_adapter else torch.float32
     model = shard_for_training(kind.empty_model(directory, dtype=dtype), settings, layout)
     place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
@@ -181,10 +212,15 @@ def load_sharded(
     return model
 
 
+def computes_in_half(settings: FinetuneSettings, device: torch.device) -> bool:
+    """Return whether gathered layers are bfloat16."""
+    return device.type == "cuda" and settings.precision == "bf16"
+
+
 def shard_for_training(model: Any, settings: FinetuneSettings, layout: Layout) -> Any:
     """Return ``model``, without memory for its weights, as it is trained: adapted and sharded."""
     assert layout.mesh is not None
-    half = layout.device.type == "cuda" and settings.precision == "bf16"
+    half = computes_in_half(settings, layout.device)
     if settings.is_adapter:
         before = torch.get_rng_state()
         model = adapt(model, settings)
@@ -232,11 +268,15 @@ def save_model(model: Any, directory: Path | None) -> None:
     """
     state: dict[str, Tensor] = dict(model.named_parameters())  # there are no buffers
     write_gathered(directory or Path(), state, writes=directory is not None)
-    if directory is None:
-        return
+    if directory is not None:
+        write_model_configs(model, directory)
+
+
+def write_model_configs(model: Any, directory: Path) -> None:
+    """Write what `save_pretrained` writes of a sharded model beside its weights."""
     config = model.config
     config.architectures = [plain_class(model).__name__]
-    config.dtype = next(iter(state.values())).dtype
+    config.dtype = next(iter(model.parameters())).dtype
     config.save_pretrained(directory)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)

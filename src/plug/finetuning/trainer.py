@@ -33,6 +33,8 @@ class FinetuneTrainer(Trainer):
     Args:
         score: given the model, metrics by name.
         settings: of the run.
+        write_beside: given a checkpoint's directory, writes what a model directory has beside its
+            weights; in the first process.
         options: those of `Trainer`.
     """
 
@@ -41,8 +43,10 @@ class FinetuneTrainer(Trainer):
         *,
         score: Callable[[Any], dict[str, float]],
         settings: FinetuneSettings,
+        write_beside: Callable[[Path], None] = lambda _directory: None,
         **options: Any,
     ) -> None:
+        self.write_beside = write_beside
         self.is_sharded = is_fully_sharded(options["model"])
         super().__init__(**options)
         self.score = score
@@ -71,15 +75,16 @@ class FinetuneTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; of a sharded model each process writes what it trains."""
+        directory = Path(output_dir or str(self.args.output_dir))
         if self.is_deepspeed_enabled:  # weights are in what its engine saves, with the states
-            Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             return
-        if not self.is_sharded:
+        if self.is_sharded:
+            sharded_state.write_weights(directory, self._bare_model())
+        else:
             super().save_model(output_dir, _internal_call)
-            return
-        sharded_state.write_weights(
-            Path(output_dir or str(self.args.output_dir)), self._bare_model()
-        )
+        if self.args.should_save:
+            self.write_beside(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from plug.errors import UsageError
 from plug.loading.adapters import Adapter, LowRank, check_shapes, shapes_of
 from plug.model.plug import Plug
+from plug.quantization.linear import QuantizedLinear
 from plug.quantization.products import Product
 
 _RANK_MULTIPLE = 8  # tensor cores want whole pieces
@@ -41,6 +42,7 @@ class AdapterStack:
         adapters: by their numbers, on the model's device and in its dtype.
         version: another one after each change; a graph that was captured before is of no use.
         choice: of the next pass.
+        linear_layers: shapes (out, in) of the layers that an adapter may be for, by their names.
     """
 
     def __init__(self, model: Plug) -> None:
@@ -50,15 +52,16 @@ class AdapterStack:
         self.version = 0
         self.choice: Choice = 0
         self._shapes = shapes_of(model)
+        self.linear_layers = {
+            name: self._shapes[f"{name}.weight"]
+            for name, layer in model.named_modules()
+            if isinstance(layer, (nn.Linear, QuantizedLinear))
+            and name.startswith(("encoder.", "decoder."))
+        }
         self.count = 1  # numbers so far, with 0
         self._added: dict[tuple[str, ...], Added] = {}
         self._tables: dict[Parts, Tensor] = {}
         self._masks: dict[Parts, Tensor] = {}
-
-    @property
-    def linear_layers(self) -> dict[str, tuple[int, ...]]:
-        """Shapes (out, in) of the layers that an adapter may be for, by their names."""
-        return dict(layer for added in self._added.values() for layer in added.layers)
 
     def add(self, adapter: Adapter) -> int:
         """Take an adapter in; return its number.

@@ -19,14 +19,16 @@ from plug.distributed.tensor_parallel import is_sharded
 from plug.generation.cpu_choice import KERNELS, fastest_step, plain_product, source_product
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel, with_products
-from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Product, Shape, library
-from plug.kernels.cpu.products import CpuProduct
+from plug.kernels.cpu import build
+from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Shape, library
+from plug.kernels.cpu.products import CpuProduct, in_blocks
 from plug.loading import adapters
 from plug.loading.adapters import AdaptedLinear
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
 from plug.model.plug import Decoder, Plug
 from plug.quantization.linear import QuantizedLinear, scheme_of
+from plug.quantization.products import Product
 from plug.quantization.scheme import Scheme
 
 # The products of a layer, in the order in which `step.cpp` has them.
@@ -62,16 +64,41 @@ class CpuModel(PlainModel):
     def _prepare_encoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
         self._products: dict[nn.Module, CpuProduct] = {}
+        around = None if self._adapters is None else self._with_adapter
         self._encoder = with_products(
             model.encoder,
             lambda layer: layer if layer.get_buffer("weight").is_meta else self._product_of(layer),
             source_product(self._product_of),
-            self._adapters,
+            around,
             "encoder.",
         )
         self._project_encoder = with_products(
-            model.decoder, self._product_of, self._product_of, self._adapters, "decoder."
+            model.decoder, self._product_of, self._product_of, around, "decoder."
         ).project_encoder
+
+    def _with_adapter(self, name: str, product: Product) -> Product:
+        """``product`` of a layer that reads sources, with the adapter that is used, in one call."""
+        stack = self._adapters
+        assert stack is not None
+        if not isinstance(product, CpuProduct):
+            return stack.around(name, product)
+        of_numbers: dict[int, LowRank] = {}
+        kept: list[Any] = []
+        version = 0
+
+        def adapted(x: Tensor) -> Tensor:
+            nonlocal version
+            if version != stack.version:
+                of_numbers.clear()
+                kept.clear()
+                for number, adapter in stack.adapters.items():
+                    if (found := adapter.layers.get(name)) is not None:
+                        of_numbers[number] = self._low_rank(found, kept)
+                version = stack.version
+            assert isinstance(stack.choice, int), "sources are read one by one"
+            return product(x, of_numbers.get(stack.choice))
+
+        return adapted
 
     def _prepare_decoder(self, model: Plug) -> None:
         assert model.decoder is not None, "an encoder alone cannot decode"
@@ -163,8 +190,8 @@ class CpuModel(PlainModel):
         return parts
 
     def _low_rank(self, found: adapters.LowRank, kept: list[Any]) -> LowRank:
-        """``found`` as `step.cpp` has it; ``kept`` gets the tensors that it points to."""
-        a, b = found.a.contiguous(), found.b.t().contiguous()
+        """``found`` as `adapters.h` has it; ``kept`` gets the tensors that it points to."""
+        a, b = found.a.contiguous(), in_blocks(found.b)
         kept += [a, b]
         return LowRank(a.data_ptr(), b.data_ptr(), len(a))
 
@@ -197,7 +224,7 @@ class CpuModel(PlainModel):
         self._kept.append(tensors)
         return Norm(*(each.data_ptr() for each in tensors))
 
-    def _product(self, linear: nn.Module) -> Product:
+    def _product(self, linear: nn.Module) -> build.Product:
         return self._product_of(
             linear.base if isinstance(linear, AdaptedLinear) else linear
         ).product
@@ -214,7 +241,7 @@ class CpuModel(PlainModel):
             self._products[linear] = found
         return self._products[linear]
 
-    def _head(self, model: Plug) -> Product:
+    def _head(self, model: Plug) -> build.Product:
         """The product with the word table; in a quantised model with its copy in 8 bits."""
         table = model.embeddings.word_embeddings.weight.detach()
         if scheme_of(model) is None:

@@ -52,6 +52,7 @@ class PlainModel:
         self._device = device
         self._pad = model.config.pad_token_id
         self._adapters = adapters
+        self._around = None if adapters is None else adapters.around
         self._prepare_encoder(model)
         # A CPU is as fast with one source at a time, and its 8-bit products want it so.
         self._reads_together = device.type != "cpu"
@@ -64,11 +65,11 @@ class PlainModel:
             model.encoder,
             QuantizedLinear.source_product,
             lambda linear: linear,
-            self._adapters,
+            self._around,
             "encoder.",
         )
         self._project_encoder = with_products(
-            model.decoder, lambda linear: linear, lambda linear: linear, self._adapters, "decoder."
+            model.decoder, lambda linear: linear, lambda linear: linear, self._around, "decoder."
         ).project_encoder
 
     def _prepare_decoder(self, model: Plug) -> None:
@@ -77,7 +78,7 @@ class PlainModel:
             model.decoder,
             QuantizedLinear.step_product,
             lambda linear: product(linear.weight, linear.bias),
-            self._adapters,
+            self._around,
             "decoder.",
         )
         self._logits: Product = _head(model)
@@ -212,7 +213,7 @@ def with_products(
     module: Module,
     for_quantized: Callable[[QuantizedLinear], Product],
     for_plain: Callable[[nn.Linear], Product],
-    adapters: AdapterStack | None,
+    around: Callable[[str, Product], Product] | None,
     name: str,
 ) -> Module:
     """The same modules and weights, for inference alone, with other linear layers.
@@ -224,7 +225,7 @@ def with_products(
         module: not changed.
         for_quantized: the product of a layer in integers.
         for_plain: that of another one.
-        adapters: what is added to products.
+        around: makes of a layer's name and its product the product with what adapters add.
         name: of ``module`` in the whole model, with a dot at its end.
     """
 
@@ -233,7 +234,7 @@ def with_products(
             found = for_quantized(layer)
         else:
             found = for_plain(cast(nn.Linear, layer))
-        return found if adapters is None else adapters.around(name, found)
+        return found if around is None else around(name, found)
 
     def replaced(original: nn.Module, path: str) -> nn.Module:
         copy = original.__new__(type(original))

@@ -487,6 +487,16 @@ class PlugForConditionalGeneration(_Seq2Seq, GenerationMixin):
             kwargs["attention_mask"] = self.known_mask(ids, None)
         return super().generate(inputs, generation_config, processors, **kwargs)
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return what a step gives `forward`.
+
+        The tokenizers that ``stop_strings`` and assisted generation need are left out: the mixin
+        hands them on, and counts on a `forward` that swallows what it does not know.
+        """
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
 
 # What `generation_config.json` said besides ids before 2026-12.
 _OLD_SAMPLING = {

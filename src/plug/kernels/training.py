@@ -39,7 +39,9 @@ _SHAPES = {
     "through_gelu": _Shape(64, 64, 2, 4),
     "back_through_gelu": _Shape(16, 128, 16, 4),
     "quantize": _Shape(1, 0, 1, 32),
+    "quantize_columns": _Shape(128, 64, 8, 8),  # not measured yet
 }
+MULTIPLE = 16  # of rows that the cards' FP8 products sum over
 _SEEDS = ("seed", "second", "threshold")  # whose values make no other kernel
 
 
@@ -299,8 +301,44 @@ def quantize(x: Tensor, units: Tensor | None = None, *, gelu: bool = False) -> F
     return out
 
 
+def quantize_columns(x: Tensor) -> Fp8Rows:
+    """Round columns to FP8, each in units of its largest value: the rows of x^T.
+
+    Products sum along these rows, so that their length is rounded up to a multiple of 16, by zeros.
+
+    Args:
+        x: (rows, size), contiguous.
+
+    Returns:
+        (size, rows).
+    """
+    rows, size = x.shape
+    length = -(-rows // MULTIPLE) * MULTIPLE
+    shape = _SHAPES["quantize_columns"]
+    chunk = shape.rows * shape.steps
+    across, parts = triton.cdiv(size, shape.columns), triton.cdiv(rows, chunk)
+    largest = torch.empty(parts, size, dtype=torch.float32, device=x.device)
+    _largest[(across, parts)](
+        x, largest, rows, size, chunk, x.stride(0), ROWS=shape.rows, COLUMNS=shape.columns,
+        num_warps=shape.warps,
+    )  # fmt: skip
+    scale = largest.amax(0).clamp_(min=1e-30).mul_(1 / 448.0)
+    out = Fp8Rows(torch.empty(size, length, dtype=FP8, device=x.device), scale[:, None], x.dtype)
+    _quantize_columns[(across, triton.cdiv(length, shape.rows))](
+        x, scale, out.values, rows, length, size, x.stride(0),
+        ROWS=shape.rows, COLUMNS=shape.columns, num_warps=shape.warps,
+    )  # fmt: skip
+    return out
+
+
 def multiply_fp8(
-    x: Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
+    x: Fp8Rows,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    fast: bool = True,
 ) -> None:
     """Multiply rows with a weight in FP8.
 
@@ -308,12 +346,14 @@ def multiply_fp8(
         x: (rows, in).
         weight: FP8 (out, in).
         scale: float32 (out,), the units of the weight's rows.
-        bias: bfloat16 (out,).
+        bias: (out,), taken as bfloat16.
         out: bfloat16 (rows, out), a slice of a wider tensor too.
+        fast: sum up in the tensor cores' own registers, with fewer bits than float32 has.
     """
     torch._scaled_mm(
-        x.values, weight.t(), scale_a=x.scale, scale_b=scale[None, :], bias=bias,
-        out_dtype=torch.bfloat16, use_fast_accum=True, out=out,
+        x.values, weight.t(), scale_a=x.scale, scale_b=scale[None, :],
+        bias=None if bias is None else bias.bfloat16(),
+        out_dtype=torch.bfloat16, use_fast_accum=fast, out=out,
     )  # fmt: skip
 
 
@@ -649,6 +689,35 @@ def _quantize(
 def _nibble(word, shift: tl.constexpr):
     # 2^23 + q is exact, and quicker than turning an integer into a float.
     return (((word >> shift) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _largest(
+    x, out, rows, size, chunk, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    found = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(part * chunk, tl.minimum(rows, (part + 1) * chunk), ROWS):
+        m = first + tl.arange(0, ROWS)
+        inside = (m[:, None] < rows) & (k[None, :] < size)
+        value = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
+        found = tl.maximum(found, tl.abs(value.to(tl.float32)))
+    tl.store(out + part * size + k, tl.max(found, 0), mask=k < size)
+
+
+@triton.jit
+def _quantize_columns(
+    x, scale, out, rows, length, size, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = (m[:, None] < rows) & (k[None, :] < size)
+    value = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0)
+    unit = tl.load(scale + k, mask=k < size, other=1.0)
+    turned = tl.trans((value.to(tl.float32) / unit[None, :]).to(tl.float8e4nv))
+    at = out + k[:, None].to(tl.int64) * length + m[None, :]
+    tl.store(at, turned, mask=(k[:, None] < size) & (m[None, :] < length))
 
 
 @triton.jit

@@ -274,6 +274,7 @@ class Training:
         offload: those shards are in the host's memory.
         masked_share: of pre-training: the share of the source that the masked-LM head predicts.
         half_stream: the residual stream has 16 bits beside weights in float32, as in pre-training.
+        fp8: products of the layers are in FP8, which keep what they read in 8 bits.
     """
 
     batch_size: int
@@ -291,6 +292,7 @@ class Training:
     offload: bool = False
     masked_share: float = 0.0
     half_stream: bool = False
+    fp8: bool = False
 
     @property
     def weight(self) -> int:
@@ -478,6 +480,8 @@ def _layer_block(
     results = (4 + 2 * (attentions - 1)) * value * hidden + value * inner
     results += 4 * config.num_attention_heads * attentions
     reads = (_inputs(training, 3) + _inputs(training, 1) * attentions) * hidden + value * inner
+    if training.fp8:  # of each product; what attention gave is kept for attention as well
+        reads = (1 + 2 * attentions) * hidden + inner
     masks = (attentions + 1) * hidden if training.dropout else 0
     thin = 0
     if not training.trains_all:
@@ -489,7 +493,7 @@ def _layer_block(
     whole = tokens * (norms + results + reads + masks + thin)
 
     part = layer(config, attentions)
-    copies = 2 * part.matrix_parameters if _casts(training) else 0
+    copies = 2 * part.matrix_parameters if _casts(training) and not training.fp8 else 0
     again = tokens * reads if training.is_fused else 0
     kept, entry = whole + copies, whole + copies - again
     if index < training.recomputed:
@@ -500,6 +504,9 @@ def _layer_block(
     passing = tokens * ((training.stream + value) * hidden + value * inner)
     largest = hidden * inner
     unpacked = largest * value if training.bits < 16 else 0
+    if training.fp8:  # a weight, and the rows and columns of fc2's output's gradient
+        unpacked = largest
+        passing += tokens * 2 * hidden
     weight_gradient = largest * (6 if _casts(training) else value) if training.trains_all else 0
     if training.is_sharded and training.trains_all:  # of the layer, and in float32 to be summed
         weight_gradient = (value + 4) * part.parameters
@@ -534,7 +541,7 @@ def _projection(config: PlugConfig, training: Training, tokens: int) -> _Block:
     hidden, layers = config.hidden_size, config.num_decoder_layers
     inputs = _inputs(training, 2 * layers)
     kept = tokens * hidden * (2 * layers * training.value + inputs)
-    copies = layers * 2 * 2 * hidden * hidden if _casts(training) else 0
+    copies = 4 * layers * hidden * hidden if _casts(training) and not training.fp8 else 0
     return _Block(kept + copies, kept + copies, 0, 2 * tokens * hidden * training.value, 0)
 
 

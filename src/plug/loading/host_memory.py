@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 def free_host_memory(root: Path = Path("/")) -> int | None:
@@ -55,12 +54,13 @@ def _left_by_group(group: Path, limit: str, usage: str, reclaimable: str) -> Ite
 
 
 def _left_by_limit(root: Path) -> Iterator[int]:
-    if resource is None:
-        return
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = re.search(r"^VmSize:\s*(\d+) kB", _read(root / "proc/self/status"), re.MULTILINE)
-    if limit != resource.RLIM_INFINITY and used:
-        yield limit - int(used[1]) * 1024
+    if sys.platform == "win32":
+        yield from ()
+    else:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = re.search(r"^VmSize:\s*(\d+) kB", _read(root / "proc/self/status"), re.MULTILINE)
+        if limit != resource.RLIM_INFINITY and used:
+            yield limit - int(used[1]) * 1024
 
 
 def _read(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def read_ahead(files: Iterable[Path]) -> None:
 def _is_cached(file: Path) -> bool:
     """Whether samples of a file can be read at once; True too where nobody can tell."""
     flag = getattr(os, "RWF_NOWAIT", None)
-    if flag is None:  # not Linux
+    if sys.platform == "win32" or flag is None:  # not Linux
         return True
     byte, size = bytearray(1), file.stat().st_size
     descriptor = os.open(file, os.O_RDONLY)

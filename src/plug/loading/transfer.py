@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -181,7 +182,12 @@ def _read_bytes(descriptor: int, start: int, view: memoryview, file: Path) -> No
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(descriptor, [view[done:]], start + done)
+            if sys.platform == "win32":  # has no `preadv`, and a descriptor's position is shared
+                with file.open("rb", buffering=0) as stream:
+                    stream.seek(start + done)
+                    count = stream.readinto(view[done:])
+            else:
+                count = os.preadv(descriptor, [view[done:]], start + done)
         except OSError as error:
             raise PlugError(f"读不了 {file}：{error.strerror}。请检查磁盘后重试。") from None
         if not count:

@@ -68,7 +68,10 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
     checkpoints = None
     if is_fully_sharded(state.model):
         gradients = ShardedGradients(state.model)
-        checkpoints = ShardedCheckpoints(output, processes, config.keep_checkpoints)
+        checkpoints = ShardedCheckpoints(
+            output, processes, config.keep_checkpoints, state.tokenizer
+        )
+        checkpoints.watch(state.optimizers)
     else:
         gradients = Gradients(state.model.named_parameters(), processes.world_size)
     vote = logs.vote
@@ -87,6 +90,8 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
             )
             if checkpoints is not None:
                 checkpoints.look()
+                if step == todo[0]:
+                    checkpoints.prepare(state.model, state.optimizers)
             is_last = step == todo[-1]
             # One clock decides, and all stop at the same step.
             wish = interrupts.asked or (_SAVE if first and schedule.is_due(state.step) else 0)
@@ -119,6 +124,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
                 )
     if checkpoints is not None:
         checkpoints.finish()
+        checkpoints.close()
     logs.close()
 
 
@@ -222,9 +228,11 @@ def take_step(
     is_sharded = isinstance(gradients, ShardedGradients)
     # Sharded layers are gathered by all processes together, as often.
     least = vote(part_count(batch, config.micro_batch_tokens)) if is_sharded else 1
+    # FSDP2 gathers weights in bf16: autocast would but make norms write float32.
+    casts = config.precision == "bf16" and not is_sharded
     parts = list(split(batch, config.micro_batch_tokens, least))
     for number, part in enumerate(parts, start=1):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=casts):
             part_sums = run_forward(state.model, partial(losses, state.model, part))
         together = torch.stack([part_sums[name] for name in names])
         gradients.is_last = number == len(parts)

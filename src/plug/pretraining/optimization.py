@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from plug.errors import UsageError
+from plug.pretraining.adamw8bit import AdamW8bit
 from plug.pretraining.muon import Muon, ShardedMuon
 
 SCHEDULES = ("linear", "cosine", "constant")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 def learning_rate_scale(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
@@ -48,7 +49,10 @@ def build_optimizers(
     world_size: int = 1,
     is_sharded: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.
+    """Return AdamW for all weights, or another one for matrices and AdamW for the rest.
+
+    "adamw8bit" keeps the moments of all matrices in 8 bits; those of vectors, a thousandth of all,
+    stay in float32. "muon" takes the layers' matrices.
 
     Only matrices decay. Muon's update is scaled to the size of AdamW's (`match_rms_adamw`), so one
     learning rate serves both. Source: Jordan et al. 2024 and arXiv 2502.16982.
@@ -70,17 +74,23 @@ def build_optimizers(
         raise UsageError(f"optimizer={name!r} 应为 {'、'.join(OPTIMIZERS)} 之一。")
     trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     in_layers = [p for key, p in trained if ".layers." in key and p.ndim == 2]
-    chosen = {id(p) for p in in_layers} if name == "muon" else set()
+    matrices = [p for _, p in trained if p.ndim == 2]
+    others = {"muon": in_layers, "adamw8bit": matrices}.get(name, [])
+    chosen = {id(p) for p in others}
     rest = [p for _, p in trained if id(p) not in chosen]
     groups = [
         {"params": [p for p in rest if p.ndim == 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     fused = all(p.is_cuda for p in rest)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
     ]
-    if chosen:
+    if name == "adamw8bit":
+        eight = [{"params": matrices, "weight_decay": weight_decay}]
+        optimizers.append(AdamW8bit(eight, lr=learning_rate, betas=betas, eps=1e-8))
+    if name == "muon" and in_layers:
         settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
         muon = ShardedMuon if is_sharded else partial(Muon, rank=rank, world_size=world_size)
         optimizers.append(muon(in_layers, adjust_lr_fn="match_rms_adamw", **settings))

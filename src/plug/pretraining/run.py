@@ -20,14 +20,18 @@ from plug.distributed.fully_sharded import is_fully_sharded
 from plug.distributed.processes import Processes, start_processes
 from plug.errors import PlugError, UsageError, install
 from plug.files import hold, recover
+from plug.finetuning.recomputation import recompute_layers
 from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
+from plug.pretraining.adamw8bit import check_torchao
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
 from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.end_page import write_page
+from plug.pretraining.fp8 import check_fp8, multiply_in_fp8
 from plug.pretraining.loop import Batches, train
+from plug.pretraining.memory import recomputed_layers
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
 from plug.pretraining.settings import RunConfig
@@ -70,7 +74,10 @@ def pretrain(
     output = Path(config.output)
     if config.tensorboard:
         check_board()
+    check_torchao(config.optimizer)
     with start_processes(device) as processes, ExitStack() as stack:
+        if config.fp8_products:
+            check_fp8(processes.device)
         if processes.is_first:
             check_output(output, resume=resume)
             stack.enter_context(hold(output))
@@ -249,6 +256,19 @@ def _build_model(
     is_half = settings.precision == "bf16"
     if is_half:
         keep_bf16(model)
+    again = recomputed_layers(
+        config,
+        settings,
+        stage,
+        processes.device,
+        world_size=processes.world_size,
+        is_sharded=is_sharded,
+    )
+    recompute_layers(model, again)
+    if settings.fp8_products:
+        multiply_in_fp8(model)
+    if again and settings.recomputation == "auto":
+        _tell(processes, f"为了放得下，反向时重算 {again} 层。")
     if settings.compile:
         compile_model(model)
     if is_sharded:

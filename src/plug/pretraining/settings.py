@@ -65,7 +65,7 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)  # changes to the preset, e.g. its layers
     init_from: str = ""  # stage 2: the model folder that stage 1 left ("": from nothing)
     micro_batch_tokens: int = 65536  # of one process, forward and backward at once
-    optimizer: str = "adamw"  # or "muon"
+    optimizer: str = "adamw"  # or "adamw8bit" (moments in 8 bits: torchao), "muon"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
@@ -81,6 +81,12 @@ class RunConfig:
     whole_sentence_share: float = 0.3  # stage 2: passages cut at a sentence boundary
     precision: str = "bf16"  # or "fp32"
     compile: bool = False  # `torch.compile` of each layer; pays on a GPU
+    # Products of encoder and decoder layers in FP8, forward and backward, a scale for each row; for
+    # cards of compute capability 9.0 and precision = "bf16".
+    fp8_products: bool = False
+    # Layers that keep their input alone and are computed again in the backward pass, the encoder's
+    # first; "auto": as many as the card's memory asks (none on a CPU, and none with `compile`).
+    recomputation: int | str = "auto"
     workers: int = 2  # processes that make batches
     checkpoint_every: int = 1000  # steps
     checkpoint_minutes: float = 10.0  # a checkpoint is due after so long as well; 0: by steps alone
@@ -151,6 +157,12 @@ class RunConfig:
             )
         if parallel.sharding == "fsdp" and self.compile:
             raise UsageError("compile 不能与 parallel.sharding=fsdp 一起用。请去掉其中一个。")
+        again = self.recomputation
+        if again != "auto" and (type(again) is not int or again < 0):
+            raise UsageError(f'设置 recomputation={again!r} 应为 "auto" 或不小于 0 的层数。')
+        if self.fp8_products and (self.precision != "bf16" or self.compile):
+            asked = "compile=true" if self.compile else f"precision={self.precision}"
+            raise UsageError(f"fp8_products 不能与 {asked} 一起用。请去掉其中一个。")
         if not isinstance(self.model, dict):
             raise UsageError(f"设置 model={self.model!r} 应为一个表，如 {{ hidden_size = 128 }}。")
         factors = self.domain_factors

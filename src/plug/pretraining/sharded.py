@@ -7,6 +7,7 @@ written while training goes on and are read by any number of processes.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plug.checkpoints.directory import write_configs
-from plug.checkpoints.sharded import METADATA_FILE, Writing, begin_sharded, read_sharded
+from plug.checkpoints.sharded import METADATA_FILE, Copier, Writing, begin_sharded, read_sharded
 from plug.checkpoints.weights import TensorSpec
 from plug.distributed.fully_sharded import as_shard, own_region, shard
 from plug.distributed.processes import Processes
 from plug.distributed.settings import ParallelSettings
 from plug.errors import PlugError
-from plug.files import remove_directory, replace_directory
+from plug.files import remove_directory, replace_directory, write_json
 from plug.jsonfiles import read_json
 from plug.loading.shards import fill, write_gathered
 from plug.model.heads import MaskedLMHead
@@ -33,7 +34,8 @@ from plug.model.plug import Plug
 from plug.tokenization import PlugTokenizer
 
 CHECKPOINTS = "checkpoints"  # of a sharded run: a directory `step-N` each
-_OPTIMIZER = "optimizer/"  # before the names of states
+WEIGHT = "model."  # before the names of weights in a checkpoint
+_OPTIMIZER = "optimizer/"  # likewise of states
 STATE_FILE = "state.json"  # in it: the step, and what else is the same in all processes
 
 
@@ -121,12 +123,37 @@ class ShardedCheckpoints:
         output: of the run.
         processes: this one and how many there are.
         kept: how many checkpoints.
+        tokenizer: of the run; with the model's config it is in each checkpoint, so that
+            `plug convert --from-checkpoint` needs nothing else.
     """
 
-    def __init__(self, output: Path, processes: Processes, kept: int) -> None:
+    def __init__(
+        self, output: Path, processes: Processes, kept: int, tokenizer: PlugTokenizer
+    ) -> None:
         self.folder, self.processes, self.kept = output / CHECKPOINTS, processes, kept
+        self.tokenizer = tokenizer
         self._group = dist.new_group(backend="gloo")  # threads that write have one of their own
+        self._copier = Copier(processes.device)
         self._writing: Writing | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._end: Future[None] | None = None  # of the writing; its files have got their name
+
+    def watch(self, optimizers: list[Optimizer]) -> None:
+        """Have the optimisers wait for what is still being copied before they change it."""
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
+
+    def _wait_for_copy(self) -> None:
+        if self._writing is not None:
+            self._writing.wait_for_copy()
+
+    def prepare(self, model: Plug, optimizers: list[Optimizer]) -> None:
+        """Begin to reserve the memory of copies, when the optimisers' states are there.
+
+        Pinned memory takes seconds to get. What is copied meanwhile is thrown away.
+        """
+        if self.processes.device.type == "cuda":
+            self._copier.stage(_tensors(model, optimizers))
 
     def save(
         self,
@@ -138,7 +165,8 @@ class ShardedCheckpoints:
     ) -> None:
         """Begin to write a checkpoint; all processes call it together.
 
-        Returns once a copy is in the host's memory; with ``waits`` once it is on the disk.
+        Returns at once: the tensors are copied before the next step changes them (`watch`), and
+        written after that. With ``waits`` it returns when they are on the disk.
 
         Args:
             model: whose weights it has.
@@ -152,24 +180,46 @@ class ShardedCheckpoints:
         self.finish()
         place = self.folder / f"step-{values['step']}"
         tensors = _tensors(model, optimizers)
-        self._writing = begin_sharded(place, tensors, self._group, {STATE_FILE: values})
+
+        def write_beside(directory: Path) -> None:
+            write_json(directory / STATE_FILE, values)
+            _write_configs(directory, model, self.tokenizer)
+
+        self._writing = begin_sharded(place, tensors, self._group, write_beside, self._copier)
+        self._end = self._thread.submit(self._finish, self._writing)
         if waits:
             self.finish()
 
     def look(self) -> None:
-        """Give a checkpoint its name if its writing has ended since the last step."""
-        if self._writing is not None and self._writing.is_written:
-            self._end()
+        """Raise what went wrong with a checkpoint whose writing has ended since the last step.
+
+        Raises:
+            PlugError: the disk is full, or the directory cannot be written.
+        """
+        if self._end is not None and self._end.done():
+            self._wait()
 
     def finish(self) -> None:
-        """Wait for what is being written; all processes call it together."""
-        self._end()
-        dist.barrier()
+        """Wait for what is being written; all processes call it together.
 
-    def _end(self) -> None:
-        if self._writing is None:
-            return
-        writing, self._writing = self._writing, None
+        Raises:
+            PlugError: as `look` does.
+        """
+        self._wait()
+        dist.barrier(group=self._group)
+
+    def _wait(self) -> None:
+        if self._end is not None:
+            end, self._end, self._writing = self._end, None, None
+            end.result()
+
+    def close(self) -> None:
+        """Wait for what is being written, and free the memory of copies; this process alone."""
+        self._thread.shutdown()
+        self._copier.close()
+
+    def _finish(self, writing: Writing) -> None:
+        """Give a checkpoint its name and remove older ones, in a thread beside training."""
         writing.finish()
         if self.processes.is_first:
             for path in found(self.folder)[: -self.kept]:
@@ -219,7 +269,7 @@ def _tensors(model: Plug, optimizers: list[Optimizer]) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     states = get_optimizer_state_dict(model, optimizers, options=_options())
-    weights = {f"model.{name}": x.detach() for name, x in model.named_parameters()}
+    weights = {f"{WEIGHT}{name}": x.detach() for name, x in model.named_parameters()}
     return weights | {f"{_OPTIMIZER}{name}": x for name, x in states.items()}
 
 
@@ -234,7 +284,12 @@ def save_whole(
             place = stack.enter_context(replace_directory(directory, "config.json"))
         write_gathered(place, tensors, writes=processes.is_first)
         if processes.is_first:
-            specs = {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-            write_configs(place, model.config, specs)
-            tokenizer.save(place, model_max_length=model.config.max_source_length)
+            _write_configs(place, model, tokenizer)
     dist.barrier()
+
+
+def _write_configs(directory: Path, model: Plug, tokenizer: PlugTokenizer) -> None:
+    """Write what a model directory has beside its weights."""
+    specs = {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in model.named_parameters()}
+    write_configs(directory, model.config, specs)
+    tokenizer.save(directory, model_max_length=model.config.max_source_length)

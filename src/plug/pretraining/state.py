@@ -19,6 +19,7 @@ from plug.errors import PlugError, UsageError
 from plug.files import is_used, replace_directory, write_json
 from plug.loading.save import write_model
 from plug.model.plug import Plug
+from plug.pretraining.adamw8bit import AdamW8bit
 from plug.pretraining.settings import RunConfig
 from plug.pretraining.sharded import CHECKPOINTS, found, read_values, restore
 from plug.tokenization import PlugTokenizer
@@ -30,7 +31,7 @@ MODEL = "model"  # the model directory that a finished run leaves
 # settings that change nothing of what is computed, and those that pass steps over
 FREE_ON_RESUME = frozenset(
     {"output", "workers", "checkpoint_every", "checkpoint_minutes", "log_every", "tensorboard"}
-    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel"}
+    | {"skip_spikes", "skip_steps", "keep_checkpoints", "parallel", "recomputation"}
 )
 
 
@@ -214,6 +215,8 @@ def _are(values: object, kind: type) -> bool:
 
 def _check_same(path: Path, before: dict[str, Any], stage: int, config: RunConfig) -> None:
     wanted = {"stage": stage, **dataclasses.asdict(config)}
+    # Earlier versions had fewer settings, and did what the defaults are.
+    before = {item.name: item.default for item in dataclasses.fields(config)} | before
     differing = sorted(
         # By their text: 1, 1.0 and True are equal numbers, and other settings.
         name
@@ -253,13 +256,24 @@ def _check_optimizer(optimizer: Optimizer, values: Any, saved: Saved, clean_from
     tensors: dict[str, Tensor] = {}
     for index, state in values["state"].items():
         for name, value in state.items() if isinstance(state, dict) else [("", None)]:
-            wanted = torch.Size() if name == "step" else parameters[index].shape
-            if not isinstance(value, Tensor) or value.shape != wanted:
+            wanted = _wanted(optimizer, parameters[index], name)
+            if not isinstance(value, Tensor) or (value.shape, value.dtype) != wanted:
                 raise _damaged(saved.path, "优化器的状态与参数的形状不符")
             if name == "step" and value.item() not in counts:
                 raise _damaged(saved.path, "优化器的步数与检查点的不符")
             tensors[f"optimizer.{index}.{name}"] = value
     check_finite(saved.path, tensors.items())
+
+
+def _wanted(optimizer: Optimizer, parameter: Tensor, name: Any) -> tuple[torch.Size, torch.dtype]:
+    """The shape and the dtype of a part of a weight's state."""
+    if name == "step":
+        return torch.Size(), torch.float32
+    if isinstance(optimizer, AdamW8bit) and isinstance(
+        own := optimizer.state_of(parameter).get(name), Tensor
+    ):
+        return own.shape, own.dtype
+    return parameter.shape, parameter.dtype
 
 
 def _settings(groups: Any) -> str:

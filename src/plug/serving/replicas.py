@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def serve_replicas(
             raise PlugError(f"{settings.replicas} 个副本没有起来：{error}") from None
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
-        signal.signal(signal.SIGHUP, lambda *_: changed.set())
+        if sys.platform != "win32":
+            signal.signal(signal.SIGHUP, lambda *_: changed.set())
         set_up_logs()
         on_started(f"http://{settings.host}:{settings.port}")
         generation = 0

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,9 @@ from plug.serving.record import JsonLines, log_event, logger
 from plug.serving.service import Loader, Service
 from plug.serving.settings import ServeSettings
 from plug.serving.streaming import ABORT
+
+if sys.platform != "win32":
+    import resource
 
 HEADER_SECONDS = 20.0  # for the head of a request to arrive whole (slow loris)
 IDLE_SECONDS = 65  # a kept connection without a request; longer than a proxy's 60
@@ -180,18 +183,21 @@ def listen(settings: ServeSettings) -> Iterator[socket.socket]:
     Raises:
         UsageError: the address is in use, or not one of this machine.
     """
-    if settings.uds is not None:
+    if settings.uds is None:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        if sys.platform != "win32":  # where it would share the port with another server
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place: Any = (settings.host, settings.port)
+        name = f"{settings.host}:{settings.port}"
+    elif sys.platform == "win32":
+        raise UsageError("--uds 在 Windows 上不能用。请用 --host 和 --port。")
+    else:
         path = Path(settings.uds)
         _remove_dead_socket(path)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        place: Any = str(path)
+        place = str(path)
         name = f"--uds {path}"
-    else:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place = (settings.host, settings.port)
-        name = f"{settings.host}:{settings.port}"
     try:
         listening.bind(place)
         if settings.uds is not None:
@@ -237,18 +243,20 @@ def _remove_dead_socket(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise UsageError(f"--uds {path} 已存在，而且不是套接字。请换一个路径。")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
-        try:
-            trial.connect(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-            return
+    if sys.platform != "win32":  # there `listen` has refused
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+            try:
+                trial.connect(str(path))
+            except OSError:
+                path.unlink(missing_ok=True)
+                return
     raise UsageError(f"--uds {path} 上已有服务。请先停掉它，或换一个路径。")
 
 
 def _allow_many_connections() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _CONNECTIONS if hard == resource.RLIM_INFINITY else min(_CONNECTIONS, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if sys.platform != "win32":  # has no such limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _CONNECTIONS if hard == resource.RLIM_INFINITY else min(_CONNECTIONS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -91,18 +91,54 @@ struct Case {
   }
 };
 
+// An adapter's matrices, and what they add to a row.
+struct Pair {
+  int64_t rank, out, in;
+  std::vector<float> a, b;  // as `LowRank` has them
+
+  Pair(int64_t rank, int64_t out, int64_t in) : rank(rank), out(out), in(in), a(rank * in), b(rounded_up(out, OUTPUTS_AT_ONCE) * rank) {
+    for (float& each : a) each = normal();
+    for (int64_t o = 0; o < out; ++o)
+      for (int64_t r = 0; r < rank; ++r) b[at(o, r)] = normal();
+  }
+
+  int64_t at(int64_t o, int64_t r) const { return (o / OUTPUTS_AT_ONCE * rank + r) * OUTPUTS_AT_ONCE + o % OUTPUTS_AT_ONCE; }
+
+  // The sum, and that of the absolute values.
+  std::pair<double, double> added(const float* x, int64_t o) const {
+    double sum = 0, size = 0;
+    for (int64_t r = 0; r < rank; ++r) {
+      double inner = 0, inner_size = 0;
+      for (int64_t i = 0; i < in; ++i) {
+        inner += static_cast<double>(a[r * in + i]) * x[i];
+        inner_size += std::fabs(static_cast<double>(a[r * in + i]) * x[i]);
+      }
+      sum += inner * b[at(o, r)];
+      size += inner_size * std::fabs(b[at(o, r)]);
+    }
+    return {sum, size};
+  }
+};
+
 int check(Pool& pool, int64_t bits, int64_t rows, int64_t out, int64_t in) {
   const Case each(bits, rows, out, in);
   const Product product = each.product();
   const auto nothing = [](int, int64_t, int64_t) {};
   std::vector<float> together(rows * out), alone(out);
   float* y = together.data();
-  multiply(pool, &product, 1, each.x.data(), &y, rows, nothing);
+  const Pair pairs[] = {{0, out, in}, {3, out, in}, {11, out, in}};  // the rows use them in turn
+  std::vector<LowRank> parts;
+  for (const Pair& pair : pairs) parts.push_back({pair.a.data(), pair.b.data(), pair.rank});
+  std::vector<int64_t> numbers;
+  for (int64_t row = 0; row < rows; ++row) numbers.push_back(row % 3);
+  const Adapters adapters{parts.data(), numbers.data(), 3};
+  Added added(&adapters, parts.data(), 1, rows, nullptr, in);
+  multiply(pool, &product, 1, each.x.data(), &y, rows, added, nothing);
   int wrong = 0;
   for (int64_t row = 0; row < rows; ++row) {
     const std::vector<double> inputs = each.read(row);
     for (int64_t o = 0; o < out; ++o) {
-      double exact = 0, size = 0;
+      auto [exact, size] = pairs[row % 3].added(each.x.data() + row * in, o);
       for (int64_t i = 0; i < in; ++i) {
         exact += inputs[i] * each.weight[o * in + i];
         size += std::fabs(inputs[i] * each.weight[o * in + i]);
@@ -112,7 +148,9 @@ int check(Pool& pool, int64_t bits, int64_t rows, int64_t out, int64_t in) {
         ++wrong;
     }
     float* one = alone.data();
-    multiply(pool, &product, 1, each.x.data() + row * in, &one, 1, nothing);
+    const Adapters its_own{&parts[row % 3], nullptr, 1};
+    Added alone_added(&its_own, its_own.parts, 1, 1, nullptr, in);
+    multiply(pool, &product, 1, each.x.data() + row * in, &one, 1, alone_added, nothing);
     if (std::memcmp(one, y + row * out, out * sizeof(float))) ++wrong;
   }
   if (wrong) std::printf("%lld bits, %lld rows, %lld x %lld: %d differ\n", (long long)bits, (long long)rows, (long long)out, (long long)in, wrong);

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from plug.kernels.cpu.build import library
-from plug.kernels.cpu.products import CpuProduct
+from plug.kernels.cpu.build import LowRank, library
+from plug.kernels.cpu.products import CpuProduct, in_blocks
 from plug.quantization.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
@@ -119,3 +119,18 @@ def test_the_number_of_threads_changes_nothing(threads: int) -> None:
         assert all(torch.equal(multiply(x), expected) for _ in range(20))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("rank", [1, 8, 13])
+def test_what_an_adapter_adds_is_part_of_the_product(bits: int, rank: int) -> None:
+    torch.manual_seed(0)
+    tensors, _ = weight_in(bits, torch.randn(150, 384))
+    multiply, x = CpuProduct(bias=torch.randn(150), **tensors), torch.randn(5, 384)
+    a, b = torch.randn(rank, 384), torch.randn(150, rank)
+    blocks = in_blocks(b)
+
+    found = multiply(x, LowRank(a.data_ptr(), blocks.data_ptr(), rank)) - multiply(x)
+
+    expected = x.double() @ a.T.double() @ b.T.double()
+    assert (found - expected).norm() < 1e-6 * (expected.norm() + multiply(x).norm())

@@ -27,7 +27,7 @@ from plug.files import BusyError, new_file
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("step.cpp", "products.h", "lanes.h", "functions.h", "pool.h")
+_SOURCES = ("step.cpp", "products.h", "adapters.h", "lanes.h", "functions.h", "pool.h")
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums must not be contracted differently in tiles of one row and of four: equal rows, equal bits.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -217,7 +217,7 @@ class Shape(ctypes.Structure):
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    found.plug_multiply.argtypes = [ctypes.c_int, pointer, pointer, pointer, count]
+    found.plug_multiply.argtypes = [ctypes.c_int, *[pointer] * 3, count, pointer]
     found.plug_step.argtypes = [ctypes.c_int, *[pointer] * 5, count, *[pointer] * 5]
     found.plug_multiply.restype = found.plug_step.restype = None
     return found

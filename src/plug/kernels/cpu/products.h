@@ -19,12 +19,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "adapters.h"
 #include "lanes.h"
 #include "pool.h"
 
 namespace plug {
 
-constexpr int64_t OUTPUTS_AT_ONCE = 64;  // what a thread takes at a time
 constexpr int64_t ROWS_TOGETHER = 64;    // that share a tile of integers
 #ifndef STREAMS
 #define STREAMS 8
@@ -409,9 +409,9 @@ inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r,
   }
 }
 
-// The rows that products multiply, made ready once for several weights of the same `bits`.
-inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, int64_t rows, int64_t in) {
-  if (bits == 32) return;
+// Room for rows that products with weights of `bits` multiply; whether there is something to be done for each row.
+inline bool make_room(Rows& ready, int64_t bits, int64_t rows, int64_t in) {
+  if (bits == 32) return false;
   if (bits == 16) {
     const int64_t width = rounded_up(in, 2);
 #ifdef PLUG_PAIRS
@@ -419,7 +419,7 @@ inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, in
     if (width > in)
       for (int64_t r = 0; r < rows; ++r) ready.half[r * width + in] = 0;
 #else
-    if (width == in) return;  // `x` itself is read
+    if (width == in) return false;  // `x` itself is read
     ready.x.assign(rows * width, 0);
 #endif
   } else if (bits == 8) {
@@ -432,11 +432,20 @@ inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, in
     ready.scale.resize(groups);
     ready.summed.resize(groups);
   }
+  return true;
+}
+
+// The rows that products multiply, made ready once for several weights of the same `bits`, and read by `added`.
+inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, int64_t rows, int64_t in, Added& added) {
+  const bool changes = make_room(ready, bits, rows, in);
+  if (!rows || (!changes && added.is_nothing())) return;
   const int64_t at_once = rows < 4 ? rows : (rows + 15) / 16;
-  if (rows)
-    pool.run((rows + at_once - 1) / at_once, [&](int64_t chunk) {
-      for (int64_t r = chunk * at_once; r < std::min(rows, (chunk + 1) * at_once); ++r) make_row_ready(ready, bits, x + r * in, r, in);
-    });
+  pool.run((rows + at_once - 1) / at_once, [&](int64_t chunk) {
+    for (int64_t r = chunk * at_once; r < std::min(rows, (chunk + 1) * at_once); ++r) {
+      if (changes) make_row_ready(ready, bits, x + r * in, r, in);
+      if (!added.is_nothing()) added.read(r, x + r * in);
+    }
+  });
 }
 
 // Outputs [from, to) of all rows; `from` is a multiple of OUTPUTS_AT_ONCE.
@@ -456,13 +465,14 @@ inline void outputs(const Product& p, const Rows& ready, const float* x, float* 
   }
 }
 
-// x (rows, in) and y (rows, out) of each product, which share x; `after` gets a product's number and the outputs that are done.
+// x (rows, in) and y (rows, out) of each product, which share x; `added` is part of them; `after` gets a product's number and
+// the outputs that are done.
 template <typename After>
-inline void multiply(Pool& pool, const Product* products, int count, const float* x, float* const* y, int64_t rows,
+inline void multiply(Pool& pool, const Product* products, int count, const float* x, float* const* y, int64_t rows, Added& added,
                      const After& after) {
   static thread_local Rows own;
   Rows& ready = own;  // of the calling thread, also where others read it
-  make_ready(pool, ready, products[0].bits, x, rows, products[0].in);
+  make_ready(pool, ready, products[0].bits, x, rows, products[0].in, added);
   int64_t chunks = 0, first[4];
   for (int i = 0; i < count; ++i) {
     first[i] = chunks;
@@ -473,6 +483,7 @@ inline void multiply(Pool& pool, const Product* products, int count, const float
     while (chunk < first[i]) --i;
     const int64_t from = (chunk - first[i]) * OUTPUTS_AT_ONCE, to = std::min(from + OUTPUTS_AT_ONCE, products[i].out);
     outputs(products[i], ready, x, y[i], rows, from, to);
+    if (!added.is_nothing()) added.add(i, y[i], products[i].out, from, to);
     after(i, from, to);
   });
 }

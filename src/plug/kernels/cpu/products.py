@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor, nn
 
-from plug.kernels.cpu.build import Product, library
+from plug.kernels.cpu.build import LowRank, Product, library
 
 
 class CpuProduct:
@@ -45,11 +45,18 @@ class CpuProduct:
         assert found is not None, "ask `library` first"
         self._multiply = found.plug_multiply
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """The product with ``x``; ``low_rank`` is added to all rows in the same call."""
         flat = x.reshape(-1, self.inputs).contiguous()
         y = torch.empty(len(flat), self.out)
-        threads = torch.get_num_threads()
-        self._multiply(threads, byref(self.product), flat.data_ptr(), y.data_ptr(), len(flat))
+        self._multiply(
+            torch.get_num_threads(),
+            byref(self.product),
+            flat.data_ptr(),
+            y.data_ptr(),
+            len(flat),
+            None if low_rank is None else byref(low_rank),
+        )
         return y.view(*x.shape[:-1], self.out)
 
 
@@ -58,3 +65,9 @@ def _side_by_side(weight: Tensor, inputs: int) -> Tensor:
     rows, columns = weight.shape
     padded = nn.functional.pad(weight.detach(), (0, -columns % inputs, 0, -rows % 16))
     return padded.view(-(-rows // 16), 16, -1, inputs).transpose(1, 2).contiguous()
+
+
+def in_blocks(b: Tensor) -> Tensor:
+    """(out / 64, rank, 64) of an adapter's ``b`` (out, rank), zeros added, for `adapters.h`."""
+    padded = nn.functional.pad(b.detach(), (0, 0, 0, -len(b) % 64))
+    return padded.view(-1, 64, b.shape[1]).transpose(1, 2).contiguous()

@@ -24,20 +24,7 @@ struct Layer {
   const float *source_keys, *source_values;    // (rows, heads, source_capacity, head_dim)
 };
 
-// What an adapter adds to a product: b times (a times x), with a (rank, in) and b (rank, out). Rank 0: nothing.
-struct LowRank {
-  const float *a, *b;
-  int64_t rank;
-};
-
 constexpr int PRODUCTS = 8;  // of a layer, in the order of its fields
-
-// The adapters that rows use besides the weights.
-struct Adapters {
-  const LowRank* parts;    // (layers, PRODUCTS, count)
-  const int64_t* numbers;  // of each row's adapter, below count
-  int64_t count;
-};
 
 struct Shape {
   int64_t hidden, heads, head_dim, capacity, source_capacity, layers;
@@ -97,45 +84,6 @@ void gelu(float* values, int64_t count) {
 
 constexpr auto NOTHING = [](int, int64_t, int64_t) {};
 
-// The low-rank parts of several products of the same rows, for each row by its own adapter.
-class Added {
- public:
-  // Computes a times x; `first` is the number of the first of `count` products of a layer.
-  Added(Pool& pool, const Adapters* adapters, int64_t layer, int first, int count, const float* x, int64_t in, int64_t tokens,
-        const int64_t* rows)
-      : adapters_(adapters), tokens_(tokens), rows_(rows) {
-    if (!adapters_) return;
-    parts_ = adapters_->parts + (layer * PRODUCTS + first) * adapters_->count;
-    for (int64_t i = 0; i < count * adapters_->count; ++i) width_ = std::max(width_, parts_[i].rank);
-    inner_.resize(count * tokens * width_);
-    pool.run(count * tokens, [&](int64_t i) {
-      const LowRank& part = of(i / tokens, i % tokens);
-      for (int64_t r = 0; r < part.rank; ++r) inner_[i * width_ + r] = dot(part.a + r * in, x + i % tokens * in, in);
-    });
-  }
-
-  // Adds b times that to outputs [from, to) of product `index`, whose y is (tokens, out).
-  void operator()(int index, float* y, int64_t out, int64_t from, int64_t to) const {
-    for (int64_t n = 0; adapters_ && n < tokens_; ++n) {
-      const LowRank& part = of(index, n);
-      for (int64_t r = 0; r < part.rank; ++r) {
-        const float by = inner_[(index * tokens_ + n) * width_ + r];
-        const float* b = part.b + r * out;
-        for (int64_t o = from; o < to; ++o) y[n * out + o] += by * b[o];
-      }
-    }
-  }
-
- private:
-  const LowRank& of(int64_t index, int64_t n) const { return parts_[index * adapters_->count + adapters_->numbers[rows_[n]]]; }
-
-  const Adapters* adapters_;
-  int64_t tokens_, width_ = 0;
-  const int64_t* rows_;
-  const LowRank* parts_ = nullptr;
-  std::vector<float> inner_;
-};
-
 void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final_norm, const Product& head, float* hidden,
           int64_t tokens, const int64_t* rows, const int64_t* positions, const int32_t* source_lengths, const Adapters* adapters,
           float* logits) {
@@ -149,11 +97,9 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
   int64_t index = 0;  // of the layer
   // `which`: the number of the first product among those of a layer.
   const auto multiply_some = [&](int which, const Product* products, int count, const float* x, float* const* y, const auto& after) {
-    const Added added(pool, adapters, index, which, count, x, products[0].in, tokens, rows);
-    multiply(pool, products, count, x, y, tokens, [&](int i, int64_t from, int64_t to) {
-      added(i, y[i], products[i].out, from, to);
-      after(i, from, to);
-    });
+    const LowRank* parts = adapters ? adapters->parts + (index * PRODUCTS + which) * adapters->count : nullptr;
+    Added added(adapters, parts, count, tokens, rows, products[0].in);
+    multiply(pool, products, count, x, y, tokens, added, after);
   };
   const auto multiply_one = [&](int which, const Product& product, const float* x, float* y) {
     multiply_some(which, &product, 1, x, &y, NOTHING);
@@ -196,7 +142,8 @@ void step(Pool& pool, const Shape& shape, const Layer* layers, const Norm& final
     add(7, layer.fc2, wide.data());
   }
   norm(final_norm);
-  multiply(pool, &head, 1, normalized.data(), &logits, tokens, NOTHING);
+  Added nothing(nullptr, nullptr, 1, tokens, nullptr, width);
+  multiply(pool, &head, 1, normalized.data(), &logits, tokens, nothing, NOTHING);
 }
 
 }  // namespace
@@ -225,10 +172,13 @@ extern "C" {
 // 512: AVX-512 with VNNI. 256: AVX2. 128: Arm with dot products. 0: what the compiler made of plain loops.
 int plug_instructions() { return plug::INSTRUCTIONS; }
 
-// x (rows, in) and y (rows, out), float32, contiguous.
-void plug_multiply(int threads, const plug::Product* product, const float* x, float* y, int64_t rows) {
+// x (rows, in) and y (rows, out), float32, contiguous; `low_rank`, of all rows, may be null.
+void plug_multiply(int threads, const plug::Product* product, const float* x, float* y, int64_t rows,
+                   const plug::LowRank* low_rank) {
   const std::lock_guard<std::mutex> lock(mutex);
-  plug::multiply(pool_of(threads), product, 1, x, &y, rows, plug::NOTHING);
+  const plug::Adapters adapters{low_rank, nullptr, 1};
+  plug::Added added(low_rank ? &adapters : nullptr, low_rank, 1, rows, nullptr, product->in);
+  plug::multiply(pool_of(threads), product, 1, x, &y, rows, added, plug::NOTHING);
 }
 
 // hidden (tokens, hidden), the embedded tokens, is overwritten; token n is at positions[n] of text rows[n]; adapters may be
@@ -253,7 +203,7 @@ int plug_self_test() {
                                        plug::Product{8, eight.data(), scale.data(), nullptr, nullptr, out, in},
                                        plug::Product{4, four.data(), ones.data(), zeros.data(), nullptr, out, in}})
     for (int64_t rows : {1, 5}) {
-      plug_multiply(2, &product, x.data(), y.data(), rows);
+      plug_multiply(2, &product, x.data(), y.data(), rows, nullptr);
       for (int64_t i = 0; i < rows * out; ++i)
         if (std::fabs(y[i] - 0.5f * in) > 1e-3f) return static_cast<int>(product.bits);
     }

@@ -1,12 +1,15 @@
-"""The 27B fine-tuned on two GPUs by FSDP2, and by ZeRO-3 with offload: tokens a second, memory.
+"""The 27B fine-tuned on several GPUs by FSDP2, and by ZeRO-3 with offload: tokens a second, memory.
 
-    torchrun --nproc-per-node 2 benchmarks/finetune_27b_two.py --modes lora full
-    torchrun --nproc-per-node 2 benchmarks/finetune_27b_two.py --modes zero3     # needs deepspeed
-    torchrun --nproc-per-node 2 benchmarks/finetune_27b_two.py --tiny            # on a CPU
+    python benchmarks/finetune_27b_cards.py --output benchmarks/results/finetune_27b_two.json
+    python benchmarks/finetune_27b_cards.py --cards 8 --modes lora whole8_batch32 whole8_batch256
+    python benchmarks/finetune_27b_cards.py --tiny --steps 1            # two processes on a CPU
 
 As `finetune_27b.py`, which has the modes of one GPU; a batch here is that of each GPU, and tokens
-are those of both. `full` and `zero3` train every parameter of 4 encoder layers and 1 decoder layer
-of the 27B's widths. Memory is of the GPU that had most. Prints one JSON line, last.
+are those of all. `one` is LoRA on a single GPU. `full`, `full8` and `zero3` train every parameter
+of 4 encoder layers and 1 decoder layer of the 27B's widths, `whole8_…` of all layers, with so many
+examples a step of all GPUs together; `8`: AdamW's states in 8 bits. `zero3` needs deepspeed.
+Memory is of the GPU that had most. Each mode runs in processes of its own, so that one that fails
+or exceeds its limit takes no other along. Prints one JSON line, last.
 """
 
 from __future__ import annotations
@@ -15,35 +18,40 @@ import argparse
 import json
 import os
 import tempfile
-import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import finetune_27b as one
 import torch
 import torch.distributed as dist
+from launching import launched, run_part, write
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plug.distributed.fully_sharded import as_shard, own_region
 from plug.distributed.tensor_parallel import shard_shape
 from plug.finetuning.kind import Collator
-from plug.finetuning.memory import Case
+from plug.finetuning.memory import Case, training_of
 from plug.finetuning.run import training_arguments
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharding import Layout, find_layout, shard_for_training, without_wrapper
 from plug.finetuning.tasks import find_task
 from plug.finetuning.trainer import FinetuneTrainer
 from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
+from plug.loading.estimate import training_need
 from plug.model.accounting import training_flops
+from plug.model.configuration import PlugConfig
 
 ZERO3 = Path(__file__).parents[1] / "configs" / "zero3-offload.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--modes", nargs="*", default=["lora", "full"], choices=list(MODES))
+    parser.add_argument("--modes", nargs="*", default=list(LIMITS), choices=[ONE, *MODES])
+    parser.add_argument("--cards", type=int, default=2, help="where torchrun does not start it")
+    parser.add_argument("--limit", type=float, help="seconds of a mode, in place of its own")
     parser.add_argument("--steps", type=int, default=5, help="timed; two more come before them")
     parser.add_argument("--layers", type=int, nargs=2, help="of encoder and decoder, for trials")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
@@ -51,22 +59,50 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.profile = None
-    line: one.Found = {"two_cards": {}, "cards": int(os.environ["WORLD_SIZE"])}
-    for name in arguments.modes:
-        one.free()
-        try:
-            line["two_cards"][name] = MODES[name](arguments)
-        except Exception as error:  # the others are measured all the same
-            traceback.print_exc(limit=8)
-            line["two_cards"][name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        if os.environ["RANK"] == "0":
-            print(name, json.dumps(line["two_cards"][name]), flush=True)
-    line |= one.facts(arguments)
+    if "LOCAL_RANK" in os.environ:
+        (mode,) = arguments.modes
+        work(mode, arguments)
+    else:
+        print(json.dumps(measure_all(arguments), ensure_ascii=False))
+
+
+def measure_all(arguments: argparse.Namespace) -> one.Found:
+    """Run each mode by `torchrun`; the file is written after each."""
+    line: one.Found = {"cards": arguments.cards, "modes": {}}
+    for mode in arguments.modes:
+        found = run_part(mode, command(mode, arguments), arguments.limit or LIMITS.get(mode, 120))
+        line |= found.pop("facts", {})
+        line["modes"][mode] = found
+        write(arguments.output, line)
+    several = [
+        mode for mode in ("lora", "lora_kept") if "tokens_per_s" in line["modes"].get(mode, {})
+    ]
+    alone = line["modes"].get(ONE, {}).get("tokens_per_s")
+    if alone:
+        rates = {mode: line["modes"][mode]["tokens_per_s"] for mode in several}
+        line["ratio_to_one"] = {mode: round(rate / alone, 3) for mode, rate in rates.items()}
+    write(arguments.output, line)
+    return line
+
+
+def command(mode: str, arguments: argparse.Namespace) -> list[str]:
+    """Return what `torchrun` is to run for a mode."""
+    options = ["--modes", mode, "--steps", str(arguments.steps)]
+    options += ["--tiny"] if arguments.tiny else []
+    options += ["--layers", *map(str, arguments.layers)] if arguments.layers else []
+    options += ["--set", *arguments.set] if arguments.set else []
+    return launched(1 if mode == ONE else arguments.cards, Path(__file__).name, *options)
+
+
+def work(mode: str, arguments: argparse.Namespace) -> None:
+    """What one of the processes does."""
+    one.say(f"{mode}: imported")
+    found = one.MODES["lora"](arguments) if mode == ONE else MODES[mode](arguments)
     if os.environ["RANK"] == "0":
-        text = json.dumps(line, ensure_ascii=False)
+        text = json.dumps(found | {"facts": one.facts(arguments)}, ensure_ascii=False)
         if arguments.output:
             arguments.output.write_text(text + "\n", encoding="utf-8")
-        print(text)
+        print(text, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -86,11 +122,13 @@ def measure(arguments: argparse.Namespace, *, layers: Any, settings: one.Found) 
     )  # fmt: skip
     layout = find_layout(run, case, first)
     device = layout.device
+    one.say(f"{layout.processes} processes on {device.type} have joined")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         told = training_arguments(run, find_task(one.TASK), Path(folder), first, False, layout)
         values = PlugTransformersConfig(**{**config.to_dict(), "tie_word_embeddings": True})
         model = random_shards(values, run, layout) if layout.is_fsdp else partitioned(values, told)
+        one.say(f"random weights are there: {resident_gb(device)} GB on this device")
         count = run.batch_size * layout.processes * (arguments.steps + 2)
         trainer = FinetuneTrainer(
             score=lambda _: {},
@@ -110,7 +148,32 @@ def measure(arguments: argparse.Namespace, *, layers: Any, settings: one.Found) 
     peak = torch.tensor(found["peak_gb"], device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     found["peak_gb"] = round(float(peak), 2)
-    return found | {"recomputed_layers": run.recomputed_layers}
+    one.say("measured")
+    return found | {
+        "cards": layout.processes,
+        "layers": [config.num_hidden_layers, config.num_decoder_layers],
+        "recomputed_layers": run.recomputed_layers or run.gradient_checkpointing,
+        "predicted_gb": predicted_gb(config, run, layout),
+    }
+
+
+def predicted_gb(config: PlugConfig, run: FinetuneSettings, layout: Layout) -> float | None:
+    """What the estimator of `plug info` says of the peak; None with DeepSpeed, which it omits."""
+    if layout.deepspeed is not None:
+        return None
+    case = Case(
+        config=config, bits=None, source_length=one.SOURCE, target_length=one.TARGET, room=None,
+        on_gpu=True, cards=layout.processes, offload=run.parallel.cpu_offload,
+    )  # fmt: skip
+    kept = 16 if run.is_adapter else 32
+    training = replace(
+        training_of(run, case), memory=run.memory, optimizer=run.optimizer, bits=kept
+    )
+    return round(training_need(config, training).total / 1e9, 2)
+
+
+def resident_gb(device: torch.device) -> float:
+    return round(torch.cuda.memory_allocated() / 1e9, 2) if device.type == "cuda" else 0.0
 
 
 def random_shards(values: Any, run: FinetuneSettings, layout: Layout) -> Any:
@@ -147,20 +210,40 @@ def partitioned(values: Any, told: Any) -> Any:
     return model
 
 
+ONE = "one"  # LoRA on a single GPU, to compare with
 FSDP = {"sharding": "fsdp"}
 LORA: one.Found = {
     "memory": "lora", "lora_rank": one.RANK, "batch_size": 16, "recomputed_layers": 17,
     "parallel": FSDP,
 }  # fmt: skip
 FULL: one.Found = {"memory": "full", "batch_size": 16}
+FEW = [4, 1]  # layers
+
+
+def measure_whole(arguments: argparse.Namespace, examples: int) -> one.Found:
+    """Every parameter of all layers; a step has so many examples on all GPUs together."""
+    processes = int(os.environ["WORLD_SIZE"])
+    batch = max(1, examples // processes)
+    settings = {"memory": "full", "optimizer": "adamw8bit", "batch_size": batch}
+    settings |= {"gradient_checkpointing": True, "parallel": FSDP}
+    return measure(arguments, layers=None, settings=settings)
+
+
 MODES: dict[str, Callable[[argparse.Namespace], one.Found]] = {
     "lora": lambda a: measure(a, layers=None, settings=LORA),
     "lora_kept": lambda a: measure(a, layers=None, settings=LORA | {"recomputed_layers": 0}),
-    "full": lambda a: measure(a, layers=[4, 1], settings=FULL | {"parallel": FSDP}),
-    "zero3": lambda a: measure(
-        a, layers=[4, 1], settings=FULL | {"parallel": {"deepspeed": str(ZERO3)}}
+    "full": lambda a: measure(a, layers=FEW, settings=FULL | {"parallel": FSDP}),
+    "full8": lambda a: measure(
+        a, layers=FEW, settings=FULL | {"optimizer": "adamw8bit", "parallel": FSDP}
     ),
+    "zero3": lambda a: measure(
+        a, layers=FEW, settings=FULL | {"parallel": {"deepspeed": str(ZERO3)}}
+    ),
+    "whole8_batch32": lambda a: measure_whole(a, 32),
+    "whole8_batch256": lambda a: measure_whole(a, 256),
 }
+# Seconds of what two cards are measured with, the most wanted first.
+LIMITS = {ONE: 110, "lora": 120, "full": 90, "zero3": 120, "lora_kept": 90}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Two GPUs with a shard of each layer each learn what one GPU learns, also after `kill -9`."""
+"""Two processes that `torchrun` starts learn what one learns, also after `kill -9`.
+
+On a CPU and on two GPUs: the same but for the device.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,20 +22,22 @@ from safetensors.torch import load_file
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
 
-pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
-
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "plug"]
-SECONDS = 120
+SECONDS = 150
+
+each_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.multi_gpu])]
+)
 
 
-def start(run: FinetuneSettings, *options: str) -> subprocess.Popen[str]:
-    file = Path(f"{run.output}.json")
+def start(run: FinetuneSettings, device: str, *options: str) -> subprocess.Popen[str]:
+    file = Path(f"{run.output}.toml")
     values = {name: value for name, value in run.to_dict().items() if name != "parallel"}
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     file.write_text("\n".join([*lines, "[parallel]", 'sharding = "fsdp"']), encoding="utf-8")
-    arguments = [sys.executable, *LAUNCHER, "finetune", "--config", str(file), *options]
+    arguments = [sys.executable, *LAUNCHER, "finetune", "--config", str(file), "--device", device]
     return subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [*arguments, *options], stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -43,32 +47,52 @@ def losses(output: str) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-@pytest.mark.parametrize("memory", ["full", "lora"])
-def test_two_gpus_learn_as_one_and_go_on_after_a_kill(
+@pytest.mark.slow
+@each_device
+@pytest.mark.parametrize(
+    ("memory", "precision"),
+    [("full", "fp32"), ("lora", "fp32"), ("full", "bf16"), ("lora", "bf16")],
+)
+def test_two_processes_learn_as_one_and_go_on_after_a_kill(
     memory: str,
+    precision: str,
+    device: str,
     settings: Callable[..., FinetuneSettings],
     data: Callable[..., Path],
+    kill_tree: Callable[[int], None],
     tmp_path: Path,
 ) -> None:
-    options = {"epochs": 6.0, "memory": memory, "lora_dropout": 0.0, "precision": "fp32"}
+    if memory == "lora":
+        pytest.importorskip("peft")
+    if device == "cpu" and precision == "bf16":
+        pytest.skip("a CPU computes in float32; test_sharding.py has bfloat16 there")
+    options = {"epochs": 6.0, "memory": memory, "lora_dropout": 0.0, "precision": precision}
     train = data("generation")
     one = settings("generation", train, batch_size=4, output=f"{tmp_path}/one", **options)
-    finetune(one, device="cuda")
+    finetune(one, device=device)
     two = settings("generation", train, batch_size=2, output=f"{tmp_path}/two", **options)
-    process = start(two)
+    process = start(two, device)
     deadline = time.monotonic() + SECONDS
     while not list(tmp_path.glob("two/checkpoints/checkpoint-*/synced")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_tree(process.pid)
     process.communicate()
     assert not (tmp_path / "two" / "predictions.jsonl").exists()
-    resumed = start(two, "--resume")
-    _, errors = resumed.communicate(timeout=SECONDS)
+    resumed = start(two, device, "--resume")
+    try:
+        _, errors = resumed.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        kill_tree(resumed.pid)
+        raise
     assert resumed.returncode == 0, errors
-    assert losses(two.output) == pytest.approx(losses(one.output), abs=5e-3)  # TF32
+    # Products are in TF32 on a GPU; in bfloat16 the steps of a tiny model part further.
+    apart = {"cpu": 1e-5, "cuda": 5e-3}[device] if precision == "fp32" else 5e-2
+    assert losses(two.output) == pytest.approx(losses(one.output), abs=apart)
     name = "model.safetensors" if memory == "full" else "adapter_model.safetensors"
     found, expected = load_file(f"{two.output}/{name}"), load_file(f"{one.output}/{name}")
     assert found.keys() == expected.keys()
-    assert all(tensor.isfinite().all() for tensor in found.values())
+    for key, tensor in found.items():
+        assert tensor.isfinite().all(), key
+        assert tensor.any() or not expected[key].any(), key

@@ -1,0 +1,45 @@
+"""The benchmark of many cards, with two processes on the CPU in their place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("psutil")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from eight_cards import compare  # noqa: E402
+
+
+def test_texts_that_part_are_told_with_the_lead_they_parted_at() -> None:
+    alone: dict[str, object] = {}
+    first = {"bf16": {"speed": 1, "ids": [{"ids": [5, 6, 7], "leads": [0.5, 0.1, 0.2]}] * 2}}
+    assert compare(first, alone)["bf16"]["equal"] == 2
+    assert first == {"bf16": {"speed": 1}}
+    second = {"bf16": {"ids": [{"ids": [5, 6, 7], "leads": [9, 9, 9]},
+                               {"ids": [5, 8, 9], "leads": [9, 9, 9]}]}}  # fmt: skip
+    assert compare(second, alone)["bf16"] == {
+        "texts": 2, "equal": 1, "leads_where_they_part": [0.1]
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_parts_run_with_two_processes(tmp_path: Path) -> None:
+    output = tmp_path / "eight.json"
+    parts = ["write", "finetune:full", "pretrain"]
+    options = ["--tiny", "--cards", "2", "--parts", *parts, "--batches", "1", "--bits", "16"]
+    options += ["--steps", "2", "--limit", "300", "--output", str(output)]
+    subprocess.run([sys.executable, BENCHMARKS / "eight_cards.py", *options], check=True)
+
+    found = json.loads(output.read_text(encoding="utf-8"))["cards"]["2"]
+    assert list(found) == parts
+    assert not [part for part in parts if "error" in found[part]], found
+    assert found["write"]["ids"]["bf16"]["texts"] == 4
+    assert found["finetune:full"]["cards"] == 2
+    assert len(found["pretrain"]["seconds"]) == 7
