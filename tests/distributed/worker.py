@@ -10,7 +10,10 @@ import contextlib
 import io
 import json
 import os
+import resource
+import signal
 import sys
+import threading
 import time
 import warnings
 from functools import partial
@@ -135,11 +138,15 @@ def pretrain(
     resume: bool = False,
     die_at: int = 0,
     emulates: bool = False,
+    kill: dict[str, Any] | None = None,
+    full_at: int = 0,
 ) -> dict[str, Any]:
     """Pre-train: the most bytes of weights that this process held.
 
     With ``emulates`` products in FP8 are emulated, which are refused on a CPU otherwise.
     With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
+    With ``kill`` the process "rank" is killed "seconds" after it has begun step "step".
+    With ``full_at`` no file grows past 20,000 bytes from that checkpoint on, as on a full disk.
     """
     from plug.checkpoints import sharded
     from plug.pretraining import loop, run
@@ -152,11 +159,16 @@ def pretrain(
     def watched(state: Any, *arguments: Any) -> Any:
         nonlocal held
         held = max(held, sum(local(x).nbytes for x in state.model.parameters()))
+        if kill and (kill["rank"], kill["step"]) == (int(os.environ["RANK"]), state.step):
+            end = (os.getpid(), signal.SIGKILL)
+            threading.Timer(kill["seconds"], os.kill, end).start()
         return take_step(state, *arguments)
 
     def save_and_die(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls == full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         future = async_save(*arguments, **options)
         if calls == die_at:
             os._exit(9)
@@ -188,13 +200,17 @@ def finetune_by_deepspeed(**options: Any) -> dict[str, Any]:
 
 
 def failing(**options: Any) -> str:
-    """What `finetune` says when it cannot be done."""
+    """What a run says when it cannot be done; "" where another process ended first."""
+    from plug.distributed.processes import is_loss_of_another
     from plug.errors import PlugError
 
     try:
         pretrain(**options) if "stage" in options else finetune(**options)
     except PlugError as error:
         return str(error)
+    except RuntimeError as error:
+        if not is_loss_of_another(error):
+            raise
     return ""
 
 

@@ -212,6 +212,9 @@ def test_sharding_needs_a_launcher(
     asked = settings("classification", data("classification"), parallel=FSDP)
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
         finetune(asked, device="cpu")
+    mesh = settings("classification", data("classification"), parallel={"tensor": 2})
+    with pytest.raises(UsageError, match="没有张量并行"):
+        finetune(mesh, device="cpu")
     assert not Path(asked.output).exists()
 
 
