@@ -45,7 +45,7 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
     if not directory.exists():
         raise UsageError(
             f"找不到模型 {name_or_path}：它不是目录，也不是随附模型的名字 {SHIPPED_MODEL}。"
-            f"{about_windows_path(name_or_path)}"
+            f"{about_windows_path(directory)}"
         )
     if not directory.is_dir():
         raise UsageError(f"模型 {directory} 应是目录，却是文件。请给出它所在的目录。")
