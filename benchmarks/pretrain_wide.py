@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, mode: str, processes: Processes, line: Found) -> Found:
-    """Train a random model over all processes and time its steps; a checkpoint in the first mode."""
+    """Train a random model over all processes and time its steps; in the first mode a save too."""
     config = replace(
         PRESETS["test" if arguments.tiny else "27b"],
         num_hidden_layers=arguments.layers[0],
