@@ -302,3 +302,17 @@ def test_a_configuration_of_deepspeed_that_makes_no_sense(
             read_deepspeed(str(tmp_path / "zero3.json"))
     shipped = Path(__file__).parents[2] / "configs" / "zero3-offload.json"
     assert zero_stage(read_deepspeed(str(shipped))) == 3
+
+
+def test_a_schedule_of_deepspeed_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    file = tmp_path / "zero2.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    read_deepspeed(str(file))
+    assert not caplog.records
+    file.write_text('{"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}')
+    read_deepspeed(str(file))
+    assert "warmup_fraction 和线性下降不起作用" in caplog.text

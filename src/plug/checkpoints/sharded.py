@@ -10,9 +10,10 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,9 @@ from torch.distributed.checkpoint.filesystem import (
     FileSystemWriter,
     _StorageInfo,
 )
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 from torch.distributed.tensor import DTensor
 
 from plug.checkpoints.weights import TensorSpec, check_finite
@@ -64,16 +66,60 @@ def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
     dist.barrier()
 
 
+class Copier(BlockingAsyncStager):
+    """Copies tensors to the host's memory in a thread and on a stream beside those of training.
+
+    On a card the memory is pinned and kept for the next copy: to pin it anew takes seconds. Torch's
+    `DefaultStager` keeps nothing in torch 2.11.
+
+    Args:
+        device: of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_card = device.type == "cuda"
+        super().__init__(cache_staged_state_dict=is_card)
+        self._thread = ThreadPoolExecutor(1)
+        self._stream = torch.cuda.Stream(device) if is_card else None
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        """Begin to copy what the tensors are when the work that is queued now has ended.
+
+        Returns:
+            A future; the tensors may change when it is done.
+        """
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record()
+        return self._thread.submit(self._copy, state_dict, ready)
+
+    def _copy(self, state_dict: dict[str, Any], ready: Any) -> dict[str, Any]:
+        if self._stream is None:
+            return super().stage(state_dict)
+        torch.cuda.set_device(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            copied = super().stage(state_dict)
+            self._stream.synchronize()
+        return copied
+
+    def close(self) -> None:
+        """Wait for what is being copied, and let go of the memory."""
+        self._thread.shutdown()
+        self.state_dict_cache = None
+
+
 class Writing:
-    """A checkpoint that threads are writing; see `begin_sharded`."""
+    """A checkpoint that threads are copying and writing; see `begin_sharded`."""
 
-    def __init__(self, place: ExitStack, future: Any, directory: Path) -> None:
-        self._place, self._future, self._directory = place, future, directory
+    def __init__(self, place: ExitStack, futures: AsyncSaveResponse, directory: Path) -> None:
+        self._place, self._directory = place, directory
+        self._copied, self._written = futures.staging_completion, futures.upload_completion
 
-    @property
-    def is_written(self) -> bool:
-        """Whether `finish` need not wait for the writing."""
-        return bool(self._future.done())
+    def wait_for_copy(self) -> None:
+        """Return when the tensors may change. What went wrong is for `finish` to raise."""
+        wait([self._copied, self._written], return_when=FIRST_COMPLETED)
 
     def finish(self) -> None:
         """Wait until it is on the disk; the first process then gives it its name.
@@ -83,7 +129,7 @@ class Writing:
         """
         with self._place, plain_errors(self._directory):
             try:
-                self._future.result()
+                self._written.result()
             except CheckpointException as error:
                 raise OSError(None, _first_reason(error)) from error
 
@@ -93,16 +139,18 @@ def begin_sharded(
     tensors: Mapping[str, Any],
     group: dist.ProcessGroup,
     write_beside: Callable[[Path], None],
+    copier: Copier,
 ) -> Writing:
     """Begin to write as `write_sharded` does; all processes call it together.
 
-    Returns once a copy of the tensors is in the host's memory, so that training may change them.
+    The tensors must not change before `Writing.wait_for_copy` returns.
 
     Args:
         directory: whose name it gets when `Writing.finish` returns.
         tensors: as in `write_sharded`.
         group: over the CPU; nobody else uses it.
         write_beside: given the directory, writes other files into it; in the first process.
+        copier: whose last checkpoint has been written.
     """
     place = ExitStack()
     try:
@@ -110,13 +158,18 @@ def begin_sharded(
         if dist.get_rank() == 0:
             temporary = [place.enter_context(replace_directory(directory, METADATA_FILE))]
             write_beside(temporary[0])
-        dist.broadcast_object_list(temporary, src=0)
-        writer = FileSystemWriter(temporary[0])
-        future = async_save(dict(tensors), storage_writer=writer, process_group=group)
+        # Not over the cards: that would wait for the work that is queued there.
+        dist.broadcast_object_list(temporary, src=0, group=group, device=torch.device("cpu"))
+        futures = async_save(
+            dict(tensors),
+            storage_writer=FileSystemWriter(temporary[0]),
+            process_group=group,
+            async_stager=copier,
+        )
     except BaseException:
         place.close()
         raise
-    return Writing(place, future, directory)
+    return Writing(place, cast(AsyncSaveResponse, futures), directory)
 
 
 def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ sharded checkpoints.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from plug.loading.shards import fill, write_gathered
 
 _UNSUPPORTED = ("fgm", "from_scratch", "dora")  # need whole weights in one process
 _PEFT_NAMES = (".base_layer", ".original_module")  # what peft puts into names of frozen parameters
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,13 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     values = read_json(Path(path))
     if not isinstance(values, dict) or zero_stage(values) not in (0, 1, 2, 3):
         raise UsageError(f"{path} 不是 DeepSpeed 的设置：zero_optimization.stage 应是 0 到 3。")
+    if "scheduler" in values:
+        logger.warning(
+            "%s 里有 scheduler：学习率由 DeepSpeed 安排，warmup_fraction 和线性下降不起作用；"
+            'DeepSpeed 的预热默认按对数升高，开头高得多（"warmup_type": "linear" 才是线性）。'
+            "要用 PLUG 的学习率，请删去 scheduler。",
+            path,
+        )
     return values
 
 

@@ -71,6 +71,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
         checkpoints = ShardedCheckpoints(
             output, processes, config.keep_checkpoints, state.tokenizer
         )
+        checkpoints.watch(state.optimizers)
     else:
         gradients = Gradients(state.model.named_parameters(), processes.world_size)
     vote = logs.vote
@@ -89,6 +90,8 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
             )
             if checkpoints is not None:
                 checkpoints.look()
+                if step == todo[0]:
+                    checkpoints.prepare(state.model, state.optimizers)
             is_last = step == todo[-1]
             # One clock decides, and all stop at the same step.
             wish = interrupts.asked or (_SAVE if first and schedule.is_due(state.step) else 0)
@@ -121,6 +124,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
                 )
     if checkpoints is not None:
         checkpoints.finish()
+        checkpoints.close()
     logs.close()
 
 

@@ -7,6 +7,7 @@ written while training goes on and are read by any number of processes.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from plug.checkpoints.directory import write_configs
-from plug.checkpoints.sharded import METADATA_FILE, Writing, begin_sharded, read_sharded
+from plug.checkpoints.sharded import METADATA_FILE, Copier, Writing, begin_sharded, read_sharded
 from plug.checkpoints.weights import TensorSpec
 from plug.distributed.fully_sharded import as_shard, own_region, shard
 from plug.distributed.processes import Processes
@@ -132,7 +133,27 @@ class ShardedCheckpoints:
         self.folder, self.processes, self.kept = output / CHECKPOINTS, processes, kept
         self.tokenizer = tokenizer
         self._group = dist.new_group(backend="gloo")  # threads that write have one of their own
+        self._copier = Copier(processes.device)
         self._writing: Writing | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._end: Future[None] | None = None  # of the writing; its files have got their name
+
+    def watch(self, optimizers: list[Optimizer]) -> None:
+        """Have the optimisers wait for what is still being copied before they change it."""
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
+
+    def _wait_for_copy(self) -> None:
+        if self._writing is not None:
+            self._writing.wait_for_copy()
+
+    def prepare(self, model: Plug, optimizers: list[Optimizer]) -> None:
+        """Begin to reserve the memory of copies, when the optimisers' states are there.
+
+        Pinned memory takes seconds to get. What is copied meanwhile is thrown away.
+        """
+        if self.processes.device.type == "cuda":
+            self._copier.stage(_tensors(model, optimizers))
 
     def save(
         self,
@@ -144,7 +165,8 @@ class ShardedCheckpoints:
     ) -> None:
         """Begin to write a checkpoint; all processes call it together.
 
-        Returns once a copy is in the host's memory; with ``waits`` once it is on the disk.
+        Returns at once: the tensors are copied before the next step changes them (`watch`), and
+        written after that. With ``waits`` it returns when they are on the disk.
 
         Args:
             model: whose weights it has.
@@ -163,24 +185,41 @@ class ShardedCheckpoints:
             write_json(directory / STATE_FILE, values)
             _write_configs(directory, model, self.tokenizer)
 
-        self._writing = begin_sharded(place, tensors, self._group, write_beside)
+        self._writing = begin_sharded(place, tensors, self._group, write_beside, self._copier)
+        self._end = self._thread.submit(self._finish, self._writing)
         if waits:
             self.finish()
 
     def look(self) -> None:
-        """Give a checkpoint its name if its writing has ended since the last step."""
-        if self._writing is not None and self._writing.is_written:
-            self._end()
+        """Raise what went wrong with a checkpoint whose writing has ended since the last step.
+
+        Raises:
+            PlugError: the disk is full, or the directory cannot be written.
+        """
+        if self._end is not None and self._end.done():
+            self._wait()
 
     def finish(self) -> None:
-        """Wait for what is being written; all processes call it together."""
-        self._end()
-        dist.barrier()
+        """Wait for what is being written; all processes call it together.
 
-    def _end(self) -> None:
-        if self._writing is None:
-            return
-        writing, self._writing = self._writing, None
+        Raises:
+            PlugError: as `look` does.
+        """
+        self._wait()
+        dist.barrier(group=self._group)
+
+    def _wait(self) -> None:
+        if self._end is not None:
+            end, self._end, self._writing = self._end, None, None
+            end.result()
+
+    def close(self) -> None:
+        """Wait for what is being written, and free the memory of copies; this process alone."""
+        self._thread.shutdown()
+        self._copier.close()
+
+    def _finish(self, writing: Writing) -> None:
+        """Give a checkpoint its name and remove older ones, in a thread beside training."""
         writing.finish()
         if self.processes.is_first:
             for path in found(self.folder)[: -self.kept]:

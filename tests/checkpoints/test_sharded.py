@@ -1,0 +1,87 @@
+"""Checkpoints that threads copy and write while their tensors change."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from plug.checkpoints import sharded
+from plug.checkpoints.sharded import Copier, begin_sharded, read_sharded
+from plug.errors import PlugError
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.new_group(backend="gloo")
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def copier() -> Iterator[Copier]:
+    made = Copier(torch.device("cpu"))
+    yield made
+    made.close()
+
+
+def write_beside(directory: Path) -> None:
+    (directory / "state.json").write_text(json.dumps({"step": 3}))
+
+
+def test_what_changes_after_the_copy_is_not_written(
+    group: dist.ProcessGroup, copier: Copier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copy and write wait until they are let go: twice, since the copier is used again."""
+    gates = {"copy": threading.Event(), "write": threading.Event()}
+    copy, write = Copier._copy, sharded.FileSystemWriter.write_data
+
+    def late_copy(*arguments: Any) -> Any:
+        assert gates["copy"].wait(30)
+        return copy(*arguments)
+
+    def late_write(*arguments: Any) -> Any:
+        assert gates["write"].wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(Copier, "_copy", late_copy)
+    monkeypatch.setattr(sharded.FileSystemWriter, "write_data", late_write)
+    tensors = {"weight": torch.ones(4, 6), "step": torch.tensor(1.0), "rate": 0.5}
+    for number in (1, 2):
+        place = tmp_path / f"step-{number}"
+        writing = begin_sharded(place, tensors, group, write_beside, copier)
+        gates["copy"].set()
+        writing.wait_for_copy()
+        assert not place.exists()
+        tensors["weight"] += 1.0
+        gates["write"].set()
+        writing.finish()
+        found = {"weight": torch.zeros(4, 6), "step": torch.tensor(0.0), "rate": 0.0}
+        read_sharded(place, found)
+        assert torch.equal(found["weight"], torch.full((4, 6), float(number)))
+        assert found["rate"] == 0.5
+        for gate in gates.values():
+            gate.clear()
+        assert json.loads((place / "state.json").read_text()) == {"step": 3}
+
+
+def test_a_copy_that_fails_is_told_of_at_the_end(
+    group: dist.ProcessGroup, copier: Copier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharded.FileSystemWriter, "write_data", fail)
+    writing = begin_sharded(
+        tmp_path / "step-1", {"weight": torch.ones(2)}, group, write_beside, copier
+    )
+    writing.wait_for_copy()
+    with pytest.raises(PlugError, match="step-1"):
+        writing.finish()
+    assert not (tmp_path / "step-1").exists()
