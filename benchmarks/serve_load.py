@@ -1,7 +1,7 @@
 """`plug serve` under load, on loopback: bounded loops, one JSON line at the end.
 
     pip install ".[serve,benchmark]"
-    # Every part that a CPU can run: 18 minutes on 2 cores, of which overload is 10.
+    # Every part that a CPU can run: 25 minutes on 2 cores, of which overload is 10.
     OMP_NUM_THREADS=2 python benchmarks/serve_load.py --output benchmarks/results/serve_load.json
     python benchmarks/serve_load.py --parts cpu,sigterm --seconds 20
     python benchmarks/serve_load.py --parts gpu --preset 27b --bits 8 --device cuda
@@ -13,9 +13,11 @@ client is this process. Parts:
   against a plain FastAPI endpoint around `transformers` `generate()`, in turns.
 - overload: twice as many requests a second as the server completes.
 - disconnects: clients that leave at a random moment.
-- characters: long streams of rare characters; each frame is checked.
+- characters: long streams of common and rare characters, which are tokens of a byte each; each
+  frame is checked.
 - sigterm: the server is told to end while streams run.
 - adapters: texts that each use one of 8 LoRA adapters, against texts without one, in turns.
+- http: the server alone: its engine only waits as long as a card would, and writes a fixed text.
 - gpu: 1, 32 and 128 streams of 128 tokens after sources of 512, against the engine in its process.
 """
 
@@ -51,8 +53,15 @@ from plug.generation.generator import Generator
 SHIPPED = "plug-mini-zh"
 TICKS = os.sysconf("SC_CLK_TCK")
 ADAPTERS = 8
-CPU_PARTS = "cpu,adapters,overload,disconnects,characters,sigterm"
+CPU_PARTS = "cpu,adapters,http,disconnects,sigterm,characters,overload"
 RARE = "龘靐齉爩麤龗灪龖厵滟爨癵籱饢驫鲡鹂鸾麣纞虋讟钃鸜麷鞻韽顟顠饙饳饸😀🌸🏔️🐉🎋"
+SENTENCES = (
+    "今天天气很好，我们去公园看{}。",
+    "老师说“{}”是一个很少见的字。",
+    "山上有座{}庙，庙里住着{}和尚。",
+    "孩子们都喜欢听{}的故事，",
+    "大家高兴地笑了起来：{}！",
+)
 VOCABULARY = (300, 12_000)  # ids that prompts are drawn from
 
 
@@ -238,7 +247,9 @@ def generator_of(arguments: argparse.Namespace) -> Generator:
         shipped = plug.PlugConfig.from_file(find_model_directory() / "config.json")
         names = [each.name for each in dataclasses.fields(shipped)]
         ids = {x: getattr(shipped, x) for x in names if x.endswith("_id") or "emitted" in x}
-        config = dataclasses.replace(plug.PRESETS[arguments.preset], **ids)
+        preset = plug.PRESETS[arguments.preset]
+        vocabulary = max(preset.vocab_size, shipped.vocab_size)  # that of small presets is smaller
+        config = dataclasses.replace(preset, vocab_size=vocabulary, **ids)
         model = random_model(config, arguments.bits, processes)
     found = Generator(model, plug.PlugTokenizer.load(find_model_directory()), **takes)
     return with_adapters(found, arguments.adapters)
@@ -268,7 +279,12 @@ def run_engine(arguments: argparse.Namespace) -> None:
     Tokens, seconds, CPU seconds, and tokens a second in the `Window`. Client i uses adapter
     1 + i mod ADAPTERS, or none with 0.
     """
-    engine = plug.AsyncEngine(generator_of(arguments), rows=arguments.rows, max_waiting=1024)
+    engine = plug.AsyncEngine(
+        generator_of(arguments),
+        rows=arguments.rows,
+        max_waiting=1024,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+    )
 
     def measure(
         seconds: float, seed: int, clients: int, source: int, tokens: int, adapters: int
@@ -311,10 +327,82 @@ def run_server(arguments: argparse.Namespace) -> None:
     from plug.serving.settings import ServeSettings
 
     generator = generator_of(arguments)
-    served = serve_plug("random", generator, arguments.rows)
+    served = serve_plug("random", generator, arguments.rows, arguments.max_num_batched_tokens)
     settings = ServeSettings(
         port=arguments.port, max_num_seqs=arguments.rows, max_waiting_tokens=2**20
     )
+    serve([served], settings)
+
+
+class PacedEngine:
+    """Writes a fixed text for any number of rows; a step waits, as for a card, and does no more.
+
+    Args:
+        milliseconds: of a step.
+        tokens: their ids and texts, over and over.
+    """
+
+    def __init__(self, milliseconds: float, tokens: list[tuple[int, str]]) -> None:
+        self._seconds, self._tokens = milliseconds / 1000, tokens
+        self._rows: list[PacedText] = []
+        self._new: list[PacedText] = []
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, _prompt: Any, settings: Any, _seed: int, listener: Any) -> PacedText:
+        text = PacedText(settings.out_length, listener)
+        with self._changed:
+            self._new.append(text)
+            self._changed.notify()
+        return text
+
+    def _run(self) -> None:
+        from plug.serving.jobs import End, Piece
+
+        while True:
+            with self._changed:
+                self._rows = [x for x in (*self._rows, *self._new) if x.written < x.length]
+                self._new = []
+                if not self._rows:
+                    self._changed.wait()
+                    continue
+            time.sleep(self._seconds)  # other threads run meanwhile
+            for text in self._rows:
+                token_id, piece = self._tokens[text.written % len(self._tokens)]
+                text.written += 1
+                text.listener(Piece(piece, (token_id,)))
+                if text.written == text.length:
+                    text.listener(End("length"))
+
+
+@dataclass(eq=False)
+class PacedText:
+    """A text of a `PacedEngine`."""
+
+    length: int
+    listener: Any
+    written: int = 0
+
+    def cancel(self) -> None:
+        self.length = self.written
+
+
+def run_paced(arguments: argparse.Namespace) -> None:
+    """Role "paced": the server around a `PacedEngine`."""
+    from plug.serving.models import ServedModel
+    from plug.serving.server import serve
+    from plug.serving.settings import ServeSettings
+
+    tokenizer = plug.PlugTokenizer.load(find_model_directory())
+    tokens = [(each, tokenizer.decode([each])) for each in tokenizer.encode(SENTENCES[0])]
+    served = ServedModel(
+        "paced",
+        tokenizer,
+        max_source_tokens=510,
+        token_count=tokenizer.vocab_size,
+        engine=PacedEngine(arguments.step_ms, tokens),
+    )
+    settings = ServeSettings(port=arguments.port, max_num_seqs=arguments.rows)
     serve([served], settings)
 
 
@@ -370,7 +458,10 @@ def role(arguments: argparse.Namespace, name: str, rows: int, *more: str) -> lis
     """The command of this script in another role."""
     words = [__file__, "--role", name, "--model", arguments.model, "--device", arguments.device]
     words += ["--rows", str(rows), "--bits", str(arguments.bits), *more]
-    return words if arguments.preset is None else [*words, "--preset", arguments.preset]
+    for option in ("preset", "max_num_batched_tokens"):
+        if (value := getattr(arguments, option)) is not None:
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    return words
 
 
 def transformers_rate(arguments: argparse.Namespace, source: int, tokens: int) -> float:
@@ -500,7 +591,30 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
                 "server_cpu_share": round(used / wall, 2),
                 "errors": tally.other + tally.rejected + tally.cut,
             }
-    return {"preset": arguments.preset, "bits": arguments.bits, **found}
+    chosen = ("preset", "bits", "max_num_batched_tokens")
+    return {**{name: getattr(arguments, name) for name in chosen}, **found}
+
+
+def http(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds of the server alone, and how far it holds its engine up.
+
+    The steps are as long as those of the 27B in 8 bits on one H100.
+    """
+    found = {}
+    for clients, milliseconds in ((1, 2.3), (32, 8.4), (128, 20.0)):
+        more = ("--port", "PORT", "--step-ms", str(milliseconds))
+        with started(*role(arguments, "paced", clients, *more)) as server:
+            served(server, 1, 0, clients, 16, 128)
+            tally, wall, used = served(server, arguments.http_seconds, 1, clients, 16, 128)
+        found[f"b{clients}"] = {
+            "cpu_us_per_token": round(used / tally.tokens * 1e6, 1),
+            "of_the_engines_pace": round(
+                tally.window.per_second / clients * milliseconds / 1000, 3
+            ),
+            "server_cpu_share": round(used / wall, 2),
+            "errors": tally.other + tally.rejected + tally.cut,
+        }
+    return found
 
 
 def overload(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -536,10 +650,17 @@ def overload(arguments: argparse.Namespace) -> dict[str, Any]:
         "other": tally.other + tally.cut,
         "rss_slope_mb_per_min": round(slope * 60, 3),
         "rss_mb": round(memory[-1][1], 1),
+        "rss_mb_each_minute": [round(mb) for mb in _each_minute(memory)],
         "ttft_p99_s": tally.p99(),
         "arrivals_per_s": round(rate, 1),
         "seconds": seconds,
     }
+
+
+def _each_minute(memory: list[tuple[float, float]]) -> list[float]:
+    """The first reading of each minute, of (seconds, MB)."""
+    firsts = {int(seconds // 60): mb for seconds, mb in reversed(memory)}
+    return [firsts[minute] for minute in sorted(firsts)]
 
 
 def disconnects(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -582,13 +703,14 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
 
     The model may also write bytes that are no character; U+FFFD is then right (`from_the_model`).
     """
-    wanted, draw = arguments.characters, random.Random(3)
-    found = {"streamed": 0, "byte_tokens": 0, "replacement": 0, "from_the_model": 0, "broken": 0}
-    with started(*serve_command(arguments)) as server:
+    wanted, draw, clients = arguments.characters, random.Random(3), 4 * arguments.clients
+    found = {"streamed": 0, "tokens": 0, "byte_tokens": 0}
+    found |= {"replacement": 0, "from_the_model": 0, "broken": 0}
+    with started(*serve_command(arguments, "--max-num-seqs", str(clients))) as server:
+        end = time.perf_counter() + arguments.characters_seconds
 
         async def client() -> None:
-            while found["streamed"] < wanted:
-                prompt = "".join(draw.choice(RARE) for _ in range(30)) * 3
+            while found["streamed"] < wanted and time.perf_counter() < end:
                 more = {
                     "temperature": 0.7,
                     "repetition_penalty": 1.0,
@@ -596,10 +718,12 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
                 }
                 more["logprobs"] = 0  # so that each token comes beside the text
                 tally, text, raw = Tally(), "", b""
-                async for event in stream(server.port, body_of(prompt, 512, **more), tally):
+                body = body_of(rare_prompt(draw), 256, **more)
+                async for event in stream(server.port, body, tally):
                     for choice in event["choices"]:
                         text += choice["text"]
                         for token in (choice["logprobs"] or {"tokens": []})["tokens"]:
+                            found["tokens"] += 1
                             found["byte_tokens"] += token.startswith("bytes:")
                             raw += bytes_of(token)
                 expected = raw.decode("utf-8", "replace")
@@ -608,11 +732,21 @@ def characters(arguments: argparse.Namespace) -> dict[str, Any]:
                 found["replacement"] += max(0, text.count("\ufffd") - expected.count("\ufffd"))
                 found["broken"] += tally.other + tally.cut + (text != expected)
 
-        async def clients() -> None:
-            await asyncio.gather(*(client() for _ in range(arguments.clients)))
+        async def all_of_them() -> None:
+            await asyncio.gather(*(client() for _ in range(clients)))
 
-        asyncio.run(clients())
+        used = time.process_time(), server.cpu_seconds()
+        asyncio.run(all_of_them())
+        found["client_cpu_s"] = round(time.process_time() - used[0])
+        found["server_cpu_s"] = round(server.cpu_seconds() - used[1])
     return found
+
+
+def rare_prompt(draw: random.Random) -> str:
+    """Sentences with a rare character in each; every eighth prompt has rare characters alone."""
+    if draw.randrange(8) == 0:
+        return "".join(draw.choice(RARE) for _ in range(10)) * 3
+    return "".join(draw.choice(SENTENCES).replace("{}", draw.choice(RARE)) for _ in range(3))
 
 
 def bytes_of(token: str) -> bytes:
@@ -637,41 +771,53 @@ def sigterm(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"streams": tally.ok, "cut": tally.cut + tally.other, "exit_status": status}
 
 
-ROLES = {"engine": run_engine, "server": run_server, "transformers": run_transformers}
+ROLES = {
+    "engine": run_engine,
+    "server": run_server,
+    "paced": run_paced,
+    "transformers": run_transformers,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default=CPU_PARTS, help="of: cpu overload … gpu")
+    parser.add_argument("--parts", default=CPU_PARTS, help="those above, with commas")
     parser.add_argument("--model", default=SHIPPED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60, help="of the server, in part cpu")
     parser.add_argument("--overload-seconds", type=float, default=600)
     parser.add_argument("--leaving", type=int, default=1000, help="clients of part disconnects")
-    parser.add_argument("--characters", type=int, default=50_000, help="of part characters")
+    parser.add_argument("--characters", type=int, default=1_000_000, help="of part characters")
+    parser.add_argument("--characters-seconds", type=float, default=480, help="at most")
+    parser.add_argument("--http-seconds", type=float, default=10, help="of each count, part http")
     parser.add_argument("--output", type=Path, help="JSON file; parts that are not run stay")
     parser.add_argument("--preset", help="part gpu: random weights of this shape")
     parser.add_argument("--bits", type=int, default=16, choices=[16, 8, 4], help="with --preset")
     parser.add_argument("--gpu-seconds", type=float, default=20)
     parser.add_argument("--streams", default="1,32,128", help="of part gpu")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="part gpu: as in plug serve")
     parser.add_argument("--adapters", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--step-ms", type=float, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role is not None:
         ROLES[arguments.role](arguments)
         return
     parts = {
-        f.__name__: f for f in (cpu, adapters, overload, disconnects, characters, sigterm, gpu)
+        f.__name__: f
+        for f in (cpu, adapters, http, overload, disconnects, characters, sigterm, gpu)
     }
     results: dict[str, Any] = {}
     for name in arguments.parts.split(","):
         load = os.getloadavg()[0]
         is_other = arguments.device != "cpu" and name != "gpu"
         key = f"gpu_{name}" if is_other else name
+        began = time.perf_counter()
         results[key] = parts[name](arguments) | {
+            "wall_s": round(time.perf_counter() - began),
             "processor": processor(),
             "device": device_name(arguments.device),
             "cores": os.cpu_count(),

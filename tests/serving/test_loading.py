@@ -206,6 +206,12 @@ def test_many_texts_of_one_request(real: Any) -> None:
     assert [each["index"] for each in answer["data"]] == list(range(40))
 
 
+def test_a_field_that_the_model_refuses_is_named(real: Any) -> None:
+    body = {"prompt": "花", "logit_bias": {"9999": 1}}
+
+    assert real.post("/v1/completions", body)[1]["error"]["param"] == "logit_bias"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

@@ -153,7 +153,7 @@ class GenerationBody(Body):
         try:
             return GenerationSettings(**given)
         except UsageError as error:
-            raise bad_request(str(error), _field_of(str(error))) from None
+            raise bad_request(str(error), field_of(str(error))) from None
 
 
 class CompletionBody(GenerationBody):
@@ -346,7 +346,7 @@ def header_text(text: str) -> str:
     return re.sub(r"[^ -~]", "?", cut)
 
 
-def _field_of(message: str) -> str | None:
+def field_of(message: str) -> str | None:
     """The field that a message of `GenerationSettings` begins with."""
     match = re.match(r"\w+", message, re.ASCII)
     name = match.group() if match else ""

@@ -16,6 +16,7 @@ from plug.serving.errors import ApiError, as_api_error, bad_request
 from plug.serving.jobs import Bridge, Choice, Job
 from plug.serving.metrics import Metrics
 from plug.serving.models import Capability, ServedModel
+from plug.serving.protocol import field_of
 from plug.serving.record import Record
 from plug.serving.settings import ServeSettings
 
@@ -203,7 +204,9 @@ class Service:
                 choice.handle = model.submit(choice.prompt, settings, choice.seed, listener)
         except PlugError as error:
             job.stop()
-            raise as_api_error(error) from None
+            refused = as_api_error(error)
+            refused.param = field_of(str(error))
+            raise refused from None
         except BaseException:
             job.stop()
             raise
