@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 HERE = Path(__file__).resolve().parent
 Found = dict[str, Any]
@@ -52,7 +53,7 @@ def run_part(name: str, command: Sequence[str], limit: float) -> Found:
         output = Path(folder) / "line.json"
         process = subprocess.Popen(
             [*command, "--output", str(output)],
-            env=os.environ | {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"},
+            env=_environment(),
         )
         error = None
         try:
@@ -66,6 +67,13 @@ def run_part(name: str, command: Sequence[str], limit: float) -> Found:
     took = time.perf_counter() - began
     print(f"== {name}: {error or 'done'} after {took:.1f} s", flush=True)
     return found | {"wall_s": round(took, 1)} | ({"error": error} if error else {})
+
+
+def _environment() -> dict[str, str]:
+    """Processes that say where they hang, and share the cores: torchrun leaves each of them one."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count())))
+    own = {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": threads} | os.environ | own
 
 
 def call(command: Sequence[str], limit: float | None, environment: dict[str, str]) -> str:

@@ -60,6 +60,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     The tests stay in order, and a process takes over the last ones of another, so that few fixtures
     are made twice. `-n` says otherwise, and so does a card, which one process has to itself.
     """
+    if hasattr(config, "workerinput"):  # one of those processes
+        return
     if not config.pluginmanager.hasplugin("xdist") or config.option.numprocesses is not None:
         return
     if config.option.usepdb or config.option.collectonly or torch.cuda.is_available():
@@ -69,7 +71,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
 
 
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing, or off
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
 def pytest_xdist_auto_num_workers() -> int:
     """One process for each core, as far as the memory goes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -125,6 +125,22 @@ def test_each_use_has_its_table(use: str, ways: int, run_plug: Callable) -> None
         assert f"{row['peak_bytes'] / 1e9:.{1 if row['peak_bytes'] > 1e11 else 2}f}" in shown
 
 
+def test_the_originals_cards_and_the_hosts_memory(run_plug: Callable) -> None:
+    """8 cards of 32 GB: every weight in float32 goes there with the shards in the host's memory."""
+    command = ["info", "--preset", "27b", "--memory", "finetune", "--target-length", 30]
+    command += ["--batch-size", 4, "--cards", 8, "--card", "32GB"]
+    ways = json.loads(run_plug(*command, "--json").out)["ways"]
+    fits = {way["name"]: way["fits"] for way in ways}
+    assert [name for name, each in fits.items() if each] == [
+        "lora（bf16）",
+        "full adamw cpu_offload",
+    ]
+    offloaded = ways[-1]
+    assert offloaded["peak_bytes"] < 24e9
+    assert 400e9 < offloaded["host_bytes"] < 430e9  # 16 bytes of each of 26 thousand million
+    assert "各卡一共 416.5 GB" in run_plug(*command).out
+
+
 def test_a_larger_batch_takes_more_and_more_cards_less_each(run_plug: Callable) -> None:
     def peaks(*options: object) -> dict[str, int]:
         ran = run_plug("info", "--memory", "finetune", "--model", "27b", "--json", *options)
@@ -133,7 +149,12 @@ def test_a_larger_batch_takes_more_and_more_cards_less_each(run_plug: Callable) 
 
     usual, many, shared = peaks(), peaks("--batch-size", 64), peaks("--cards", 8)
     assert all(many[name] > usual[name] for name in usual)
-    assert set(shared) == {"full adamw（float32）", "full adamw8bit（float32）", "lora（bf16）"}
+    assert set(shared) == {
+        "full adamw（float32）",
+        "full adamw8bit（float32）",
+        "lora（bf16）",
+        "full adamw cpu_offload",
+    }
     assert all(shared[name] < usual[name] for name in shared.keys() & usual.keys())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plug.distributed.processes import Processes
-from plug.distributed.tensor_parallel import RowParallelLinear
+from plug.distributed.tensor_parallel import RowParallelLinear, check_divisible
 from plug.errors import UsageError
 from plug.generation.generator import Generator, generate
 from plug.loading.load import load
@@ -19,6 +19,8 @@ from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.convert import quantize_directory
+from plug.quantization.linear import quantize_modules
+from plug.quantization.scheme import Scheme
 from plug.tokenization import PlugTokenizer
 
 Run = Callable[..., list[Any]]
@@ -74,13 +76,33 @@ def test_without_a_seed_all_draw_alike(odd_directory: Path, run_together: Run) -
     assert first["written"] == second["written"]
 
 
-def test_the_fused_model_can_be_shared_out(odd_directory: Path, run_together: Run) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_fused_model_can_be_shared_out(
+    count: int, odd_directory: Path, run_together: Run
+) -> None:
     pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA brings along")
     settings = {"greedy": COMMON | {"texts": TEXTS[:1], "out_length": 4, "do_sample": False}}
 
-    answers = run_together(2, "write", model=str(odd_directory), settings=settings, fused=True)
+    answers = run_together(count, "write", model=str(odd_directory), settings=settings, fused=True)
 
-    assert [answer["written"] for answer in answers] == [written(odd_directory, settings)] * 2
+    assert [answer["written"] for answer in answers] == [written(odd_directory, settings)] * count
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_27b_goes_into_equal_shares_that_the_kernels_read_whole(bits: int, count: int) -> None:
+    """`skinny_gemm.cu` reads whole tiles of 64 outputs, `one_shot.cu` packets of 8 bytes."""
+    config = dataclasses.replace(PRESETS["27b"], num_hidden_layers=1, num_decoder_layers=1)
+    with torch.device("meta"):
+        model = Plug(config)
+        if bits < 16:
+            quantize_modules(model, Scheme.of(bits))
+    check_divisible(model, count)
+    rows, hidden = config.vocab_size // count, config.hidden_size
+    assert rows * count == config.vocab_size  # no share of the word table is padded
+    outputs = [rows, 3 * hidden // count, hidden // count, config.intermediate_size // count]
+    assert all(size % 64 == 0 for size in outputs)
+    assert rows * 2 % 8 == hidden * 2 % 8 == 0
 
 
 @pytest.mark.parametrize("bits", [8, 4])

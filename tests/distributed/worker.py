@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,9 @@ def pretrain(
             os._exit(9)
         return future
 
+    if settings["compile"]:  # traced, with autograd; code for the processor takes minutes
+        warnings.simplefilter("ignore")  # torch's compiler imports what torch deprecates
+        torch.compile = partial(torch.compile, backend="aot_eager")
     if emulates:
         run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]

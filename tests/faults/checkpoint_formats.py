@@ -25,6 +25,7 @@ from mutate import json_mutations, mutations, safetensors_mutations, zip_mutatio
 from plug.checkpoints.directory import check_tokenizer, load_tokenizer
 from plug.checkpoints.original import OriginalReader, export_original
 from plug.checkpoints.original_shards import open_shard
+from plug.distributed.processes import Processes
 from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
@@ -35,6 +36,7 @@ from plug.pretraining.state import CHECKPOINT, STATE_FILE, State, read_saved
 from plug.tokenization import BYTE_TOKENS, PlugTokenizer
 from plug.tokenizer_files import SPECIAL_TOKENS
 
+ALONE = Processes(0, 1, torch.device("cpu"))
 Mutate = Callable[[bytes, int, int], Iterator[bytes]]
 TEXT = "今天天气很好，我们去公园看花。ABC 12 [SEP]\n山上有座庙！"
 
@@ -115,7 +117,7 @@ def formats(folder: Path) -> dict[str, Format]:
 
     def resumed(_content: bytes) -> None:
         state = _state()
-        saved = read_saved(folder, 1, state.config, 1, "")
+        saved = read_saved(folder, 1, state.config, ALONE, "")
         if saved is None:
             raise WrongAnswerError("the run begins anew without a word")
         state.restore(saved)
@@ -201,7 +203,7 @@ def _trained(folder: Path) -> Path:
         sum(parameter.square().sum() for parameter in state.model.parameters()).backward()
         state.optimizers[0].step()
     state.step, state.tokens = 2, 128
-    state.save(folder, 1)
+    state.save(folder, ALONE)
     return folder / CHECKPOINT / STATE_FILE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,22 @@ def test_offloading_asks_for_the_host_s_memory(memory: str, host: int, fits: boo
     else:
         with pytest.raises(PlugError, match=rf"offload 要把.*空闲 {host}\.0 GB，差 "):
             decide(asked, sharded)
+
+
+def test_shards_that_fit_no_card_are_told_of_the_hosts_memory() -> None:
+    asked = settings(memory="full", optimizer="adamw8bit", batch_size=4)
+    with pytest.raises(PlugError) as error:
+        decide(asked, case(32, cards=8))
+    found = re.search(
+        r"cpu_offload=true，显存约需 ([\d.]+) GB、内存约需 ([\d.]+) GB", str(error.value)
+    )
+    assert found is not None, error.value
+    need, host = map(float, found.groups())
+    assert need < 24
+    assert host * 1e9 > 24e9 * 10  # a weight, its gradient in float32 and two states in 8 bits
+    with pytest.raises(PlugError, match="差") as error:
+        decide(asked, case(32))
+    assert "cpu_offload" not in str(error.value)
 
 
 def test_more_cards_take_less_each_and_offloading_the_least() -> None:

@@ -69,7 +69,7 @@ def test_a_card_that_is_too_small_is_one_sentence(
         monkeypatch.setattr(memory, "free_memory", lambda _: room)
         properties = type("Properties", (), {"total_memory": room + 2 * OVERHEAD_BYTES})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        options: dict[str, Any] = {"world_size": cards, "is_sharded": cards > 1}
+        options: dict[str, Any] = {"world_size": cards, "cards": cards}
         with pytest.raises(PlugError) as caught:
             recomputed_layers(config, run, 2, torch.device("cuda"), **options)
         return str(caught.value)
@@ -92,7 +92,7 @@ def test_a_card_that_is_too_small_is_one_sentence(
 def test_a_cpu_and_compiled_layers_recompute_what_is_asked_for(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"world_size": 1, "is_sharded": False}
+    options: dict[str, Any] = {"world_size": 1, "cards": 1}
     cpu, test = torch.device("cpu"), PRESETS["test"]
     assert recomputed_layers(test, settings(), 1, cpu, **options) == 0
     assert recomputed_layers(test, settings(recomputation=2), 1, cpu, **options) == 2

@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plug.distributed.processes import Processes
 from plug.errors import UsageError
+from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.from_checkpoint import convert_checkpoint
 from plug.loading.save import save
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
+from plug.pretraining import run
+from plug.pretraining.memory import need_of
 from plug.pretraining.record import read_rows
 from plug.pretraining.run import pretrain
 from plug.pretraining.settings import RunConfig
@@ -26,6 +30,7 @@ from plug.tokenization import PlugTokenizer
 Make = Callable[..., RunConfig]
 Together = Callable[..., list[Any]]
 FSDP = {"sharding": "fsdp"}
+TENSOR = {"parallel": {"tensor": 2}}
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 OPTIMIZERS = ["adamw", "muon", *(["adamw8bit"] if HAS_TORCHAO else [])]
 SHAPES = {1: [[32, 1.0]], 2: [[24, 16, 1.0], [16, 16, 1.0]]}
@@ -79,6 +84,29 @@ def test_two_and_four_processes_learn_as_one_that_holds_all(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_mesh_learns_as_one_process_that_holds_all(
+    optimizer: str, beginning: Path, settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    """Data x tensor: 1 x 2 and 2 x 2, the batch whole and in parts; each value is held once."""
+    made = {"shapes": SHAPES[2], "batch_tokens": 255, "mlm_fraction": 0.6, "optimizer": optimizer}
+    made |= {"init_from": str(beginning), "clip_grad_norm": 0.5}
+    pretrain(2, settings(output=str(tmp_path / "one"), **made), device="cpu")
+    expected = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for count, tokens in ((2, 65536), (4, 60)):
+        output = tmp_path / f"{count}"
+        shared = settings(
+            output=str(output), parallel={"tensor": 2}, micro_batch_tokens=tokens, **made
+        )
+        answers = run_together(count, "pretrain", stage=2, settings=asdict(shared))
+        same_rows(output, tmp_path / "one", "lm", "mlm", "grad_norm")
+        held = [answer["held"] for answer in answers]
+        assert max(held) < 1.2 / count * sum(x.nbytes for x in expected.values())
+        found = load_file(output / "model" / "model.safetensors")
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_runs_that_die_in_a_save_go_on_with_other_processes(
     optimizer: str, settings: Make, run_together: Together, tmp_path: Path
 ) -> None:
@@ -111,6 +139,40 @@ def test_runs_that_die_in_a_save_go_on_with_other_processes(
     assert not [path for path in checkpoints.iterdir() if not path.name.startswith("step-")]
 
 
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_with_another_mesh(
+    settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    """2 x 2, then 1, then 2 that share data, then 2 that share layers; no passage is lost."""
+    made = {"steps": 10, "checkpoint_every": 2, "optimizer": "muon"}
+    whole = settings(output=str(tmp_path / "whole"), parallel=FSDP, **made)
+    run_together(1, "pretrain", stage=1, settings=asdict(whole))
+    output = str(tmp_path / "broken")
+    meshes = [(4, {"tensor": 2}), (1, FSDP), (2, FSDP), (2, {"tensor": 2})]
+    for number, (count, parallel) in enumerate(meshes):
+        made_so = asdict(settings(output=output, parallel=parallel, **made))
+        last = number == len(meshes) - 1
+        # The first save of each process group goes on being written when the second one ends it.
+        options = {} if last else {"dies": True, "die_at": 2}
+        run_together(count, "pretrain", stage=1, settings=made_so, resume=number > 0, **options)
+    same_rows(Path(output), tmp_path / "whole", "mlm", "word", "sentence", "grad_norm")
+    found, expected = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("broken", "whole")
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_sharded(
+    beginning: Path, settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    made = {"shapes": SHAPES[2][:1], "steps": 2, "init_from": str(beginning)}
+    for name, changes in (("plain", {}), ("compiled", {"compile": True})):
+        asked = settings(output=str(tmp_path / name), parallel=FSDP, **made, **changes)
+        run_together(2, "pretrain", stage=2, settings=asdict(asked))
+    same_rows(tmp_path / "compiled", tmp_path / "plain", "lm", "mlm", "grad_norm")
+
+
 def test_a_damaged_checkpoint_is_a_sentence(
     settings: Make, run_together: Together, tmp_path: Path
 ) -> None:
@@ -122,16 +184,15 @@ def test_a_damaged_checkpoint_is_a_sentence(
     assert all("step-2 已损坏" in each for each in told)
 
 
-def test_sharding_needs_a_launcher_and_two_processes(
+def test_sharding_needs_a_launcher(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = settings(parallel=FSDP)
+    asked = settings(parallel=FSDP)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
-        pretrain(1, run, device="cpu")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(UsageError, match="两个以上的进程"):
-        pretrain(1, run, device="cpu")
+        pretrain(1, asked, device="cpu")
+    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
+        pretrain(1, settings(parallel={"tensor": 2}), device="cpu")
     assert not (tmp_path / "run").exists()
     for parallel, message in (({"sharding": "all"}, "sharding='all'"), (3, r"\[parallel\]")):
         with pytest.raises(UsageError, match=message):
@@ -139,4 +200,45 @@ def test_sharding_needs_a_launcher_and_two_processes(
     with pytest.raises(UsageError, match="DeepSpeed"):
         settings(parallel={"deepspeed": "zero3.json"})
     with pytest.raises(UsageError, match="compile"):
-        settings(parallel=FSDP, compile=True)
+        settings(parallel={"tensor": 2}, compile=True)
+    for more in ({"sharding": "none"}, {"deepspeed": "zero3.json"}):
+        with pytest.raises(UsageError, match=r"parallel.tensor=2"):
+            settings(parallel={"tensor": 2, **more})
+
+
+def test_auto_shards_what_does_not_fit_a_card(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made, model = settings(recomputation=2), PRESETS["test"]
+    pair = Processes(0, 2, torch.device("cpu"))
+    need = need_of(model, made, 1, 2, 1, 2) + OVERHEAD_BYTES
+    monkeypatch.setattr(run, "Vote", lambda _: lambda number: number)
+    for room, picked in ((need, "none"), (need - 1, "fsdp")):
+        monkeypatch.setattr(run, "free_memory", lambda _, room=room: room)
+        assert run.is_to_be_sharded(1, made, model, None, pair) == (picked == "fsdp")
+        assert f"用 {picked}，" in capsys.readouterr().err
+    assert not run.is_to_be_sharded(1, made, model, None, Processes(0, 1, torch.device("cpu")))
+    # A resumed run goes on as it began.
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "training_state.pt").touch()
+    assert not run.is_to_be_sharded(1, made, model, tmp_path, pair)
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-2" / ".metadata").touch()
+    monkeypatch.setattr(run, "free_memory", lambda _: need)
+    assert run.is_to_be_sharded(1, made, model, tmp_path, pair)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "message"),
+    [
+        (2, {"parallel": {"tensor": 3}}, "parallel.tensor=3 不能整除进程数 2"),
+        (2, {**TENSOR, "model": {"num_attention_heads": 1}}, "num_attention_heads=1"),
+        (2, {**TENSOR, "model": {"intermediate_size": 63}}, "intermediate_size=63"),
+        (4, {**TENSOR, "batch_tokens": 32}, "每个进程（共 2 个）"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_a_sentence(
+    count: int, changes: dict[str, Any], message: str, settings: Make, run_together: Together
+) -> None:
+    told = run_together(count, "failing", stage=1, settings=asdict(settings(**changes)))
+    assert all(message in each for each in told)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from plug import files
+from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.files import BusyError
 from plug.loading.load import load
@@ -21,6 +22,7 @@ from plug.pretraining.settings import RunConfig
 from plug.pretraining.state import check_output, read_saved, write_settings
 
 Settings = Callable[..., RunConfig]
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def test_each_message_advises_what_the_other_way_takes(settings: Settings, tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(
     assert "已经完成" in capfd.readouterr().err
     (output / "settings.json").write_text("{")
     with pytest.raises(PlugError, match=r"settings\.json 已损坏"):
-        read_saved(output, 1, config, 1, "")
+        read_saved(output, 1, config, ALONE, "")
 
 
 def test_a_checkpoint_hidden_between_two_renames_is_found(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from plug.loading.estimate import Need
+    from plug.finetuning.memory import Mode
+    from plug.loading.estimate import Need, Training
     from plug.model.configuration import PlugConfig
 
 
@@ -265,7 +266,27 @@ def _finetuning(
                 rows.append(_row(mode.name, way.need, **given_up))
         if found == [None, None]:
             rows.append(_row(mode.name, None))
+    if cards > 1:
+        rows.append(_offloaded(config, SHARDED_MODES[0], training, room or NO_LIMIT))
     return rows
+
+
+def _offloaded(config: PlugConfig, mode: Mode, training: Training, room: int) -> dict[str, Any]:
+    """The row of a mode whose shards are in the host's memory (`parallel.cpu_offload`)."""
+    from plug.finetuning.memory import best_way, smallest_way
+    from plug.loading.estimate import host_need
+
+    away = dataclasses.replace(training, offload=True)
+    way = best_way(config, mode, away, room) or smallest_way(config, mode, away)
+    assert way is not None, "nothing is impossible in float32"
+    return _row(
+        f"{mode.memory} {mode.optimizer} cpu_offload",
+        way.need,
+        batch_size=way.training.batch_size,
+        accumulated=way.accumulated,
+        recomputed_layers=way.training.recomputed,
+        host_bytes=host_need(config, way.training),
+    )
 
 
 def _pretraining(
@@ -355,6 +376,10 @@ def _print_ways(told: dict[str, Any]) -> None:
     console.print(table)
     if gives_up:
         console.print("批：一次算几段×几次一步。重算：几层在反向时重算。状态：梯度和优化器。")
+    for row in rows:
+        if "host_bytes" in row:
+            host = _gigabytes(row["host_bytes"])
+            console.print(f"cpu_offload：分片、梯度和状态在内存里，各卡一共 {host} GB。")
 
 
 def _tell_cpu(

@@ -17,13 +17,16 @@ FSDP2 takes two seconds to import, so it is imported where a model is sharded: d
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from plug.distributed.parallel_layers import parallelize_layers
 from plug.distributed.settings import ParallelSettings
 from plug.distributed.zero import is_partitioned, whole
 
@@ -44,12 +47,17 @@ def shard(
 ) -> None:
     """Shard ``model`` in place over ``mesh``; its parameters become `DTensor`s.
 
+    Over two dimensions, "data" and "tensor", layers are split along "tensor" (`parallel_layers.py`)
+    and the parts sharded along "data". What is outside of the layers is computed by all processes
+    alike, so it is sharded over all of them.
+
     Args:
         model: has the parts of `PlugParts`; parameters may be on the meta device.
-        mesh: of one dimension.
+        mesh: of one dimension, or of two.
         settings: of the run.
         compute_dtype: what layers compute in; None is the parameters' own.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
@@ -60,11 +68,14 @@ def shard(
 
     # Of the projections of the encoder's output; nobody writes into them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    every = mesh
+    if mesh.ndim == 2:
+        parallelize_layers(model, mesh["tensor"])
+        every, mesh = init_device_mesh(mesh.device_type, (mesh.size(),)), mesh["data"]
     offload = OffloadPolicy()
     if settings.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     options: dict[str, Any] = {
-        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -75,17 +86,17 @@ def shard(
     decoder_layers = list(decoder.layers) if decoder is not None else []
     for layer in decoder_layers:
         projections = [layer.cross_attention.k_proj, layer.cross_attention.v_proj]
-        fully_shard(projections, reshard_after_forward=reshard, **options)
+        fully_shard(projections, mesh=mesh, reshard_after_forward=reshard, **options)
         # Layers of our own multiply by the weights and do not call these modules.
         projections[0].project = layer.cross_attention.project_key_value
         register_fsdp_forward_method(projections[0], "project")
         layer.cross_attention.project_key_value = projections[0].project
     for layer in [*model.encoder.layers, *decoder_layers]:
-        fully_shard(layer, reshard_after_forward=reshard, **options)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, **options)
         setattr(layer, _MARK, True)
     setattr(model, _MARK, True)
     setattr(model, _CALL, _call)
-    fully_shard(model, **options)
+    fully_shard(model, mesh=every, **options)
     register_fsdp_forward_method(model, _CALL)
 
 
@@ -143,12 +154,39 @@ def reshard(model: nn.Module) -> None:
 
 def own_region(parameter: DTensor) -> tuple[slice, ...]:
     """Return the slices of a sharded parameter that this process holds; they may be empty."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    return region(parameter, dist.get_rank())
 
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
+
+def region(parameter: DTensor, rank: int) -> tuple[slice, ...]:
+    """Return the slices of a sharded parameter that the process ``rank`` holds.
+
+    Along a dimension that is split twice, the "tensor" dimension of the mesh (its last) cuts first,
+    and the "data" dimension cuts each part.
+    """
+    from torch.distributed.tensor import Replicate
+
+    mesh: Any = parameter.device_mesh
+    coordinate = (mesh.mesh == rank).nonzero()[0].tolist()
+    spans = [(0, size) for size in parameter.shape]
+    for count, index, placement in reversed(
+        list(zip(mesh.shape, coordinate, parameter.placements, strict=True))
+    ):
+        if isinstance(placement, Replicate):
+            continue
+        start, end = spans[placement.dim]
+        chunk = -(-(end - start) // count)
+        first = min(start + index * chunk, end)
+        spans[placement.dim] = (first, min(first + chunk, end))
+    return tuple(slice(*span) for span in spans)
+
+
+def copies(parameter: DTensor) -> int:
+    """Return how many processes hold each value of a sharded parameter."""
+    from torch.distributed.tensor import Replicate
+
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    cut = math.prod(size for size, each in sizes if not isinstance(each, Replicate))
+    return dist.get_world_size() // cut
 
 
 def as_shard(local: Tensor, like: DTensor) -> DTensor:
@@ -167,7 +205,7 @@ def as_shard(local: Tensor, like: DTensor) -> DTensor:
 
 def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor whole, one at a time; all processes take part."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     for name, tensor in tensors.items():
         if hasattr(tensor, "ds_id"):
@@ -175,4 +213,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor.detach()
         else:
             plain = tensor.detach()
-            yield name, plain.full_tensor() if isinstance(plain, DTensor) else plain
+            if isinstance(plain, DTensor):
+                if plain.device_mesh.ndim == 2:  # one dimension after the other
+                    plain = plain.redistribute(placements=(Replicate(), plain.placements[1]))
+                plain = plain.full_tensor()
+            yield name, plain

@@ -23,20 +23,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Who works together: this process's number, how many there are, and its device."""
+    """Who works together: this process's number, how many there are, and its device.
+
+    In training, `tensor` processes with neighbouring numbers compute one share of a batch together;
+    there are `data_size` shares.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    tensor: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.tensor
+
 
 @contextmanager
-def start_processes(device: str | None = None) -> Iterator[Processes]:
+def start_processes(device: str | None = None, *, joins_alone: bool = False) -> Iterator[Processes]:
     """Join the group that `torchrun` started, or be the only process.
+
+    A process that `torchrun` started alone makes a group of one with ``joins_alone``.
 
     At the end, what was given to `close_with_group` is closed and the group is destroyed. After an
     error the group is aborted: destroying it would wait for the other processes, which `torchrun`
@@ -51,7 +66,7 @@ def start_processes(device: str | None = None) -> Iterator[Processes]:
     chosen = find_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size == 1:
+    if world_size == 1 and not (joins_alone and "LOCAL_RANK" in os.environ):
         yield Processes(0, 1, chosen)
         return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")

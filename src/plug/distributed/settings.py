@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plug.errors import UsageError
-from plug.options import Bool, Choice, Text, check_options, option
+from plug.options import Bool, Choice, Int, Text, check_options, option
 
 SHARDING = ("auto", "none", "fsdp")
 
@@ -28,6 +28,14 @@ class ParallelSettings:
         "where several processes keep the model: a copy in each (`none`), or a shard of each "
         "layer in each (`fsdp`: FSDP2 of PyTorch). `auto`: `none` if weights, gradients and "
         "optimizer states fit on one card, else `fsdp`",
+    )  # fmt: skip
+    tensor: int = option(
+        1, Int(1, 1024),
+        "张量并行：几个进程合算每一层（各有一部分注意力头和中间维度），其余的进程分数据。"
+        "要整除进程数；多于 1 时模型用 fsdp 分片。",
+        "tensor parallelism: how many processes compute each layer together, each some of its "
+        "heads and inner values; groups of so many share the batch. Divides the number of "
+        "processes. Above 1 the model is sharded as well (`fsdp`)",
     )  # fmt: skip
     cpu_offload: bool = option(
         False, Bool(),
@@ -55,3 +63,8 @@ class ParallelSettings:
             raise UsageError("parallel.deepspeed 和 parallel.sharding=fsdp 只能用其中一个。")
         if self.sharding == "none" and self.cpu_offload:
             raise UsageError("parallel.cpu_offload 只用于 parallel.sharding=fsdp。")
+        if self.tensor > 1 and (self.sharding == "none" or self.deepspeed):
+            raise UsageError(
+                f"parallel.tensor={self.tensor} 与 parallel.sharding=fsdp 一起用："
+                "请去掉 sharding=none 和 deepspeed。"
+            )

@@ -368,6 +368,15 @@ def _too_small(
         other = next((each for each in fits if each.memory != settings.memory), None)
         if other is not None:
             found.append(f"--memory auto（会用 {other.name}）")
+    if case.cards > 1 and not case.offload:
+        away = replace(training, offload=True)
+        way = best_way(config, modes[0], away, room, accumulated)
+        if way is not None:
+            host = gb(host_need(config, way.training))
+            found.append(
+                f"{modes[0].name} 加上 --set parallel.cpu_offload=true，"
+                f"显存约需 {gb(way.need.total)} GB、内存约需 {host} GB"
+            )
     if case.bits is None and not (settings.fgm or settings.from_scratch):
         for bits in (8, 4):
             way = best_way(config, Mode(memory="qlora", bits=bits), training, room, accumulated)

@@ -27,23 +27,33 @@ def keep_bf16(model: Plug) -> None:
     model.embeddings.__class__ = _Bf16Embeddings
 
 
-def compile_model(model: Plug) -> None:
+def compile_model(model: Plug, *, is_sharded: bool = False) -> None:
     """Compile a model's parts in place, with projections of the same states in one product.
 
     Each layer is compiled alone: all of a kind share one graph, for all lengths, so that this takes
     seconds and not minutes.
+
+    Args:
+        model: that is to be trained.
+        is_sharded: FSDP2 will shard it. It gathers a layer's weights in hooks, which stay outside
+            of what is compiled; those of the projections of the encoder's output it gathers layer
+            by layer, so these are not put into one product.
     """
     for layer in model.encoder.layers:
         layer.__class__ = _PackedEncoderLayer
     parts: list[nn.Module] = [model.embeddings, *model.encoder.layers, model.encoder.final_norm]
     if model.decoder is not None:
-        model.decoder.__class__ = _PackedDecoder
         for layer in model.decoder.layers:
             layer.__class__ = _PackedDecoderLayer
-        cast(_PackedDecoder, model.decoder).project = torch.compile(_project, dynamic=True)
+        if not is_sharded:
+            model.decoder.__class__ = _PackedDecoder
+            cast(_PackedDecoder, model.decoder).project = torch.compile(_project, dynamic=True)
         parts += [*model.decoder.layers, model.decoder.final_norm]
     for part in parts:
-        part.compile(dynamic=True)
+        if is_sharded:
+            part.forward = torch.compile(part.forward, dynamic=True)
+        else:
+            part.compile(dynamic=True)
     for name in ("lm_loss", "mlm_loss"):
         plain = getattr(losses, name)
         plain = getattr(plain, "_torchdynamo_orig_callable", plain)  # of an earlier run

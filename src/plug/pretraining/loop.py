@@ -1,7 +1,8 @@
 """The training loop of both stages: a plain PyTorch loop, the same in one process or several.
 
-Each process makes its share of each batch, and gradients are summed. Batch, dropout and learning
-rate of a step depend on the seed and the step alone, so a resumed run is exact.
+Each process makes its share of each batch, and gradients are summed. (With tensor parallelism a
+few processes make one share together.) Batch, dropout and learning rate of a step depend on the
+seed, the step and the share alone, so a resumed run is exact.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
     gradients: Gradients | ShardedGradients
     checkpoints = None
     if is_fully_sharded(state.model):
-        gradients = ShardedGradients(state.model)
+        gradients = ShardedGradients(state.model, processes)
         checkpoints = ShardedCheckpoints(
             output, processes, config.keep_checkpoints, state.tokenizer
         )
@@ -108,11 +109,11 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
             if agreed:
                 logs.sync()  # the log reaches the disk before the checkpoint that counts on it
                 if checkpoints is not None:
-                    values = state.to_dict(processes.world_size)
+                    values = state.to_dict(processes)
                     waits = agreed > _SAVE
                     checkpoints.save(state.model, state.optimizers, values, waits=waits)
                 elif first:
-                    state.save(output, processes.world_size)
+                    state.save(output, processes)
                 schedule.saved()
             if agreed > _SAVE:
                 if processes.world_size > 1:
@@ -220,8 +221,10 @@ def take_step(
     losses: LossFunction = (
         loss_functions.structbert_losses if state.stage == 1 else loss_functions.palm_losses
     )
-    # dropout depends on the step and the process alone, so that a resumed run repeats it
-    torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + processes.rank)
+    # Dropout depends on the step and the share of the batch, so that a resumed run repeats it.
+    # Processes that compute a share together drop the same values of it; the heads that each of
+    # them has lose the same attention probabilities.
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + processes.data_rank)
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     names, counts = _count(batch, processes)
     sums = torch.zeros_like(counts)
@@ -236,8 +239,8 @@ def take_step(
             part_sums = run_forward(state.model, partial(losses, state.model, part))
         together = torch.stack([part_sums[name] for name in names])
         gradients.is_last = number == len(parts)
-        # FSDP2 takes the mean over the processes where `Gradients` takes the sum.
-        factor = processes.world_size if is_sharded else 1
+        # FSDP2 takes the mean over the shares where `Gradients` takes the sum.
+        factor = processes.data_size if is_sharded else 1
         ((together / counts).sum() * factor).backward()
         sums += together.detach()
     waiting = dist.all_reduce(sums, async_op=True) if processes.world_size > 1 else None
@@ -254,6 +257,7 @@ def take_step(
     gradients.clear()
     if waiting is not None:
         waiting.wait()
+        sums /= processes.tensor  # so many have computed each share
     return dict(zip(names, (sums / counts).unbind(), strict=True)), grad_norm
 
 
@@ -277,6 +281,7 @@ def _count(batch: Batch, processes: Processes) -> tuple[list[str], Tensor]:
     counts = torch.stack(list(counted.values())).float()
     if processes.world_size > 1:
         dist.all_reduce(counts)
+        counts /= processes.tensor  # so many have the same share
     return list(counted), counts.clamp(min=1)
 
 

@@ -24,7 +24,7 @@ def recomputed_layers(
     device: torch.device,
     *,
     world_size: int,
-    is_sharded: bool,
+    cards: int,
 ) -> int:
     """Return how many layers keep their input alone; with "auto" the fewest that fit.
 
@@ -35,8 +35,9 @@ def recomputed_layers(
         settings: of the run.
         stage: 1 or 2.
         device: of this process.
-        world_size: processes.
-        is_sharded: they share one copy of the model.
+        world_size: processes, or groups of them, that share a batch.
+        cards: that share one copy of the model. (With tensor parallelism a layer's inside is shared
+            as well, which is not counted: a card takes less than is predicted.)
 
     Raises:
         PlugError: the card is too small; the message says what would fit.
@@ -46,9 +47,8 @@ def recomputed_layers(
     room = free_memory(device)
     if room is None or settings.compile:
         return least
-    if world_size > 1:  # all decide alike; what is free differs a little between cards
+    if max(world_size, cards) > 1:  # all decide alike; what is free differs a little between cards
         room = torch.cuda.get_device_properties(device).total_memory - 2 * OVERHEAD_BYTES
-    cards = world_size if is_sharded else 1
     found = fewest_recomputed(config, settings, stage, room, world_size=world_size, cards=cards)
     if found is None:
         raise PlugError(too_small(config, settings, stage, room, world_size, cards))

@@ -7,12 +7,15 @@ dozen batched products. The mathematics and the saved state are those of `torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from plug.distributed.fully_sharded import region
 
 MOST_STACKED = 2**26  # elements of one stack, in bf16; larger matrices fill a GPU alone
 
@@ -97,13 +100,13 @@ class Muon(torch.optim.Muon):
 
 
 class ShardedMuon(torch.optim.Muon):
-    """`Muon` for weights of which each process holds some rows.
+    """`Muon` for weights of which each process holds a part: some rows, or some rows and columns.
 
     Of the matrices of one shape each process gets some whole, makes their updates, and gives each
-    process its rows of them. So every update is computed once. Momentum stays sharded.
+    process its part of them. So every update is computed once. Momentum stays sharded.
 
     Args:
-        params: matrices, sharded by rows over all processes.
+        params: matrices, each of whose values one process holds.
         settings: those of `torch.optim.Muon`.
     """
 
@@ -113,17 +116,17 @@ class ShardedMuon(torch.optim.Muon):
         assert closure is None
         world_size = dist.get_world_size()
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Any]] = {}
+            alike: dict[Any, list[Any]] = {}  # of one shape, and parted in one way
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
-            for (rows, columns), parameters in by_shape.items():
+                    key = (tuple(parameter.shape), parameter.placements)
+                    alike.setdefault(key, []).append(parameter)
+            for ((rows, columns), _), parameters in alike.items():
                 size = max(1, MOST_STACKED // (rows * columns)) * world_size
                 for start in range(0, len(parameters), size):
                     self._step_together(parameters[start : start + size], group)
 
     def _step_together(self, parameters: list[Any], group: dict[str, Any]) -> None:
-        rows, columns = parameters[0].shape
         mine = [each.to_local() for each in parameters]
         gradients = [each.grad.to_local() for each in parameters]
         momenta = []
@@ -137,46 +140,48 @@ class ShardedMuon(torch.optim.Muon):
         if group["nesterov"]:
             updates = list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         scale = _rate(group["lr"], group["adjust_lr_fn"], parameters[0].shape)
-        steps = self._updates(updates, rows, columns, group)
+        regions = [region(parameters[0], rank) for rank in range(dist.get_world_size())]
+        steps = self._updates(updates, parameters[0].shape, regions, group)
         torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(mine, steps, alpha=-scale)
 
     def _updates(
-        self, momenta: list[Tensor], rows: int, columns: int, group: dict[str, Any]
+        self,
+        momenta: list[Tensor],
+        shape: torch.Size,
+        regions: list[tuple[slice, ...]],
+        group: dict[str, Any],
     ) -> list[Tensor]:
-        """This process's rows of every update, each in the momentum's dtype."""
-        world_size, rank = dist.get_world_size(), dist.get_rank()
+        """This process's part of every update, each in the momentum's dtype.
+
+        Args:
+            momenta: this process's parts.
+            shape: of a whole matrix.
+            regions: of it, that each process holds.
+            group: of the parameters.
+        """
+        world_size = dist.get_world_size()
         each = -(-len(momenta) // world_size)  # matrices that a process gets whole
         first = momenta[0]
-        chunk = -(-rows // world_size)  # rows of a process, as FSDP2 cuts them
-        shares = [min(chunk, max(0, rows - k * chunk)) for k in range(world_size)]
-        sent = first.new_zeros((each * world_size, shares[rank], columns), dtype=torch.bfloat16)
+        # Of all processes' parts of the matrices that a process gets: elements.
+        sizes = [each * math.prod(part.stop - part.start for part in parts) for parts in regions]
+        sent = first.new_zeros((each * world_size, *first.shape), dtype=torch.bfloat16)
         torch._foreach_copy_(list(sent[: len(momenta)].unbind()), momenta)
-        got = _exchange(sent, [each * share * columns for share in shares])
-        pieces = got.split([each * share * columns for share in shares])
-        whole = torch.cat(
-            [x.view(each, share, columns) for x, share in zip(pieces, shares, strict=True)], dim=1
-        )
-        is_tall = rows > columns
+        equal = [sent.numel() // world_size] * world_size
+        got = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(got, sent.flatten(), sizes, equal)
+        whole = sent.new_empty((each, *shape))
+        for piece, (rows, columns) in zip(got.split(sizes), regions, strict=True):
+            target = whole[:, rows, columns]
+            target.copy_(piece.view(target.shape))
+        is_tall = shape[0] > shape[1]
         stack = whole.mT.contiguous() if is_tall else whole
         stack = orthogonalize(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
         whole = stack.mT if is_tall else stack
-        back = torch.cat([x.flatten() for x in whole.split(shares, dim=1)])
-        sizes = [each * share * columns for share in shares]
+        back = torch.cat([whole[:, rows, columns].flatten() for rows, columns in regions])
         own = torch.empty_like(sent).flatten()
-        dist.all_to_all_single(own, back, [each * shares[rank] * columns] * world_size, sizes)
+        dist.all_to_all_single(own, back, equal, sizes)
         return [x.to(first.dtype) for x in own.view(sent.shape)[: len(momenta)].unbind()]
-
-
-def _exchange(sent: Tensor, sizes: list[int]) -> Tensor:
-    """Give each process an equal part of ``sent``; return the parts given to this one.
-
-    ``sizes`` are the elements that each process gives.
-    """
-    world_size = dist.get_world_size()
-    got = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(got, sent.flatten(), sizes, [sent.numel() // world_size] * world_size)
-    return got
 
 
 def orthogonalize(

@@ -78,11 +78,15 @@ def build_optimizers(
     others = {"muon": in_layers, "adamw8bit": matrices}.get(name, [])
     chosen = {id(p) for p in others}
     rest = [p for _, p in trained if id(p) not in chosen]
+    # Tensors of one group may be stepped in one call, which takes those of one mesh.
+    together: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for p in rest:
+        key = (p.ndim != 2, getattr(p, "device_mesh", None))
+        together.setdefault(key, []).append(p)
     groups = [
-        {"params": [p for p in rest if p.ndim == 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+        {"params": together[key], "weight_decay": 0.0 if key[0] else weight_decay}
+        for key in sorted(together, key=lambda each: each[0])
     ]
-    groups = [group for group in groups if group["params"]]
     fused = all(p.is_cuda for p in rest)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)

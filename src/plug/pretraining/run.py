@@ -17,11 +17,14 @@ import torch.distributed as dist
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, refuse_quantized
 from plug.distributed.fully_sharded import is_fully_sharded
-from plug.distributed.processes import Processes, start_processes
+from plug.distributed.parallel_layers import check_mesh
+from plug.distributed.processes import Processes, Vote, start_processes
 from plug.errors import PlugError, UsageError, install
 from plug.files import hold, recover
 from plug.finetuning.recomputation import recompute_layers
+from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.load import load
+from plug.loading.memory import free_memory
 from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
@@ -31,7 +34,7 @@ from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.end_page import write_page
 from plug.pretraining.fp8 import check_fp8, multiply_in_fp8
 from plug.pretraining.loop import Batches, train
-from plug.pretraining.memory import recomputed_layers
+from plug.pretraining.memory import need_of, recomputed_layers
 from plug.pretraining.optimization import build_optimizers
 from plug.pretraining.record import plot_losses
 from plug.pretraining.settings import RunConfig
@@ -43,6 +46,7 @@ from plug.pretraining.state import (
     check_output,
     is_finished,
     read_saved,
+    sharding_of,
     write_settings,
 )
 from plug.pretraining.tokens import fingerprint, read_tokens
@@ -75,7 +79,9 @@ def pretrain(
     if config.tensorboard:
         check_board()
     check_torchao(config.optimizer)
-    with start_processes(device) as processes, ExitStack() as stack:
+    sharding = config.parallel.sharding
+    with start_processes(device, joins_alone=sharding == "fsdp") as joined, ExitStack() as stack:
+        processes = dataclasses.replace(joined, tensor=config.parallel.tensor)
         if config.fp8_products:
             check_fp8(processes.device)
         if processes.is_first:
@@ -153,17 +159,20 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
     output = Path(config.output)
     read_tokens(Path(config.corpus))  # says what is wrong with a corpus
     corpus = fingerprint(Path(config.corpus))
-    is_sharded = _is_sharded(config, processes)
+    model_config = _model_config(stage, config, tokenizer)
+    is_sharded = is_to_be_sharded(
+        stage, config, model_config, output if resume else None, processes
+    )
     saved = None
     if resume:
-        saved = read_saved(output, stage, config, processes.world_size, corpus, is_sharded)
+        saved = read_saved(output, stage, config, processes, corpus, is_sharded)
     if resume and saved is None and not is_finished(output):
         _tell(processes, f"{output} 里还没有检查点，从头开始训练。")
     torch.manual_seed(config.seed)
     source = config.init_from if saved is None else str(output / CHECKPOINT)
     if is_sharded:
         source = config.init_from if saved is None else ""
-    model = _build_model(stage, config, tokenizer, source, processes, is_sharded)
+    model = _build_model(stage, config, model_config, tokenizer, source, processes, is_sharded)
     optimizers = build_optimizers(
         model,
         name=config.optimizer,
@@ -180,21 +189,46 @@ def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) ->
     return state
 
 
-def _is_sharded(config: RunConfig, processes: Processes) -> bool:
-    """Whether each process holds a shard of the model.
+def is_to_be_sharded(
+    stage: int,
+    config: RunConfig,
+    model: PlugConfig,
+    resumed: Path | None,
+    processes: Processes,
+) -> bool:
+    """Return whether each process is to hold a shard of the model.
+
+    "auto" shards a model of which a card has no room for a copy. A resumed run goes on as its
+    checkpoint says.
 
     Raises:
-        UsageError: that is asked for without a launcher.
+        UsageError: sharding is asked for without a launcher, or the mesh does not divide the model.
     """
-    sharding = config.parallel.sharding
-    if sharding == "fsdp" and "LOCAL_RANK" not in os.environ:
+    parallel = config.parallel
+    asked = "fsdp" if parallel.tensor > 1 else parallel.sharding
+    if asked == "fsdp" and "LOCAL_RANK" not in os.environ:
         raise UsageError(
-            "parallel.sharding=fsdp 要由 torchrun 启动："
+            "parallel.sharding=fsdp 和 parallel.tensor 要由 torchrun 启动："
             "torchrun --nproc-per-node 卡数 -m plug pretrain …。"
         )
-    if sharding == "fsdp" and processes.world_size == 1:
-        raise UsageError("parallel.sharding=fsdp 要两个以上的进程，现在只有一个。")
-    return sharding == "fsdp"
+    check_mesh(model, processes)
+    if asked != "auto":
+        return asked == "fsdp"
+    if resumed is not None and (was := sharding_of(resumed)):
+        return was == "fsdp" and processes.world_size > 1
+    room = free_memory(processes.device)
+    if processes.world_size == 1 or room is None:
+        return False
+    least = 0 if config.recomputation == "auto" else int(config.recomputation)
+    need = need_of(model, config, stage, processes.world_size, 1, least) + OVERHEAD_BYTES
+    is_sharded = bool(Vote(processes.world_size)(int(need > room)))
+    picked, word = ("fsdp", "放不下") if is_sharded else ("none", "放得下")
+    _tell(
+        processes,
+        f"parallel.sharding=auto：用 {picked}，每张卡{word}整个模型的训练"
+        f"（预计 {need / 1e9:.1f} GB，空闲 {room / 1e9:.1f} GB）。",
+    )
+    return is_sharded
 
 
 def _model_config(stage: int, settings: RunConfig, tokenizer: PlugTokenizer) -> PlugConfig:
@@ -221,13 +255,13 @@ def _model_config(stage: int, settings: RunConfig, tokenizer: PlugTokenizer) -> 
 def _build_model(
     stage: int,
     settings: RunConfig,
+    config: PlugConfig,
     tokenizer: PlugTokenizer,
     source: str,
     processes: Processes,
     is_sharded: bool,
 ) -> Plug:
     """A new model, with the weights of ``source`` if that is not empty."""
-    config = _model_config(stage, settings, tokenizer)
     longest = max(max(shape) for shape, _ in settings.parsed_shapes(dimensions=stage))
     if longest > config.max_position_embeddings:
         raise UsageError(
@@ -261,8 +295,8 @@ def _build_model(
         settings,
         stage,
         processes.device,
-        world_size=processes.world_size,
-        is_sharded=is_sharded,
+        world_size=processes.data_size,
+        cards=processes.world_size if is_sharded else 1,
     )
     recompute_layers(model, again)
     if settings.fp8_products:
@@ -270,7 +304,7 @@ def _build_model(
     if again and settings.recomputation == "auto":
         _tell(processes, f"为了放得下，反向时重算 {again} 层。")
     if settings.compile:
-        compile_model(model)
+        compile_model(model, is_sharded=is_sharded)
     if is_sharded:
         shard_new(
             model,
@@ -318,8 +352,8 @@ def _build_batches(
         domain_factors=config.domain_factors,
         mlm_rate=config.mlm_rate,
         seed=config.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
+        rank=processes.data_rank,
+        world_size=processes.data_size,
     )
     if stage == 1:
         return StructBertBatches(

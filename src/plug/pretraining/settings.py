@@ -99,7 +99,7 @@ class RunConfig:
     # Numbers (from 1) of steps whose batch is passed over; may be added when resuming.
     skip_steps: list[int] = field(default_factory=list)
     seed: int = 1
-    # The table [parallel], as in `plug finetune`: sharding = "fsdp" under torchrun.
+    # The table [parallel], as in `plug finetune`: sharding, and tensor parallelism (`tensor`).
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
@@ -155,8 +155,9 @@ class RunConfig:
             raise UsageError(
                 '预训练不用 DeepSpeed：请去掉 parallel.deepspeed，用 sharding = "fsdp"。'
             )
-        if parallel.sharding == "fsdp" and self.compile:
-            raise UsageError("compile 不能与 parallel.sharding=fsdp 一起用。请去掉其中一个。")
+        if parallel.tensor > 1 and (self.compile or self.fp8_products):
+            asked = "compile" if self.compile else "fp8_products"
+            raise UsageError(f"{asked} 不能与 parallel.tensor 一起用。请去掉其中一个。")
         again = self.recomputation
         if again != "auto" and (type(again) is not int or again < 0):
             raise UsageError(f'设置 recomputation={again!r} 应为 "auto" 或不小于 0 的层数。')

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from plug.checkpoints.directory import write_configs
 from plug.checkpoints.sharded import METADATA_FILE, Copier, Writing, begin_sharded, read_sharded
 from plug.checkpoints.weights import TensorSpec
-from plug.distributed.fully_sharded import as_shard, own_region, shard
+from plug.distributed.fully_sharded import as_shard, copies, own_region, shard
 from plug.distributed.processes import Processes
 from plug.distributed.settings import ParallelSettings
 from plug.errors import PlugError
@@ -61,7 +61,12 @@ def shard_new(
         source: a model directory whose tensors have the model's shapes, or None.
         compute_dtype: what layers compute in.
     """
-    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    kind = processes.device.type
+    if processes.tensor > 1:
+        shape = (processes.data_size, processes.tensor)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "tensor"))
+    else:
+        mesh = init_device_mesh(kind, (processes.world_size,))
     shard(model, mesh, settings, compute_dtype)
     place = torch.device("cpu") if settings.cpu_offload else processes.device
     drawn = {}
@@ -95,10 +100,17 @@ class ShardedGradients:
 
     Args:
         model: of `shard_new`.
+        processes: this one and how many there are.
     """
 
-    def __init__(self, model: Plug) -> None:
-        self._parameters = [each for each in model.parameters() if each.requires_grad]
+    def __init__(self, model: Plug, processes: Processes) -> None:
+        self._parameters = [
+            cast(DTensor, each) for each in model.parameters() if each.requires_grad
+        ]
+        self._processes = processes
+        meshes = (each.device_mesh for each in self._parameters)
+        mesh = next((each for each in meshes if each.ndim == 2), None)
+        self._group = None if mesh is None else mesh.get_group("tensor")
         self.is_last = True  # all parts of a batch are summed at once: shards are kept alone
 
     def clear(self) -> None:
@@ -111,9 +123,40 @@ class ShardedGradients:
         self.clear()
 
     def finish(self, max_norm: float) -> Tensor:
-        """Clip the gradients' norm to ``max_norm``, and return the norm before that."""
-        norm: Any = nn.utils.clip_grad_norm_(self._parameters, max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """Clip the gradients' norm to ``max_norm``, and return the norm before that.
+
+        Values that several processes hold count once. `nn.utils.clip_grad_norm_` takes no
+        parameters on several meshes.
+        """
+        own: dict[int, list[Tensor]] = {}  # this process's gradients, by the number of their copies
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                local = cast(DTensor, parameter.grad).to_local()
+                own.setdefault(copies(parameter), []).append(local)
+        for count, gradients in own.items():
+            if count > 1:
+                self._equal(gradients)
+        squares = [
+            torch.stack(torch._foreach_norm(gradients)).square().sum() / count
+            for count, gradients in own.items()
+        ]
+        total = torch.stack(squares).sum().to(self._processes.device)
+        dist.all_reduce(total)
+        norm = total.sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradients in own.values():
+            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+        return norm
+
+    def _equal(self, gradients: list[Tensor]) -> None:
+        """Give copies of a gradient their mean, so that rounding cannot part the weights."""
+        flat = torch.cat([each.flatten() for each in gradients]).to(self._processes.device)
+        dist.all_reduce(flat, group=self._group)
+        flat /= self._processes.tensor
+        pieces = flat.split([each.numel() for each in gradients])
+        torch._foreach_copy_(
+            gradients, [x.view(y.shape) for x, y in zip(pieces, gradients, strict=True)]
+        )
 
 
 class ShardedCheckpoints:
@@ -147,13 +190,17 @@ class ShardedCheckpoints:
         if self._writing is not None:
             self._writing.wait_for_copy()
 
-    def prepare(self, model: Plug, optimizers: list[Optimizer]) -> None:
+    def prepare(self, model: Plug, optimizers: list[Optimizer]) -> Future[Any] | None:
         """Begin to reserve the memory of copies, when the optimisers' states are there.
 
         Pinned memory takes seconds to get. What is copied meanwhile is thrown away.
+
+        Returns:
+            What is done when the memory is there; None on a CPU, which reserves none.
         """
-        if self.processes.device.type == "cuda":
-            self._copier.stage(_tensors(model, optimizers))
+        if self.processes.device.type != "cuda":
+            return None
+        return self._copier.stage(_tensors(model, optimizers))
 
     def save(
         self,

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from plug.checkpoints.directory import CONFIG_FILE
 from plug.checkpoints.torch_files import read_torch_file
 from plug.checkpoints.weights import check_finite, save_pickle
+from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.files import is_used, replace_directory, write_json
 from plug.loading.save import write_model
@@ -62,21 +63,22 @@ class State:
     skipped: list[int] = field(default_factory=list)  # steps (from 0) that were passed over
     corpus: str = ""  # the `fingerprint` of what it is trained on
 
-    def save(self, output: Path, world_size: int) -> None:
+    def save(self, output: Path, processes: Processes) -> None:
         """Replace the checkpoint in ``output``, or leave the old one if that fails."""
-        values = self.to_dict(world_size)
+        values = self.to_dict(processes)
         values["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         with replace_directory(output / CHECKPOINT, CONFIG_FILE) as directory:
             write_model(self.model, directory, tokenizer=self.tokenizer)
             save_pickle(values, directory / STATE_FILE)
 
-    def to_dict(self, world_size: int) -> dict[str, Any]:
+    def to_dict(self, processes: Processes) -> dict[str, Any]:
         """What a checkpoint holds besides weights and the optimisers' states."""
         return {
             "stage": self.stage,
             "step": self.step,
             "tokens": self.tokens,
-            "world_size": world_size,
+            "world_size": processes.world_size,
+            "tensor": processes.tensor,
             "config": dataclasses.asdict(self.config),
             "norms": self.norms,
             "skipped": self.skipped,
@@ -137,11 +139,18 @@ def is_finished(output: Path) -> bool:
     return (output / MODEL / CONFIG_FILE).is_file()
 
 
+def sharding_of(output: Path) -> str:
+    """Return the `parallel.sharding` that the checkpoint in ``output`` was written with, or ""."""
+    if found(output / CHECKPOINTS):
+        return "fsdp"
+    return "none" if (output / CHECKPOINT / STATE_FILE).is_file() else ""
+
+
 def read_saved(
     output: Path,
     stage: int,
     config: RunConfig,
-    world_size: int,
+    processes: Processes,
     corpus: str,
     is_sharded: bool = False,
 ) -> Saved | None:
@@ -151,7 +160,7 @@ def read_saved(
         output: of the run.
         stage: that it is to go on with.
         config: likewise.
-        world_size: processes that it has now.
+        processes: that it has now.
         corpus: the `fingerprint` of what the run would be trained on.
         is_sharded: whether the processes share the model.
 
@@ -187,7 +196,7 @@ def read_saved(
     if values["step"] < 0 or values["tokens"] < 0 or values["world_size"] < 1:
         raise _damaged(path, "步数、词元数或进程数不对")
     before = {"stage": values["stage"], **values["config"]}
-    processes_before = values["world_size"]
+    layout_before = values["world_size"], values.get("tensor", 1)
     norms, skipped = (values.get(name, []) for name in ("norms", "skipped"))
     if not (_are(norms, float) and _are(skipped, int)):
         raise _damaged(path, "跳过的步数或梯度的记录不对")
@@ -199,12 +208,18 @@ def read_saved(
             "请恢复原来的语料，或换一个 output 重新训练。"
         )
     # Batches are the same whatever the number of processes; the draws of dropout are not.
-    if config.dropout and processes_before != world_size:
+    if config.dropout and layout_before != (processes.world_size, processes.tensor):
+        count, tensor = layout_before
+        was, now = (
+            "" if each == 1 else f"（parallel.tensor={each}）"
+            for each in (tensor, processes.tensor)
+        )
         raise UsageError(
-            f"检查点 {path} 是用 {processes_before} 个进程训练的，现在有"
-            f" {world_size} 个，而 dropout={config.dropout}："
+            f"检查点 {path} 是用 {count} 个进程{was}训练的，现在有"
+            f" {processes.world_size} 个{now}，而 dropout={config.dropout}："
             "接下去不会与不中断的训练相同。请用同样多的进程"
-            f"（torchrun --nproc-per-node {processes_before}），或换一个 output 重新训练。"
+            f"（torchrun --nproc-per-node {count}）和同样的 parallel.tensor，"
+            "或换一个 output 重新训练。"
         )
     return saved
 
