@@ -55,7 +55,7 @@ def test_a_byte_order_mark_is_no_text_wherever_a_line_begins(tmp_path: Path) -> 
     [
         ("a.txt", "一\n中文".encode("gb18030"), "iconv -f GB18030 -t UTF-8 {path} > utf8-a.txt"),
         ("a b.txt", "中".encode("gbk"), "iconv -f GB18030 -t UTF-8 '{path}' > 'utf8-a b.txt'"),
-        ("a.tsv.gz", gzip.compress("中文".encode("gbk")),
+        ("a.tsv.gz", gzip.compress("中文".encode("gbk"), mtime=0),
          "gzip -dc {path} | iconv -f GB18030 -t UTF-8 > utf8-a.tsv"),
         ("a.csv", "中文".encode("gbk"), "utf8-a.csv（或在 Excel 或 WPS 里另存为“CSV UTF-8"),
         ("a.csv", b"\xd0\xcf\x11\xe0\0", "{path} 是 Excel 工作簿或压缩包"),
