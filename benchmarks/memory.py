@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from dataclasses import replace
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +29,19 @@ from plug import __version__
 from plug.finetuning.generation import as_plug
 from plug.finetuning.kind import Collator
 from plug.finetuning.memory import Case, training_of
+from plug.finetuning.recomputation import recompute_layers
 from plug.finetuning.run import prepare, training_arguments
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.tasks import find_task
 from plug.finetuning.trainer import FinetuneTrainer
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
+from plug.kernels.packed_linear import has_fp8
 from plug.loading.estimate import Training, generation_need, training_need, weight_bytes
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining.compiled import compile_model, keep_bf16
+from plug.pretraining.fp8 import multiply_in_fp8
 from plug.pretraining.gradients import Gradients
 from plug.pretraining.loop import take_step
 from plug.pretraining.optimization import build_optimizers
@@ -243,6 +247,21 @@ def pretrain_cases(tiny: bool) -> list[tuple[str, Any, Found]]:
                     options["preset"] = "test"
                 name = f"stage {stage}, {rows} x ({source} + {target}), {optimizer}"
                 found.append((name + (", compiled" if compiled else ""), pretrain, options))
+    stage, rows, source, target = shapes[1]
+    plain = {
+        "stage": stage, "rows": rows, "source": source, "target": target, "optimizer": "adamw",
+        "compiled": False,
+    } | ({"preset": "test"} if tiny else {})  # fmt: skip
+    more: list[Found] = [{"recomputed": 3}, {"recomputed": 14}]
+    if find_spec("torchao"):
+        more.append({"optimizer": "adamw8bit"})
+    if has_fp8(DEVICE) or tiny:
+        more.append({"fp8": True})
+    for changes in more:
+        told = ", ".join(f"{name}={value}" for name, value in changes.items())
+        found.append(
+            (f"stage 2, {rows} x ({source} + {target}), {told}", pretrain, plain | changes)
+        )
     return found
 
 
@@ -254,6 +273,8 @@ def pretrain(
     optimizer: str,
     compiled: bool,
     preset: str = "mini",
+    recomputed: int = 0,
+    fp8: bool = False,
 ) -> Found:
     reset()
     config = PRESETS[preset]
@@ -265,6 +286,9 @@ def pretrain(
     if stage == 2:
         model.sentence_head.requires_grad_(False)
     keep_bf16(model)
+    recompute_layers(model, recomputed)
+    if fp8:
+        multiply_in_fp8(model)
     if compiled:
         compile_model(model)
     optimizers = build_optimizers(
@@ -311,6 +335,8 @@ def pretrain(
         dropout=False,
         masked_share=share,
         half_stream=True,
+        recomputed=recomputed,
+        fp8=fp8,
     )
     return report(training_need(config, training).total)
 

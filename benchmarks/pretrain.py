@@ -1,11 +1,12 @@
-"""Pre-training of the small model: an earlier build and this one in one run, in turn; two cards.
+"""Pre-training: the small model by an earlier build and this one in turn; two cards; wide layers.
 
     git worktree add build/before 2753ff1
     python benchmarks/pretrain.py --before build/before --out benchmarks/results/pretrain.json
 
 Each run is the command of a user (`plug pretrain stage1|stage2`), with its data loading, on the
 same made-up corpus: both builds read the same batches. Rates leave out the first steps, which
-compile. Prints one JSON line, last. `--tiny` shows on a CPU that it works.
+compile. `--wide` adds what `pretrain_wide.py` measures of the 27B's layers on two cards. Prints one
+JSON line, last. `--tiny` shows on a CPU that it works.
 
 Both builds see the same batches and start from the same weights, and dropout is 0 in both. Still
 their losses differ: they round bf16 in other places, and where losses fall fast a difference grows.
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from launching import call, torchrun
+from launching import call, launched, run_part, torchrun
 from machine import processor
 
 from plug.pretraining.tokens import DomainCounts, write_json
@@ -37,6 +38,7 @@ from plug.tokenization import PlugTokenizer
 
 HERE = Path(__file__).resolve().parent.parent
 LOSSES = ("lm", "mlm", "word", "sentence")
+WIDE_LIMIT = 400.0  # seconds
 WARM = 0.3  # share of the steps that the rates leave out
 TINY = [
     *("preset=test", "batch_tokens=2048", "micro_batch_tokens=1024", "compile=false"),
@@ -119,12 +121,20 @@ def difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
     }
 
 
+def wide(folder: Path, *, tiny: bool) -> dict[str, Any]:
+    """What `pretrain_wide.py` finds on two cards: `wide` and `checkpoint`."""
+    options = ["--checkpoint", "--folder", str(folder)] + (["--tiny", "--steps=2"] if tiny else [])
+    found = run_part("wide", launched(2, "pretrain_wide.py", *options), WIDE_LIMIT)
+    return {name: found[name] for name in ("wide", "checkpoint", "error") if name in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--before", type=Path, help="a checkout of the earlier build")
     parser.add_argument("--steps", type=int, nargs=2, default=[200, 200], help="of each stage")
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--two-cards", action="store_true", help="also stage 2 on two cards")
+    parser.add_argument("--wide", action="store_true", help="also the 27B's widths on two cards")
     parser.add_argument("--exact", action="store_true", help="also both builds in float32")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
     parser.add_argument("--set", nargs="*", default=[], help="more settings of this build")
@@ -192,6 +202,8 @@ def main() -> None:
                 )
                 for name, times in (("same_batch", 1), ("double_batch", 2))
             }
+        if arguments.wide:
+            result |= wide(Path(folder), tiny=arguments.tiny)
     line = json.dumps(result)
     if arguments.out:
         arguments.out.write_text(line + "\n", encoding="utf-8")

@@ -110,3 +110,42 @@ def test_training_s_kernels_compile_and_fit_a_card_up_to_their_largest_rank() ->
     assert len(rows) == 10, ran.stderr
     for name, rank, shared in rows:
         assert int(shared) <= 232_448, (name, rank)  # bytes that a block of an H100 may have
+
+
+COLUMNS = """
+import warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from plug.kernels import training
+
+shape = training._SHAPES["quantize_columns"]
+for kernel in (training._largest, training._quantize_columns):
+    for of_x in ("*bf16", "*fp32"):
+        constants = {"ROWS": shape.rows, "COLUMNS": shape.columns}
+        kinds = {key: "i32" for key in kernel.arg_names} | {"x": of_x, "out": "*fp32"}
+        if "scale" in kinds:
+            kinds |= {"scale": "*fp32", "out": "*fp8e4nv"}
+        kinds |= dict.fromkeys(constants, "constexpr")
+        triton.compile(
+            ASTSource(fn=kernel, signature=kinds, constexprs=constants),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": shape.warps},
+        )
+        print(kernel.__name__, of_x)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_of_columns_in_fp8_compile() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", COLUMNS],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    names = ("_largest", "_quantize_columns")
+    expected = [f"{name} {kind}" for name in names for kind in ("*bf16", "*fp32")]
+    assert ran.stdout.splitlines() == expected, ran.stderr

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
@@ -82,7 +82,7 @@ class Copier(BlockingAsyncStager):
         self._thread = ThreadPoolExecutor(1)
         self._stream = torch.cuda.Stream(device) if is_card else None
 
-    def stage(self, state_dict: dict[str, Any]) -> Any:
+    def stage(self, state_dict: dict[str, Any]) -> Future[Any]:  # type: ignore[override]
         """Begin to copy what the tensors are when the work that is queued now has ended.
 
         Returns:

@@ -190,13 +190,17 @@ class ShardedCheckpoints:
         if self._writing is not None:
             self._writing.wait_for_copy()
 
-    def prepare(self, model: Plug, optimizers: list[Optimizer]) -> None:
+    def prepare(self, model: Plug, optimizers: list[Optimizer]) -> Future[Any] | None:
         """Begin to reserve the memory of copies, when the optimisers' states are there.
 
         Pinned memory takes seconds to get. What is copied meanwhile is thrown away.
+
+        Returns:
+            What is done when the memory is there; None on a CPU, which reserves none.
         """
-        if self.processes.device.type == "cuda":
-            self._copier.stage(_tensors(model, optimizers))
+        if self.processes.device.type != "cuda":
+            return None
+        return self._copier.stage(_tensors(model, optimizers))
 
     def save(
         self,
