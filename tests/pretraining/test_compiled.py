@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
-from plug.pretraining import losses
+from plug.pretraining import compiled, losses
 from plug.pretraining.batches import Batch
 from plug.pretraining.compiled import compile_model, keep_bf16
 
@@ -63,9 +66,41 @@ def test_joined_projections_and_pieces_of_logits(
     expected = results(tiny_model, batch)
     names = [name for name, _ in tiny_model.named_parameters()]
     monkeypatch.setattr(losses, "MOST_LOGITS", most_logits)
-    compile_model(tiny_model)
+    compile_model(tiny_model, is_half=True)
     assert [name for name, _ in tiny_model.named_parameters()] == names
     torch.testing.assert_close(results(tiny_model, batch), expected)
+
+
+@pytest.mark.usefixtures("plain_losses", "eager")
+@pytest.mark.parametrize("longest", [512, 7])
+def test_attention_by_our_own_kernels(
+    longest: int,
+    config: PlugConfig,
+    make_model: Callable[[PlugConfig], Plug],
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sequences that are too long for them go the usual way: here the sources."""
+    kernels = pytest.importorskip("plug.kernels.training_attention", reason="needs triton")
+    model = make_model(dataclasses.replace(config, num_attention_heads=2))
+    expected = results(model, batch)
+    served = []
+
+    def attend(query: torch.Tensor, *others: Any) -> Any:
+        served.append(query.shape[1])
+        return kernels.attend(query, *others)
+
+    monkeypatch.setattr(compiled, "attention_kernel", lambda _: attend)
+    monkeypatch.setattr(compiled, "LONGEST", longest)
+    compile_model(model, is_half=True)
+    torch.testing.assert_close(results(model, batch), expected, rtol=1e-4, atol=1e-5)
+    layers = config.num_hidden_layers, config.num_decoder_layers
+    encoder, self_and_cross = [14] * layers[0], [6, 6] * layers[1]
+    assert served == (encoder + self_and_cross if longest == 512 else [6] * layers[1])
+
+
+def test_no_kernel_of_our_own_on_a_cpu(tiny_model: Plug) -> None:
+    assert compiled.attention_kernel(tiny_model) is None
 
 
 def test_the_residual_stream_is_bf16(tiny_model: Plug, batch: Batch) -> None:

@@ -17,6 +17,9 @@ from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer, KeyValue, 
 from plug.model.plug import Decoder, Plug
 from plug.pretraining import losses
 
+Attend = Callable[..., tuple[Tensor, Tensor]]  # `plug.kernels.training_attention.attend`
+LONGEST = 512  # positions that our own kernels of attention are made for
+
 
 def keep_bf16(model: Plug) -> None:
     """Have the residual stream in bf16 from the embeddings on; norms still compute in float32.
@@ -27,24 +30,28 @@ def keep_bf16(model: Plug) -> None:
     model.embeddings.__class__ = _Bf16Embeddings
 
 
-def compile_model(model: Plug, *, is_sharded: bool = False) -> None:
+def compile_model(model: Plug, *, is_half: bool = False, is_sharded: bool = False) -> None:
     """Compile a model's parts in place, with projections of the same states in one product.
 
     Each layer is compiled alone: all of a kind share one graph, for all lengths, so that this takes
     seconds and not minutes.
 
     Args:
-        model: that is to be trained.
+        model: that is to be trained, on its device.
+        is_half: it will run under autocast in bf16.
         is_sharded: FSDP2 will shard it. It gathers a layer's weights in hooks, which stay outside
             of what is compiled; those of the projections of the encoder's output it gathers layer
             by layer, so these are not put into one product.
     """
+    attend = attention_kernel(model) if is_half else None
     for layer in model.encoder.layers:
         layer.__class__ = _PackedEncoderLayer
+        cast(_PackedEncoderLayer, layer).attend = attend
     parts: list[nn.Module] = [model.embeddings, *model.encoder.layers, model.encoder.final_norm]
     if model.decoder is not None:
         for layer in model.decoder.layers:
             layer.__class__ = _PackedDecoderLayer
+            cast(_PackedDecoderLayer, layer).attend = attend
         if not is_sharded:
             model.decoder.__class__ = _PackedDecoder
             cast(_PackedDecoder, model.decoder).project = torch.compile(_project, dynamic=True)
@@ -60,21 +67,37 @@ def compile_model(model: Plug, *, is_sharded: bool = False) -> None:
         setattr(losses, name, torch.compile(plain, dynamic=True))
 
 
+def attention_kernel(model: Plug) -> Attend | None:
+    """Return our own kernels of attention if they serve this model: on Hopper, for its heads."""
+    device = model.word_table().device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    from plug.kernels import training_attention  # needs triton, which comes with CUDA
+
+    is_served = model.config.head_dim in training_attention.HEAD_DIMS
+    return training_attention.attend if is_served else None
+
+
 class _Bf16Embeddings(Embeddings):
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         return super().forward(*arguments, **options).to(torch.bfloat16)
 
 
 class _PackedEncoderLayer(EncoderLayer):
+    attend: Attend | None
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         assert attention_mask is None, "passages fill their length"
-        context = _attend_to_itself(self.attention, self.attention_norm(hidden_states), False)
+        normalized = self.attention_norm(hidden_states)
+        context = _attend_to_itself(self.attention, normalized, False, self.attend)
         hidden_states = hidden_states + self.dropout(context)
         transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(transformed)
 
 
 class _PackedDecoderLayer(DecoderLayer):
+    attend: Attend | None
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -86,10 +109,10 @@ class _PackedDecoderLayer(DecoderLayer):
         masks = (encoder_attention_mask, self_attention_mask, past_key_values)
         assert masks == (None, None, None), "passages fill their length"
         normalized = self.self_attention_norm(hidden_states)
-        context = _attend_to_itself(self.self_attention, normalized, True)
+        context = _attend_to_itself(self.self_attention, normalized, True, self.attend)
         hidden_states = hidden_states + self.dropout(context)
         normalized = self.cross_attention_norm(hidden_states)
-        context = self.cross_attention(normalized, *encoder_key_value)
+        context = _attend_to(self.cross_attention, normalized, encoder_key_value, self.attend)
         hidden_states = hidden_states + self.dropout(context)
         transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(transformed)
@@ -105,19 +128,47 @@ class _PackedDecoder(Decoder):
         return list(zip(heads[::2], heads[1::2], strict=True))
 
 
-def _attend_to_itself(attention: Attention, states: Tensor, is_causal: bool) -> Tensor:
+def _attend_to_itself(
+    attention: Attention, states: Tensor, is_causal: bool, attend: Attend | None
+) -> Tensor:
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    query, key, value = _project(linears, states, attention.head_dim)
     dropout = attention.dropout if attention.training else 0.0
+    if attend is not None and states.shape[1] <= LONGEST:
+        side_by_side = _joined(linears, states)
+        seed = _seed(states, dropout)
+        context, _ = attend(side_by_side, None, None, attention.head_dim, is_causal, dropout, seed)
+        return cast(Tensor, attention.out_proj(context))
+    query, key, value = _project(linears, states, attention.head_dim)
     context = F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=is_causal
     )
     return cast(Tensor, attention.out_proj(context.transpose(1, 2).flatten(2)))
 
 
+def _attend_to(
+    attention: Attention, states: Tensor, key_value: KeyValue, attend: Attend | None
+) -> Tensor:
+    if attend is None or max(states.shape[1], key_value[0].shape[2]) > LONGEST:
+        return cast(Tensor, attention(states, *key_value))
+    dropout = attention.dropout if attention.training else 0.0
+    key, value = (each.transpose(1, 2).flatten(2) for each in key_value)
+    query, seed = attention.q_proj(states), _seed(states, dropout)
+    context, _ = attend(query, key, value, attention.head_dim, False, dropout, seed)
+    return cast(Tensor, attention.out_proj(context))
+
+
+def _seed(states: Tensor, dropout: float) -> Tensor | None:
+    return torch.randint(2**31, (1,), device=states.device) if dropout else None
+
+
 def _project(linears: list[nn.Linear], states: Tensor, head_dim: int) -> list[Tensor]:
     """Return what each linear layer makes of the same states, (batch, heads, length, head_dim)."""
+    projected = _joined(linears, states).chunk(len(linears), dim=-1)
+    return [each.unflatten(-1, (-1, head_dim)).transpose(1, 2) for each in projected]
+
+
+def _joined(linears: list[nn.Linear], states: Tensor) -> Tensor:
+    """Return what linear layers make of the same states, side by side, in one product."""
     weight = torch.cat([linear.weight for linear in linears])
     bias = torch.cat([linear.bias for linear in linears])
-    projected = F.linear(states, weight, bias).chunk(len(linears), dim=-1)
-    return [each.unflatten(-1, (-1, head_dim)).transpose(1, 2) for each in projected]
+    return F.linear(states, weight, bias)

@@ -304,7 +304,7 @@ def _build_model(
     if again and settings.recomputation == "auto":
         _tell(processes, f"为了放得下，反向时重算 {again} 层。")
     if settings.compile:
-        compile_model(model, is_sharded=is_sharded)
+        compile_model(model, is_half=is_half, is_sharded=is_sharded)
     if is_sharded:
         shard_new(
             model,
