@@ -99,8 +99,28 @@ def test_attention_by_our_own_kernels(
     assert served == (encoder + self_and_cross if longest == 512 else [6] * layers[1])
 
 
+@pytest.mark.usefixtures("plain_losses", "eager")
+def test_gelu_by_our_own_kernel(
+    tiny_model: Plug, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("plug.kernels.gelu", reason="needs triton")
+    tiny_model.eval()
+    expected = results(tiny_model, batch)
+    served = []
+
+    def gelu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        served.append(product.shape[1])
+        return kernels.BiasedGelu.apply(product, bias)
+
+    monkeypatch.setattr(compiled, "gelu_kernel", lambda _: gelu)
+    compile_model(tiny_model, is_half=True)
+    torch.testing.assert_close(results(tiny_model, batch), expected, rtol=1e-4, atol=1e-5)
+    assert served == [14] * len(tiny_model.encoder.layers) + [6] * 2
+
+
 def test_no_kernel_of_our_own_on_a_cpu(tiny_model: Plug) -> None:
     assert compiled.attention_kernel(tiny_model) is None
+    assert compiled.gelu_kernel(tiny_model) is None
 
 
 def test_the_residual_stream_is_bf16(tiny_model: Plug, batch: Batch) -> None:

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plug.model.attention import Attention
-from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer, KeyValue, KeyValueCache
+from plug.model.layers import (
+    DecoderLayer,
+    Embeddings,
+    EncoderLayer,
+    FeedForward,
+    KeyValue,
+    KeyValueCache,
+)
 from plug.model.plug import Decoder, Plug
 from plug.pretraining import losses
 
 Attend = Callable[..., tuple[Tensor, Tensor]]  # `plug.kernels.training_attention.attend`
+Gelu = Callable[[Tensor, Tensor], Tensor]  # `plug.kernels.gelu.BiasedGelu.apply`
 LONGEST = 512  # positions that our own kernels of attention are made for
 
 
@@ -44,14 +52,17 @@ def compile_model(model: Plug, *, is_half: bool = False, is_sharded: bool = Fals
             by layer, so these are not put into one product.
     """
     attend = attention_kernel(model) if is_half else None
+    gelu = gelu_kernel(model) if is_half else None
     for layer in model.encoder.layers:
         layer.__class__ = _PackedEncoderLayer
         cast(_PackedEncoderLayer, layer).attend = attend
+        cast(_PackedEncoderLayer, layer).gelu = gelu
     parts: list[nn.Module] = [model.embeddings, *model.encoder.layers, model.encoder.final_norm]
     if model.decoder is not None:
         for layer in model.decoder.layers:
             layer.__class__ = _PackedDecoderLayer
             cast(_PackedDecoderLayer, layer).attend = attend
+            cast(_PackedDecoderLayer, layer).gelu = gelu
         if not is_sharded:
             model.decoder.__class__ = _PackedDecoder
             cast(_PackedDecoder, model.decoder).project = torch.compile(_project, dynamic=True)
@@ -69,13 +80,26 @@ def compile_model(model: Plug, *, is_half: bool = False, is_sharded: bool = Fals
 
 def attention_kernel(model: Plug) -> Attend | None:
     """Return our own kernels of attention if they serve this model: on Hopper, for its heads."""
-    device = model.word_table().device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not _is_on_hopper(model):
         return None
     from plug.kernels import training_attention  # needs triton, which comes with CUDA
 
     is_served = model.config.head_dim in training_attention.HEAD_DIMS
     return training_attention.attend if is_served else None
+
+
+def gelu_kernel(model: Plug) -> Gelu | None:
+    """Return GELU with a bias whose backward pass is our own kernel; on Hopper alone."""
+    if not _is_on_hopper(model):
+        return None
+    from plug.kernels.gelu import BiasedGelu
+
+    return cast(Gelu, BiasedGelu.apply)
+
+
+def _is_on_hopper(model: Plug) -> bool:
+    device = model.word_table().device
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class _Bf16Embeddings(Embeddings):
@@ -85,18 +109,21 @@ class _Bf16Embeddings(Embeddings):
 
 class _PackedEncoderLayer(EncoderLayer):
     attend: Attend | None
+    gelu: Gelu | None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         assert attention_mask is None, "passages fill their length"
         normalized = self.attention_norm(hidden_states)
         context = _attend_to_itself(self.attention, normalized, False, self.attend)
         hidden_states = hidden_states + self.dropout(context)
-        transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
+        normalized = self.feed_forward_norm(hidden_states)
+        transformed = _feed_forward(self.feed_forward, normalized, self.gelu)
         return hidden_states + self.dropout(transformed)
 
 
 class _PackedDecoderLayer(DecoderLayer):
     attend: Attend | None
+    gelu: Gelu | None
 
     def forward(
         self,
@@ -114,7 +141,8 @@ class _PackedDecoderLayer(DecoderLayer):
         normalized = self.cross_attention_norm(hidden_states)
         context = _attend_to(self.cross_attention, normalized, encoder_key_value, self.attend)
         hidden_states = hidden_states + self.dropout(context)
-        transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
+        normalized = self.feed_forward_norm(hidden_states)
+        transformed = _feed_forward(self.feed_forward, normalized, self.gelu)
         return hidden_states + self.dropout(transformed)
 
 
@@ -155,6 +183,12 @@ def _attend_to(
     query, seed = attention.q_proj(states), _seed(states, dropout)
     context, _ = attend(query, key, value, attention.head_dim, False, dropout, seed)
     return cast(Tensor, attention.out_proj(context))
+
+
+def _feed_forward(part: FeedForward, states: Tensor, gelu: Gelu | None) -> Tensor:
+    if gelu is None or type(part.fc1) is not nn.Linear:  # in FP8 it multiplies by itself
+        return cast(Tensor, part(states))
+    return cast(Tensor, part.fc2(gelu(F.linear(states, part.fc1.weight), part.fc1.bias)))
 
 
 def _seed(states: Tensor, dropout: float) -> Tensor | None:
