@@ -39,7 +39,7 @@ PAGES = [
 ]
 ELSEWHERE = {  # what is not typed here, and where it is tried
     "pip install": ".ci/run",
-    "python -m venv": ".ci/run",
+    "python3 -m venv": ".ci/run",
     ". .venv/bin/activate": ".ci/run",
     "plug serve": "tests/serving/test_page.py",
     "torchrun": "tests/pretraining/test_processes.py",

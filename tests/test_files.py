@@ -49,6 +49,22 @@ def names(directory: Path) -> list[str]:
 # --- files -----------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there it is a path like any other")
+@pytest.mark.parametrize("path", ["D:\\模型\\news", "d:/模型/news"])
+def test_a_path_of_windows_is_refused_elsewhere(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for write in (files.new_file, files.new_directory, files.hold):
+        with (
+            pytest.raises(UsageError, match=r"是 Windows 的路径.*应写 /mnt/d/模型/news"),
+            write(path),
+        ):
+            pass
+    assert names(tmp_path) == []
+    assert files.about_windows_path("模型/d:") == ""
+
+
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.txt"
     files.write_text(path, "一\r\n二\n")

@@ -83,13 +83,6 @@ def test_the_picture_of_the_house_names_every_module() -> None:
     assert listed == files - unnamed - commands
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_tree_of_the_readme_names_every_room(name: str) -> None:
-    (tree,) = (block for block in blocks(name, "") if block.startswith("src/plug/"))
-    rooms = {path.name for path in (ROOT / "src" / "plug").iterdir() if path.is_dir()}
-    assert set(re.findall(r"^  (\w+)/", tree, re.M)) == rooms - {"__pycache__"}
-
-
 def test_python_names_of_the_readme_exist() -> None:
     for block in blocks(READMES[0], "python"):
         for node in ast.walk(ast.parse(block)):

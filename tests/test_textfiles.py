@@ -55,8 +55,10 @@ def test_a_byte_order_mark_is_no_text_wherever_a_line_begins(tmp_path: Path) -> 
     [
         ("a.txt", "一\n中文".encode("gb18030"), "iconv -f GB18030 -t UTF-8 {path} > utf8-a.txt"),
         ("a b.txt", "中".encode("gbk"), "iconv -f GB18030 -t UTF-8 '{path}' > 'utf8-a b.txt'"),
-        ("a.tsv.gz", gzip.compress("中文".encode("gbk")),
+        ("a.tsv.gz", gzip.compress("中文".encode("gbk"), mtime=0),
          "gzip -dc {path} | iconv -f GB18030 -t UTF-8 > utf8-a.tsv"),
+        ("a.csv", "中文".encode("gbk"), "utf8-a.csv（或在 Excel 或 WPS 里另存为“CSV UTF-8"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\0", "{path} 是 Excel 工作簿或压缩包"),
         ("a.txt", "中文".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
         ("a.txt", "text,label\n".encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
         ("a.txt", "text,label\n".encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8"),
@@ -79,6 +81,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
         (Path("/dev/zero"), "是管道或设备"),
         (tmp_path, "是目录"),
         (tmp_path / "none", "不存在"),
+        (Path("C:\\me\\a.csv"), "不存在。.*在 WSL 里应写 /mnt/c/me/a.csv"),
         (tmp_path / "a\0b", "不存在"),
         (tmp_path / ("长" * 300), "打不开"),
     ):

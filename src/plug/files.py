@@ -37,6 +37,7 @@ if sys.platform != "win32":  # where no lock is taken, so that two writers are n
 logger = logging.getLogger(__name__)
 
 _LEFTOVER = re.compile(r"\.(.+\.)?(lock|partial-\w+|old-\w+)")
+_DRIVE = re.compile(r"([A-Za-z]):[\\/]")
 _LONGEST_NAME = 200  # bytes of NAME in a hidden name; file systems allow 255 in all
 _held: set[int] = set()  # descriptors of the locks that this process holds
 
@@ -68,7 +69,7 @@ def new_file(
         BusyError: another process writes the same file.
         PlugError: the disk is full, or the file cannot be written.
     """
-    target = Path(path).expanduser()
+    target = _target(path)
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
     if target.is_dir():
@@ -166,7 +167,7 @@ def replace_directory(directory: str | Path, marker: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _place_directory(directory: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    target = directory.expanduser().resolve()
+    target = _target(directory).resolve()
     check(target)
     with plain_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +233,7 @@ def hold(directory: str | Path) -> Iterator[None]:
         BusyError: another process holds it.
         PlugError: it cannot be written.
     """
-    target = Path(directory).expanduser().resolve()
+    target = _target(directory).resolve()
     with plain_errors(target):
         is_new = not target.exists()
         target.mkdir(parents=True, exist_ok=True)
@@ -314,6 +315,22 @@ def sync_tree(directory: Path) -> None:
         for name in names:
             sync(Path(folder, name))
         sync(Path(folder))
+
+
+def about_windows_path(path: str | Path) -> str:
+    """What an error says of a path of Windows on another system; "" for any other path."""
+    drive = _DRIVE.match(str(path))
+    if drive is None or sys.platform == "win32":
+        return ""
+    there = f"/mnt/{drive[1].lower()}/" + str(path)[3:].replace("\\", "/")
+    return f"{path} 是 Windows 的路径，这里不是 Windows。在 WSL 里应写 {there}。"
+
+
+def _target(path: str | Path) -> Path:
+    """Where to write; a path of Windows would become a name with backslashes in this folder."""
+    if advice := about_windows_path(path):
+        raise UsageError(advice)
+    return Path(path).expanduser()
 
 
 def _hidden(target: Path, suffix: str) -> Path:

@@ -18,15 +18,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plug.errors import PlugError, UsageError, install
+from plug.files import about_windows_path
 
 logger = logging.getLogger(__name__)
 
 BYTE_ORDER_MARK = "\ufeff"
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # zero-width characters; a line of these is empty
+AS_CSV = "在 Excel 或 WPS 里另存为“CSV UTF-8（逗号分隔）”"
 LONGEST_LINE = 2**28  # bytes; a SQuAD file is one line
 
 _EDGES = re.compile(rf"^[\s{INVISIBLE}]+|[\s{INVISIBLE}]+$")
 _COMPRESSED = (".gz", ".zst")
+_WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx (a zip) and .xls files begin
 _CHUNK = 2**18  # bytes asked of a file at once
 _ZST_CHUNK = 2**13  # compressed bytes: they may expand 30,000 times
 
@@ -75,7 +78,7 @@ def check_regular_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise UsageError(f"文件 {path} 不存在。") from None
+        raise UsageError(f"文件 {path} 不存在。{about_windows_path(path)}") from None
     except OSError as error:
         raise UsageError(f"文件 {path} 打不开：{error.strerror or error}。") from None
     if stat.S_ISDIR(mode):
@@ -102,6 +105,8 @@ def read_lines(path: Path, notes: Notes | None = None) -> Iterator[tuple[int, st
         for number, raw in enumerate(_raw_lines(path), start=1):
             if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise PlugError(f"{path} 是 UTF-16 文本。{_conversion(path, 'UTF-16')}")
+            if number == 1 and raw.startswith(_WORKBOOKS):
+                raise PlugError(f"{path} 是 Excel 工作簿或压缩包，不是文本。请{AS_CSV}，或先解压。")
             if b"\0" in raw:
                 raise PlugError(_about_zero_bytes(path, number, raw))
             yield number, _decoded(path, number, raw, notes)
@@ -163,7 +168,8 @@ def _conversion(path: Path, encoding: str) -> str:
     bare = path.name.removesuffix(path.suffix) if unpack else path.name
     target = shlex.quote(f"utf8-{bare}")
     source = "" if unpack else f"{name} "
-    return f"请先转换：{unpack}iconv -f {encoding} -t UTF-8 {source}> {target}"
+    command = f"请先转换：{unpack}iconv -f {encoding} -t UTF-8 {source}> {target}"
+    return f"{command}（或{AS_CSV}）" if path.suffix == ".csv" else command
 
 
 def _decompression_errors() -> tuple[type[Exception], ...]:

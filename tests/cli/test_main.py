@@ -66,7 +66,9 @@ def test_version(run_plug: Callable) -> None:
 def test_a_wrong_command_line_is_one_chinese_line_and_status_2(
     run_plug: Callable, arguments: list[str], message: str
 ) -> None:
-    assert run_plug(*arguments) == (2, "", f"错误：{message}\n")
+    status, out, err = run_plug(*arguments)
+    told = err.replace("--position=0 ", "--position ")  # typer before 0.29 gives the value too
+    assert (status, out, told) == (2, "", f"错误：{message}\n")
 
 
 @pytest.mark.parametrize("group", ["pretrain", "evaluate"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,16 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     evaluation = Evaluation(metrics={}, samples=Table("样例", (), []))
     with pytest.raises(PlugError, match="没能写入"):
         write_report(tmp_path / "file", "标题", "plug", {}, evaluation)
+
+
+def test_a_home_that_cannot_be_written_is_no_matter_for_the_reader() -> None:
+    program = "from plug.evaluation.report import new_figure; new_figure(1, 1)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
+    environment.pop("MPLCONFIGDIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"HOME": "/dev/null"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

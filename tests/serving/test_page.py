@@ -307,7 +307,10 @@ def test_works_are_exported_and_imported(desk: Desk, tmp_path: Path) -> None:
 
 @in_browser
 def test_reading_labels_and_masks(desk: Desk) -> None:
+    desk.page.click("#write")  # without a beginning
+    assert desk.page.is_visible("#notice")
     desk.page.click("#tab-read")
+    assert not desk.page.is_visible("#notice")
     desk.page.click("form .primary")
     desk.page.locator(".results meter").nth(3).wait_for()
     desk.page.click(".chips [data-task=fill_mask]")

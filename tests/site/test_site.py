@@ -99,8 +99,16 @@ def test_reference_pages_name_what_the_code_has(site: Path) -> None:
     assert "plug pretrain stage2" in page("commands.html")
     english = (site / "en" / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "tokens to write at most" in english
+    assert "plug evaluate tnews" in page("commands.html")
+    assert page("commands.html").count("<h2") < 20  # all tasks of `plug evaluate` are one
     assert "on_text" in page("python.html")
     assert "/v1/fill-mask" in page("http.html")
+    # A field's meaning is that of the table in docs/serving.md, or of the setting of its name.
+    assert "写多少个词元" in page("http.html")
+    assert "只在最可能的这么多个词元里抽" in page("http.html")
+    english = (site / "en" / "reference" / "http.html").read_text(encoding="utf-8")
+    assert "draw among this many of the likeliest tokens" in english
+    assert "写" not in re.sub(r"<nav.*?</nav>|<header.*?</header>", "", english, flags=re.S)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import nn
 from plug.checkpoints.hub import write_pretrained_configuration
 from plug.checkpoints.weights import TensorSpec
 from plug.errors import UsageError
-from plug.files import recover, write_json
+from plug.files import about_windows_path, recover, write_json
 from plug.model.configuration import PlugConfig, read_config_file
 from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
 from plug.tokenization import PlugTokenizer
@@ -45,6 +45,7 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
     if not directory.exists():
         raise UsageError(
             f"找不到模型 {name_or_path}：它不是目录，也不是随附模型的名字 {SHIPPED_MODEL}。"
+            f"{about_windows_path(directory)}"
         )
     if not directory.is_dir():
         raise UsageError(f"模型 {directory} 应是目录，却是文件。请给出它所在的目录。")

@@ -16,6 +16,7 @@ from plug.files import add_files, plain_errors, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -144,16 +145,24 @@ def _html(title: str, command: str, tables: list[Table], plots: list[Plot]) -> s
 
 
 def _save_plot(plot: Plot, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 5))
+    figure, axes = new_figure(7, 5)
     plot.draw(axes)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches and its axes, without a window.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra `train`).
+    """
+    # Where the home cannot be written it warns, in English, of caches that nobody asked for.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
 
 
 def ascii_labels(labels: Sequence[str]) -> list[str]:

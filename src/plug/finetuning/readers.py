@@ -86,11 +86,17 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
         UsageError: there is no such column, or it is empty, or no text.
     """
     if column not in row:
-        raise UsageError(f"{place}没有“{column}”这一列，有的是 {shown(sorted(row))}。")
+        raise UsageError(
+            f"{place}没有“{column}”这一列，有的是 {shown(sorted(row))}。{_rename(column)}"
+        )
     value = row[column]
     if not is_text(value) or not trim(value):
         raise UsageError(f"{place}的“{column}”应是文字，却是 {shown(value)}。")
     return value
+
+
+def _rename(columns: str) -> str:
+    return f"请把要用的列改名为 {columns}（表格的第一行是列名）。"
 
 
 def _optional_text(row: Mapping[str, Any], column: str, place: str) -> str | None:
@@ -143,6 +149,7 @@ def read_classification(
         if not (columns or "text" in row or "text_a" in row):
             raise UsageError(
                 f"{place}没有“text”这一列，也没有“text_a”和“text_b”，有的是 {shown(sorted(row))}。"
+                f"{_rename('text,label')}"
             )
         if not columns and "text" in row and "text_a" in row:
             raise UsageError(f"{place}既有“text”又有“text_a”，不知道该用哪个。请只留其一。")

@@ -11,6 +11,7 @@ from typing import Any
 from plug.errors import PlugError, UsageError
 from plug.jsonfiles import parse_json, shown
 from plug.textfiles import (
+    AS_CSV,
     BYTE_ORDER_MARK,
     LONGEST_LINE,
     Notes,
@@ -50,7 +51,8 @@ def read_rows(path: Path, notes: Notes | None = None) -> Iterator[Row]:
     elif suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.is_file():
-        raise UsageError(f"{path}：不认识的格式。可用 .jsonl .json .csv .tsv .parquet。")
+        advice = f"请{AS_CSV}。" if suffix in (".xlsx", ".xls", ".et") else ""
+        raise UsageError(f"{path}：不认识的格式。可用 .jsonl .json .csv .tsv .parquet。{advice}")
     else:
         yield from _dataset_rows(path)
 
@@ -112,11 +114,23 @@ def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]], notes: Notes
         if len(cells) != len(header):
             raise PlugError(
                 f"{place}有 {len(cells)} 列，表头却有 {len(header)} 列：{shown(header)}。"
+                f"{_about_separators(path, header)}"
             )
         if bare == header:
             notes.add("跳过了重复的表头", place)
             continue
         yield place, dict(zip(header, cells, strict=True))
+
+
+def _about_separators(path: Path, header: list[str]) -> str:
+    """What to do where a header of one cell looks like several: Excel's files in some languages."""
+    wanted = "制表符" if plain_suffix(path) == ".tsv" else "英文逗号"
+    used = [mark for mark in (";", "；", "，", ",", "\t") if len(header) == 1 and mark in header[0]]
+    return (
+        f"{plain_suffix(path)} 的各列之间要用{wanted}，这里用的是 {shown(used[0])}。"
+        if used
+        else ""
+    )
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

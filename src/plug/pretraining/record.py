@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plug.evaluation.report import new_figure
 from plug.files import new_file, sync
 
 logger = logging.getLogger(__name__)
@@ -89,13 +90,8 @@ def plot_losses(log: Path, image: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed (extra `train`).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = read_rows(log)
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = new_figure(8, 5)
     curves = loss_curves(rows)
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
@@ -110,4 +106,3 @@ def plot_losses(log: Path, image: Path) -> None:
     figure.tight_layout()
     with new_file(image, "wb") as file:
         figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)

@@ -67,11 +67,12 @@ def test_a_compiler_that_fails_is_named(
 def test_a_cache_that_cannot_be_written_has_a_way_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr("os.access", lambda folder, mode: False)  # noqa: ARG005
 
     assert library() is None
     assert "XDG_CACHE_HOME" in caplog.text
+    assert "/no/such/compiler" not in caplog.text  # nothing was compiled in vain
 
 
 def test_a_damaged_library_is_not_loaded(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:

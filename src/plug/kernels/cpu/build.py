@@ -50,13 +50,18 @@ def library() -> ctypes.CDLL | None:
                 "装好编译器（如 apt install g++）后会自动编译。"
             )
             return None
+        if way_out := _way_out(target):
+            logger.warning(
+                "编译好的矩阵乘法没有地方存（%s 不能写），用 PyTorch 的乘法，会慢一些。%s",
+                target.parent,
+                way_out,
+            )
+            return None
         logger.warning("首次使用：为这台机器的处理器编译矩阵乘法，几秒钟，只此一次。")
         try:
             _build_once([compiler, *_FLAGS, *_target()], target)
         except (OSError, PlugError) as error:
-            logger.warning(
-                "没能编译（%s），用 PyTorch 的乘法，会慢一些。%s", error, _way_out(target)
-            )
+            logger.warning("没能编译（%s），用 PyTorch 的乘法，会慢一些。", error)
             return None
     try:
         return _declared(ctypes.CDLL(str(target)))

@@ -407,7 +407,7 @@ function tabs(list, onSelect) {
   }
 }
 
-tabs($("rooms"));
+tabs($("rooms"), () => say("")); // what was said belongs to the tab that is left
 tabs($("views"), showAnswer);
 
 text.addEventListener("input", () => {
