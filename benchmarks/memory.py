@@ -290,7 +290,7 @@ def pretrain(
     if fp8:
         multiply_in_fp8(model)
     if compiled:
-        compile_model(model, is_half=True)
+        compile_model(model)
     optimizers = build_optimizers(
         model, name=optimizer, learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.01
     )

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plug.errors import UsageError
 from plug.model.attention import Attention
+from plug.model.configuration import PlugConfig
 from plug.model.layers import (
     DecoderLayer,
     Embeddings,
@@ -38,21 +40,22 @@ def keep_bf16(model: Plug) -> None:
     model.embeddings.__class__ = _Bf16Embeddings
 
 
-def compile_model(model: Plug, *, is_half: bool = False, is_sharded: bool = False) -> None:
+def compile_model(model: Plug, *, own_kernels: bool = False, is_sharded: bool = False) -> None:
     """Compile a model's parts in place, with projections of the same states in one product.
 
     Each layer is compiled alone: all of a kind share one graph, for all lengths, so that this takes
     seconds and not minutes.
 
     Args:
-        model: that is to be trained, on its device.
-        is_half: it will run under autocast in bf16.
+        model: that is to be trained.
+        own_kernels: attention, and GELU with its bias, by `kernels/`; under autocast in bf16 on a
+            device that `check_kernels` admits.
         is_sharded: FSDP2 will shard it. It gathers a layer's weights in hooks, which stay outside
             of what is compiled; those of the projections of the encoder's output it gathers layer
             by layer, so these are not put into one product.
     """
-    attend = attention_kernel(model) if is_half else None
-    gelu = gelu_kernel(model) if is_half else None
+    attend = _attention_kernel() if own_kernels else None
+    gelu = _gelu_kernel() if own_kernels else None
     for layer in model.encoder.layers:
         layer.__class__ = _PackedEncoderLayer
         cast(_PackedEncoderLayer, layer).attend = attend
@@ -78,28 +81,32 @@ def compile_model(model: Plug, *, is_half: bool = False, is_sharded: bool = Fals
         setattr(losses, name, torch.compile(plain, dynamic=True))
 
 
-def attention_kernel(model: Plug) -> Attend | None:
-    """Return our own kernels of attention if they serve this model: on Hopper, for its heads."""
-    if not _is_on_hopper(model):
-        return None
-    from plug.kernels import training_attention  # needs triton, which comes with CUDA
+def check_kernels(config: PlugConfig, device: torch.device) -> None:
+    """Raise a `UsageError` unless our own kernels serve heads of this width on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        found = "CPU" if device.type != "cuda" else torch.cuda.get_device_name(device)
+        raise UsageError(
+            f"own_kernels 要计算能力 9.x 的显卡（如 H100），现在用的是 {found}。请去掉这项设置。"
+        )
+    from plug.kernels.training_attention import HEAD_DIMS  # needs triton, which comes with CUDA
 
-    is_served = model.config.head_dim in training_attention.HEAD_DIMS
-    return training_attention.attend if is_served else None
+    if config.head_dim not in HEAD_DIMS:
+        raise UsageError(
+            f"own_kernels 要求每个注意力头的宽度是 {' 或 '.join(map(str, HEAD_DIMS))}，"
+            f"现在是 {config.head_dim}。请改 num_attention_heads，或去掉这项设置。"
+        )
 
 
-def gelu_kernel(model: Plug) -> Gelu | None:
-    """Return GELU with a bias whose backward pass is our own kernel; on Hopper alone."""
-    if not _is_on_hopper(model):
-        return None
+def _attention_kernel() -> Attend:
+    from plug.kernels.training_attention import attend
+
+    return attend
+
+
+def _gelu_kernel() -> Gelu:
     from plug.kernels.gelu import BiasedGelu
 
     return cast(Gelu, BiasedGelu.apply)
-
-
-def _is_on_hopper(model: Plug) -> bool:
-    device = model.word_table().device
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class _Bf16Embeddings(Embeddings):
