@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace, mode: str, processes: Processes, line
     began = time.perf_counter()
     state = build(config, run, processes)
     run = state.config
-    gradients = ShardedGradients(state.model)
+    gradients = ShardedGradients(state.model, processes)
     batches = [random_batch(config, run, processes, seed) for seed in range(3)]
     vote, number = Vote(processes.world_size), 0
 
@@ -169,9 +169,8 @@ def build(config: PlugConfig, run: RunConfig, processes: Processes) -> State:
 
     Its settings have the number of layers that are recomputed.
     """
-    again = recomputed_layers(
-        config, run, 2, processes.device, world_size=processes.world_size, is_sharded=True
-    )
+    cards = processes.world_size
+    again = recomputed_layers(config, run, 2, processes.device, world_size=cards, cards=cards)
     run = replace(run, recomputation=again)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     with torch.device("meta"):
@@ -248,7 +247,7 @@ def checkpoint(
         began = time.perf_counter()
 
         def save_and_step() -> None:
-            checkpoints.save(state.model, state.optimizers, state.to_dict(processes.world_size))
+            checkpoints.save(state.model, state.optimizers, state.to_dict(processes))
             step()
 
         stalled = timed(save_and_step, processes)
