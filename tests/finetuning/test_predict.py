@@ -85,6 +85,17 @@ def test_damaged_settings_are_refused(
         kind_of(tuned)
 
 
+def test_a_run_from_before_there_was_an_option_is_read(tuned: Path) -> None:
+    run = json.loads((tuned / RUN_FILE).read_text())
+    del run["settings"]["parallel"]["tensor"], run["settings"]["patience"]
+    (tuned / RUN_FILE).write_text(json.dumps(run))
+    assert read_run(tuned) == run
+    run["settings"]["parallel"]["cards"] = 8  # of a later version
+    (tuned / RUN_FILE).write_text(json.dumps(run))
+    with pytest.raises(PlugError, match="cards"):
+        read_run(tuned)
+
+
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="不是微调过的模型"):
         read_run(tmp_path)

@@ -186,6 +186,13 @@ def _settings_of(run: dict[str, Any]) -> FinetuneSettings:
     return FinetuneSettings(**{"train": "", "eval": "", "output": ""} | run["settings"])
 
 
+def _is_kept(saved: Any, read: Any) -> bool:
+    """Whether a setting is read as it was saved; a table may have got options since then."""
+    if isinstance(saved, dict) and isinstance(read, dict):
+        return bool(read | saved == read)
+    return bool(saved == read)
+
+
 def _problem(run: Any) -> str:
     """What is wrong with the content of `finetuning.json`; "" if nothing is."""
     if not isinstance(run, dict):
@@ -200,7 +207,7 @@ def _problem(run: Any) -> str:
     except UsageError as error:
         return str(error).rstrip("。")
     kept = read.to_dict()
-    if changed := [name for name, value in settings.items() if kept[name] != value]:
+    if changed := [name for name, value in settings.items() if not _is_kept(value, kept[name])]:
         return f"settings 里的 {changed[0]}={shown(settings[changed[0]])} 不是训练时的值"
     if not isinstance(labels, list) or not all(is_text(each) and each for each in labels):
         return f"labels 应是文字的列表，却是 {shown(labels)}"
