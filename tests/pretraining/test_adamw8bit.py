@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,12 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(settings: Make, tmp_path: Pa
     (tmp_path / "run" / "model").rename(tmp_path / "again")
     with pytest.raises(PlugError, match="优化器的状态与参数的形状不符"):
         pretrain(1, made, resume=True, device="cpu")
+
+
+@needs_torchao
+def test_a_mesh_that_cuts_a_block_is_refused(
+    settings: Make, run_together: Callable[..., list[Any]]
+) -> None:
+    made = settings(optimizer="adamw8bit", parallel={"tensor": 2})
+    told = run_together(2, "failing", stage=1, settings=asdict(made))
+    assert all("共用一个尺度，而 parallel.tensor 把" in each for each in told)

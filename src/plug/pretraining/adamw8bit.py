@@ -166,10 +166,16 @@ def block_of(weight: Tensor) -> int:
     """Return how many values of a row share a scale.
 
     Raises:
-        UsageError: the row has no such blocks.
+        UsageError: the row has no such blocks, or this process has a part of one.
     """
-    found = math.gcd(weight.shape[1], BLOCK)
-    if found < _LEAST_BLOCK or _local(weight).shape[1] % found:
+    found, own = math.gcd(weight.shape[1], BLOCK), _local(weight).shape[1]
+    if found >= _LEAST_BLOCK and own % found:  # tensor parallelism cuts rows
+        raise UsageError(
+            f"optimizer=adamw8bit 每 {found} 个数共用一个尺度，而 parallel.tensor 把"
+            f" {weight.shape[1]} 列切成了 {own} 列。"
+            "请用更小的 parallel.tensor，或 optimizer=adamw。"
+        )
+    if found < _LEAST_BLOCK:
         raise UsageError(
             f"optimizer=adamw8bit 要求 hidden_size 和 intermediate_size 是 {_LEAST_BLOCK} 的倍数，"
             f"现在有一个是 {weight.shape[1]}。请改大小，或用 optimizer=adamw。"
