@@ -269,6 +269,10 @@ def _build_model(
             f"{config.max_position_embeddings}。"
         )
     if settings.own_kernels:
+        if is_sharded:  # bf16 by FSDP2's casts, which these kernels have not met
+            raise UsageError(
+                "own_kernels 不能与分片（parallel.sharding = fsdp）一起用。请去掉其中一个。"
+            )
         check_kernels(config, processes.device)
     dropout = settings.dropout
     with torch.device("meta" if is_sharded else "cpu"):
