@@ -2,11 +2,13 @@
 
 Ray spreads requests, asks each copy for its health and replaces it when it is not well. Each copy
 has the application of `app.py` with its own queue; a stream passes through as it is written.
-SIGHUP replaces all copies, one after the other, while the others serve.
+SIGHUP replaces all copies, one after the other, while the others serve. SIGTERM or Ctrl-C ends
+them as it ends one server: nothing new is taken, what runs is finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -22,8 +24,9 @@ from plug.serving.record import log_event
 from plug.serving.server import set_up_logs
 from plug.serving.settings import ServeSettings
 
-_APPLICATION = "plug"
+_APPLICATION = _DEPLOYMENT = "plug"
 _HEALTH_SECONDS = 5.0  # between two questions
+_LAST_SECONDS = 5.0  # for a copy to say that it has drained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,7 @@ class Replica:
             dtype=models.dtype,
         )
         self._app = create_app(loaded, settings, loader)
+        set_up_logs()  # into the files that Ray keeps of each process
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray's name for what answers requests."""
@@ -74,6 +78,10 @@ class Replica:
         """Ray's question; an error has the copy replaced."""
         if not self._app.state.service.is_alive:
             raise PlugError("写作的线程已停止。")
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait for what runs; called by `serve_replicas` at the end."""
+        await self._app.state.service.drain()
 
 
 def serve_replicas(
@@ -102,6 +110,8 @@ def serve_replicas(
     def end(*_: int | FrameType | None) -> None:
         is_over.set()
         changed.set()
+        for each in (signal.SIGTERM, signal.SIGINT):  # a second one ends at once
+            signal.signal(each, signal.default_int_handler)
 
     def run(generation: int) -> None:
         options = {
@@ -112,7 +122,7 @@ def serve_replicas(
             "health_check_period_s": _HEALTH_SECONDS,
             "ray_actor_options": {"num_cpus": 0, "num_gpus": int(models.device != "cpu")},
         }
-        deployment = serve.deployment(serve.ingress()(Replica), name="plug", **options)
+        deployment = serve.deployment(serve.ingress()(Replica), name=_DEPLOYMENT, **options)
         serve.run(deployment.bind(models, settings, generation), name=_APPLICATION)
 
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
@@ -137,6 +147,11 @@ def serve_replicas(
             generation += 1
             run(generation)
             log_event(logging.INFO, event="replaced", replicas=settings.replicas)
+        log_event(logging.INFO, event="draining", replicas=settings.replicas)
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # a copy died meanwhile
+            copies = serve.get_deployment_handle(_DEPLOYMENT, _APPLICATION)
+            copies.broadcast("drain").results(timeout_s=settings.shutdown_timeout + _LAST_SECONDS)
+        serve.delete(_APPLICATION)  # when the last answers have passed through the proxy
     finally:
         serve.shutdown()
         ray.shutdown()
