@@ -18,27 +18,25 @@ from typing import Any
 
 import pytest
 
-from plug.errors import PlugError
+from plug.errors import PlugError, UsageError
 from plug.generation.generator import Generator
-from plug.serving.replicas import Models, Replica, resolved
+from plug.serving.replicas import Models, Replica, _reason_of, resolved, serve_replicas
 from plug.serving.settings import ServeSettings
 
 has_ray = importlib.util.find_spec("ray") is not None
+
+
+def models_of(directory: Path) -> Models:
+    return Models(
+        name="m", directory=str(directory), finetuned={}, adapters={}, device="cpu", dtype=None
+    )
 
 
 def test_a_copy_is_well_as_long_as_its_engines_run(
     model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("plug.serving.replicas.set_up_logs", lambda: None)  # pytest has its own
-    models = Models(
-        name="m",
-        directory=str(model_directory),
-        finetuned={},
-        adapters={},
-        device="cpu",
-        dtype=None,
-    )
-    copy = Replica(models, ServeSettings(max_num_seqs=2, replicas=2), 0)
+    copy = Replica(models_of(model_directory), ServeSettings(max_num_seqs=2, replicas=2), 0)
     app: Any = copy.__serve_build_asgi_app__()
     copy.check_health()
     app.state.service.close()
@@ -53,6 +51,29 @@ def test_directories_are_found_from_elsewhere(
     monkeypatch.chdir(model_directory.parent)
     assert resolved(model_directory.name) == str(model_directory.resolve())
     assert resolved("plug-mini-zh") == "plug-mini-zh"
+
+
+def test_why_the_copies_did_not_start() -> None:
+    message = (
+        "A replica failed to start with exception. Retrying 2 more time(s). Error:\n"
+        "Traceback (most recent call last):\n"
+        "plug.errors.UsageError: 找不到模型 /nowhere。\n"
+    )
+
+    def application(message: str) -> Any:
+        return SimpleNamespace(deployments={"plug": SimpleNamespace(message=message)})
+
+    assert _reason_of(application(message)) == "找不到模型 /nowhere。"
+    assert _reason_of(application("something else")) == ""
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        settings = ServeSettings(replicas=2, port=other.getsockname()[1])
+        with pytest.raises(UsageError, match=f"127.0.0.1:{settings.port}"):
+            serve_replicas(models_of(tmp_path), settings, lambda _: None)
 
 
 @pytest.mark.skipif(has_ray, reason="Ray is installed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any
 
 from plug.errors import PlugError, UsageError
 from plug.serving.record import log_event
-from plug.serving.server import set_up_logs
+from plug.serving.server import listen, set_up_logs
 from plug.serving.settings import ServeSettings
 
 _APPLICATION = _DEPLOYMENT = "plug"
@@ -95,11 +96,13 @@ def serve_replicas(
         on_started: called with the address when all copies are ready.
 
     Raises:
-        UsageError: Ray's proxy cannot do what the settings ask for.
+        UsageError: Ray's proxy cannot do what the settings ask for, or the port is in use.
         PlugError: Ray is not installed, or the copies did not start.
     """
     if settings.uds is not None:
         raise UsageError("--replicas 不能和 --uds 一起用。请用 --host 和 --port。")
+    with listen(settings) as trial:  # Ray would refuse a port in use with a traceback
+        port = trial.getsockname()[1]
     try:
         import ray
         from ray import serve
@@ -110,8 +113,6 @@ def serve_replicas(
     def end(*_: int | FrameType | None) -> None:
         is_over.set()
         changed.set()
-        for each in (signal.SIGTERM, signal.SIGINT):  # a second one ends at once
-            signal.signal(each, signal.default_int_handler)
 
     def run(generation: int) -> None:
         options = {
@@ -127,17 +128,18 @@ def serve_replicas(
 
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        serve.start(http_options={"host": settings.host, "port": settings.port})
+        serve.start(http_options={"host": settings.host, "port": port})
         try:
             run(0)
         except RuntimeError as error:
-            raise PlugError(f"{settings.replicas} 个副本没有起来：{error}") from None
+            reason = _reason_of(serve.status().applications[_APPLICATION]) or str(error)
+            raise PlugError(f"{settings.replicas} 个副本没有起来：{reason}") from None
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
         if sys.platform != "win32":
             signal.signal(signal.SIGHUP, lambda *_: changed.set())
         set_up_logs()
-        on_started(f"http://{settings.host}:{settings.port}")
+        on_started(f"http://{settings.host}:{port}")
         generation = 0
         while True:
             changed.wait()
@@ -155,6 +157,13 @@ def serve_replicas(
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _reason_of(application: Any) -> str:
+    """What a copy's start ended with, where it was one of the package's errors; else ""."""
+    messages = [deployment.message for deployment in application.deployments.values()]
+    found = re.findall(r"^plug\.errors\.\w+: (.+)$", "\n".join(messages), re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def resolved(directory: str) -> str:
