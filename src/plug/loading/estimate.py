@@ -250,7 +250,14 @@ _FEW_LABELS = 2  # of a classifier, whose one linear layer is small beside the o
 # Bytes an optimizer keeps for a trained parameter: two moments in float32; in 8 bits with a scale
 # in float32 for 256 of them. A factored second moment is a row and a column. Muon has one momentum
 # for the layers' matrices; AdamW has the rest.
-_STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "muon": 8.0, "adafactor": 0.0}
+_EIGHT_BITS = 2 + 2 * 4 / 256
+_STATES = {
+    "adamw": 8.0,
+    "adamw8bit": _EIGHT_BITS,
+    "adamw8bit_fused": _EIGHT_BITS,
+    "muon": 8.0,
+    "adafactor": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,7 +329,7 @@ class Training:
     @property
     def is_fused(self) -> bool:
         """Whether a weight changes as soon as its gradient is there, which is then dropped."""
-        return self.trains_all and self.optimizer == "adafactor"
+        return self.trains_all and self.optimizer in ("adafactor", "adamw8bit_fused")
 
     @property
     def own_passes(self) -> bool:
@@ -381,12 +388,12 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     else:
         all_gradients = (4 if adapters else kept) * trained
     if training.is_sharded:
-        largest = layer(config, attentions=2 if config.num_decoder_layers else 1).parameters
+        largest = _gathered_with(config, crossed=config.num_decoder_layers > 0)
         root = (by_part["embeddings"] + by_part["heads"]).parameters
         share = 0.0 if training.offload else 1 / training.cards
-        weights, optimizer, all_gradients = (
-            round(each * share) for each in (weights, optimizer, all_gradients)
-        )
+        weights, optimizer = (round(each * share) for each in (weights, optimizer))
+        if not training.is_fused:  # else what there is of them has not been reduced yet
+            all_gradients = round(all_gradients * share)
         weights += training.weight * (root + 2 * largest)  # gathered: the one at work, the next
 
     blocks = list(_blocks(config, training))
@@ -508,8 +515,9 @@ def _layer_block(
         unpacked = largest
         passing += tokens * 2 * hidden
     weight_gradient = largest * (6 if _casts(training) else value) if training.trains_all else 0
-    if training.is_sharded and training.trains_all:  # of the layer, and in float32 to be summed
-        weight_gradient = (value + 4) * part.parameters
+    if training.is_sharded and training.trains_all:  # of the layer, and what is being summed
+        weight_gradient = (value + (value if training.is_fused else 4))
+        weight_gradient *= _gathered_with(config, crossed)
     return _Block(
         kept=kept - again,
         entry=entry,
@@ -517,6 +525,15 @@ def _layer_block(
         backward=passing + (tokens * value * inner if again else 0) + unpacked + weight_gradient,
         gradients=0 if training.is_fused else part.parameters,
     )
+
+
+def _gathered_with(config: PlugConfig, crossed: bool) -> int:
+    """Parameters of a layer that FSDP2 gathers together: without keys' and values' of the source.
+
+    `distributed/fully_sharded.py` gathers those by themselves.
+    """
+    apart = 2 * config.hidden_size * (config.hidden_size + 1) if crossed else 0
+    return layer(config, attentions=2 if crossed else 1).parameters - apart
 
 
 def _casts(training: Training) -> bool:
