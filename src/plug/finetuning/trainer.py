@@ -23,6 +23,7 @@ from plug.errors import PlugError
 from plug.finetuning import sharded_state
 from plug.finetuning.fused_backward import FusedAdafactor, FusedAdamW8bit
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharding import without_wrapper
 from plug.hf.base import cross_entropy
 from plug.model.heads import IGNORE_INDEX
 
@@ -58,6 +59,8 @@ class FinetuneTrainer(Trainer):
         self.add_callback(Epochs(self.order))
         if self.is_sharded:
             options["model"]._is_accelerate_prepared = True  # else Accelerate wraps it for DDP
+        if self.is_deepspeed_enabled:  # its optimizer has weights of its own, in float32
+            without_wrapper(options["model"]).warns_of_half_precision = False
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.is_sharded:  # shards are where they belong
