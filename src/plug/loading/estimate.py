@@ -250,7 +250,14 @@ _FEW_LABELS = 2  # of a classifier, whose one linear layer is small beside the o
 # Bytes an optimizer keeps for a trained parameter: two moments in float32; in 8 bits with a scale
 # in float32 for 256 of them. A factored second moment is a row and a column. Muon has one momentum
 # for the layers' matrices; AdamW has the rest.
-_STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "muon": 8.0, "adafactor": 0.0}
+_EIGHT_BITS = 2 + 2 * 4 / 256
+_STATES = {
+    "adamw": 8.0,
+    "adamw8bit": _EIGHT_BITS,
+    "adamw8bit_fused": _EIGHT_BITS,
+    "muon": 8.0,
+    "adafactor": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,7 +329,7 @@ class Training:
     @property
     def is_fused(self) -> bool:
         """Whether a weight changes as soon as its gradient is there, which is then dropped."""
-        return self.trains_all and self.optimizer == "adafactor"
+        return self.trains_all and self.optimizer in ("adafactor", "adamw8bit_fused")
 
     @property
     def own_passes(self) -> bool:
@@ -384,9 +391,9 @@ def training_need(config: PlugConfig, training: Training) -> Need:
         all_gradients = (4 if adapters else kept) * trained
     if training.is_sharded:
         share = 0.0 if training.offload else 1 / training.cards
-        weights, optimizer, all_gradients = (
-            round(each * share) for each in (weights, optimizer, all_gradients)
-        )
+        weights, optimizer = (round(each * share) for each in (weights, optimizer))
+        if not training.is_fused:  # else it is the word table's, before it is reduced
+            all_gradients = round(all_gradients * share)
         weights += training.weight * (by_part["embeddings"] + by_part["heads"]).parameters
 
     blocks = list(_blocks(config, training))
@@ -405,8 +412,9 @@ def training_need(config: PlugConfig, training: Training) -> Need:
         best = _larger(best, weights, optimizer, int(gradients), left, inside)
         left -= block.entry
         if training.is_sharded and training.trains_all and block.parameters:
-            # Its gradients are whole, in float32 to be summed, and the sums; what it kept is free.
-            before = 4 * block.parameters  # until the next block's are summed
+            # Its gradients are whole, copied to be summed, and the sums; what it kept is free.
+            copied = training.weight if training.is_fused else 4
+            before = copied * block.parameters  # until the next block's are summed
             sums = 4 * block.parameters // training.cards if training.accumulates else 0
             inside = training.value * block.parameters + before + sums + gathered
             best = _larger(best, weights, optimizer, int(gradients), left, inside)
