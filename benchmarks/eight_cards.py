@@ -43,7 +43,7 @@ from plug.model.configuration import PRESETS
 
 TEXTS = 4  # whose ids are compared
 PARTS = ("write", "ends", "finetune:lora", "resume", "pretrain")
-# Every parameter of 27B takes 43 GB a card on 8 cards (`plug info --memory finetune --cards 8`).
+# Every parameter of 27B takes 41 GB a card on 8 cards (`plug info --memory finetune --cards 8`).
 ON_EIGHT = ("finetune:whole8_batch32", "finetune:whole8_batch256")
 LIMITS = {"write": 240, "ends": 60, "resume": 200, "pretrain": 240}
 TARGETS = {"lora": 120, "whole8_batch32": 240, "whole8_batch256": 300}

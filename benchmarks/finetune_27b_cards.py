@@ -37,7 +37,13 @@ from plug.finetuning.kind import Collator
 from plug.finetuning.memory import Case, training_of
 from plug.finetuning.run import training_arguments
 from plug.finetuning.settings import FinetuneSettings
-from plug.finetuning.sharding import Layout, find_layout, shard_for_training, without_wrapper
+from plug.finetuning.sharding import (
+    Layout,
+    find_layout,
+    keeps_half,
+    shard_for_training,
+    without_wrapper,
+)
 from plug.finetuning.tasks import find_task
 from plug.finetuning.trainer import FinetuneTrainer
 from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
@@ -172,7 +178,7 @@ def predicted_gb(config: PlugConfig, run: FinetuneSettings, layout: Layout) -> f
         config=config, bits=None, source_length=one.SOURCE, target_length=one.TARGET, room=None,
         on_gpu=True, cards=layout.processes, offload=run.parallel.cpu_offload,
     )  # fmt: skip
-    kept = 16 if run.is_adapter else 32
+    kept = 16 if keeps_half(run, layout.device) else 32
     training = replace(
         training_of(run, case), memory=run.memory, optimizer=run.optimizer, bits=kept
     )
@@ -185,7 +191,7 @@ def resident_gb(device: torch.device) -> float:
 
 def random_shards(values: Any, run: FinetuneSettings, layout: Layout) -> Any:
     """A model of `plug.hf` of which each process draws its own shards."""
-    half = layout.device.type == "cuda" and run.is_adapter
+    half = keeps_half(run, layout.device)
     with torch.device("meta"):
         model: Any = PlugForConditionalGeneration(values)
     model = shard_for_training(model.to(torch.bfloat16 if half else torch.float32), run, layout)
@@ -224,14 +230,15 @@ LORA: one.Found = {
     "parallel": FSDP,
 }  # fmt: skip
 FULL: one.Found = {"memory": "full", "batch_size": 16}
+BF16: one.Found = {"optimizer": "adamw8bit_fused", "parallel": FSDP}
 FEW = [4, 1]  # layers
 
 
-def measure_whole(arguments: argparse.Namespace, examples: int) -> one.Found:
+def measure_whole(arguments: argparse.Namespace, examples: int, optimizer: str) -> one.Found:
     """Every parameter of all layers; a step has so many examples on all GPUs together."""
     processes = int(os.environ["WORLD_SIZE"])
     batch = max(1, examples // processes)
-    settings = {"memory": "full", "optimizer": "adamw8bit", "batch_size": batch}
+    settings = {"memory": "full", "optimizer": optimizer, "batch_size": batch}
     settings |= {"gradient_checkpointing": True, "parallel": FSDP}
     return measure(arguments, layers=None, settings=settings)
 
@@ -246,8 +253,12 @@ MODES: dict[str, Callable[[argparse.Namespace], one.Found]] = {
     "zero3": lambda a: measure(
         a, layers=FEW, settings=FULL | {"parallel": {"deepspeed": str(ZERO3)}}
     ),
-    "whole8_batch32": lambda a: measure_whole(a, 32),
-    "whole8_batch256": lambda a: measure_whole(a, 256),
+    "full_bf16": lambda a: measure(a, layers=FEW, settings=FULL | BF16),
+    "full_bf16_batch4": lambda a: measure(a, layers=FEW, settings=FULL | BF16 | {"batch_size": 4}),
+    "whole8_batch32": lambda a: measure_whole(a, 32, "adamw8bit"),
+    "whole8_batch256": lambda a: measure_whole(a, 256, "adamw8bit"),
+    "whole_bf16_batch32": lambda a: measure_whole(a, 32, "adamw8bit_fused"),
+    "whole_bf16_batch256": lambda a: measure_whole(a, 256, "adamw8bit_fused"),
 }
 # Seconds of what two cards are measured with, the most wanted first.
 # `zero3` may compile DeepSpeed's AdamW first.

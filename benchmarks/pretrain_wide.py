@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, mode: str, processes: Processes, line: Found) -> Found:
-    """Train a random model over all processes and time its steps; in the first mode a save too."""
+    """Train a random model over all processes and time its steps; in the last mode a save too."""
     config = replace(
         PRESETS["test" if arguments.tiny else "27b"],
         num_hidden_layers=arguments.layers[0],
@@ -136,9 +136,11 @@ def measure(arguments: argparse.Namespace, mode: str, processes: Processes, line
         cards = processes.world_size
         predicted = need_of(config, run, 2, cards, cards, int(run.recomputation)) / 1e9
         found |= {"peak_gb": round(peak, 2), "predicted_gb": round(predicted, 2)}
+    if processes.is_first:  # the rest may take longer than there is time
+        print(json.dumps({mode: found}), flush=True)
     if arguments.profile:
         profile(step, processes, arguments.profile.with_suffix(f".{mode}.txt"))
-    if arguments.checkpoint and mode == arguments.modes[0]:
+    if arguments.checkpoint and mode == arguments.modes[-1]:
         line["checkpoint"] = checkpoint(arguments, state, step, processes)
     gradients.close()
     return found

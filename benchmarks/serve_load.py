@@ -19,6 +19,11 @@ client is this process. Parts:
 - adapters: texts that each use one of 8 LoRA adapters, against texts without one, in turns.
 - http: the server alone: its engine only waits as long as a card would, and writes a fixed text.
 - gpu: 1, 32 and 128 streams of 128 tokens after sources of 512, against the engine in its process.
+
+Where the engine's time goes, for 128 texts at once (the last line's is kept):
+
+    (echo 1 0 128 512 128 0; echo 2 0 128 512 128 0) | python benchmarks/serve_load.py
+        --role engine --rows 128 --preset 27b --bits 8 --device cuda --profile profile.txt
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,21 +128,35 @@ def serve_command(arguments: argparse.Namespace, *more: str) -> list[str]:
 # --- the client -----------------------------------------------------------------------------------
 
 
-class Window:
-    """Counts what comes while all clients are busy: not in the first third, nor after the time."""
+class Pace:
+    """Tokens a second while all clients are busy: of each, from its first text's end to its last's.
 
-    def __init__(self, seconds: float) -> None:
-        now = time.perf_counter()
-        self._begin, self._end = now + seconds / 3, now + seconds
-        self._counted = 0
+    Texts of one length that began together end together. A window of fixed seconds counts such a
+    wave or leaves it out, which moved the rate by 10%.
 
-    def count(self, number: int) -> None:
-        if self._begin <= time.perf_counter() < self._end:
-            self._counted += number
+    Args:
+        tokens: of each text.
+        seconds: texts that end later do not count.
+    """
+
+    def __init__(self, tokens: int, seconds: float) -> None:
+        self._tokens, self._limit = tokens, time.perf_counter() + seconds
+        self._ends: dict[int, list[float]] = {}
+
+    def count(self, client: int) -> None:
+        """A text of this client has ended."""
+        ends = self._ends.setdefault(client, [])
+        if (now := time.perf_counter()) <= self._limit:
+            ends.append(now)
 
     @property
     def per_second(self) -> float:
-        return self._counted / (self._end - self._begin)
+        """0.0 if the time was too short for two texts of each client."""
+        if not self._ends or min(map(len, self._ends.values())) < 2:
+            return 0.0
+        return sum(
+            self._tokens * (len(ends) - 1) / (ends[-1] - ends[0]) for ends in self._ends.values()
+        )
 
 
 @dataclass
@@ -147,8 +167,7 @@ class Tally:
     rejected: int = 0
     other: int = 0
     tokens: int = 0
-    frames: int = 0  # of all tokens that have text
-    window: Window = field(default_factory=lambda: Window(0.1))
+    pace: Pace = field(default_factory=lambda: Pace(0, 0.0))
     cut: int = 0
     first: list[float] = field(default_factory=list)  # seconds to the first token
 
@@ -203,28 +222,30 @@ async def stream(port: int, body: dict[str, Any], tally: Tally) -> AsyncIterator
         writer.close()
 
 
-async def read_all(port: int, body: dict[str, Any], tally: Tally) -> None:
+async def read_all(port: int, body: dict[str, Any], tally: Tally) -> bool:
+    """Read a text's events; whether it ended as it should."""
+    is_whole = False
     async for event in stream(port, body, tally):
-        if any(choice["text"] for choice in event["choices"]):
-            tally.frames += 1
-            tally.window.count(1)
+        is_whole = is_whole or any(choice["finish_reason"] for choice in event["choices"])
+    return is_whole
 
 
 async def closed_loop(
     port: int, clients: int, seconds: float, source: int, tokens: int, seed: int
 ) -> Tally:
     """``clients`` that ask for one text after another until the time is over."""
-    tally, end = Tally(window=Window(seconds)), time.perf_counter() + seconds
+    tally, end = Tally(pace=Pace(tokens, seconds)), time.perf_counter() + seconds
     draw = random.Random(seed)
 
-    async def client() -> None:
+    async def client(number: int) -> None:
         while time.perf_counter() < end:
-            before = tally.ok
-            await read_all(port, body_of(prompt_ids(draw, source - 2), tokens), tally)
-            if tally.ok == before:
+            body = body_of(prompt_ids(draw, source - 2), tokens)
+            if await read_all(port, body, tally):
+                tally.pace.count(number)
+            else:
                 await asyncio.sleep(0.01)
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.gather(*(client(number) for number in range(clients)))
     tally.tokens = tally.ok * tokens  # a byte of a character is a token without text
     return tally
 
@@ -276,7 +297,7 @@ def with_adapters(generator: Generator, count: int) -> Generator:
 def run_engine(arguments: argparse.Namespace) -> None:
     """Role "engine": for each line "SECONDS SEED CLIENTS SOURCE TOKENS ADAPTERS", what was written.
 
-    Tokens, seconds, CPU seconds, and tokens a second in the `Window`. Client i uses adapter
+    Tokens, seconds, CPU seconds, and tokens a second by `Pace`. Client i uses adapter
     1 + i mod ADAPTERS, or none with 0.
     """
     engine = plug.AsyncEngine(
@@ -292,12 +313,13 @@ def run_engine(arguments: argparse.Namespace) -> None:
         draw, end = random.Random(seed), time.perf_counter() + seconds
         settings = plug.GenerationSettings(out_length=tokens, ignore_eos=True)
         done, requests, counted = threading.Semaphore(0), {}, [0]
-        window = Window(seconds)
+        pace = Pace(tokens, seconds)
 
         def submit(slot: int) -> None:
             def listen(news: Progress) -> None:
                 counted[0] += len(news.token_ids)
-                window.count(len(news.token_ids))
+                if news.result is not None:
+                    pace.count(slot)
                 if news.result is not None and time.perf_counter() < end:
                     submit(slot)
                 elif news.result is not None or news.error is not None:
@@ -313,11 +335,39 @@ def run_engine(arguments: argparse.Namespace) -> None:
         for _ in range(clients):
             done.acquire()
         spent = time.perf_counter() - began, time.process_time() - cpu
-        return [counted[0], *spent, window.per_second]
+        return [counted[0], *spent, pace.per_second]
 
     for line in sys.stdin:
         seconds, *counts = line.split()
-        print(json.dumps(measure(float(seconds), *map(int, counts))), flush=True)
+        with profiled(arguments.profile):
+            found = measure(float(seconds), *map(int, counts))
+        print(json.dumps(found), flush=True)
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """Write where a card's time goes in the block: kernels, and between which ones it is idle."""
+    if path is None:
+        yield
+        return
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    on_card = [x for x in profiler.events() if x.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((x.time_range.start, x.time_range.end, x.name[:40]) for x in on_card)
+    idle: Counter[str] = Counter()
+    last, name, busy = spans[0][0] if spans else 0.0, "", 0.0
+    for start, end, following in spans:
+        idle[f"{name} | {following}"] += max(0.0, start - last)
+        busy += max(0.0, end - max(start, last))
+        if end > last:
+            last, name = end, following
+    lines = [f"{wait / 1e3:9.2f} ms idle between {names}" for names, wait in idle.most_common(25)]
+    table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40)
+    total = (last - spans[0][0]) / 1e3 if spans else 0.0
+    path.write_text("\n".join([f"busy {busy / 1e3:.1f} of {total:.1f} ms", *lines, table]))
 
 
 def run_server(arguments: argparse.Namespace) -> None:
@@ -581,8 +631,7 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
         for clients in counts:
             served(server, 1, 0, clients, source, tokens)
             tally, wall, used = served(server, arguments.gpu_seconds, 1, clients, source, tokens)
-            # A byte of a character is a token without a frame.
-            rate = tally.window.per_second * tally.tokens / max(1, tally.frames)
+            rate = tally.pace.per_second
             found[f"b{clients}"] = {
                 "tokens_per_s": round(rate, 1),
                 "engine_tokens_per_s": round(rates[clients], 1),
@@ -608,9 +657,7 @@ def http(arguments: argparse.Namespace) -> dict[str, Any]:
             tally, wall, used = served(server, arguments.http_seconds, 1, clients, 16, 128)
         found[f"b{clients}"] = {
             "cpu_us_per_token": round(used / tally.tokens * 1e6, 1),
-            "of_the_engines_pace": round(
-                tally.window.per_second / clients * milliseconds / 1000, 3
-            ),
+            "of_the_engines_pace": round(tally.pace.per_second / clients * milliseconds / 1000, 3),
             "server_cpu_share": round(used / wall, 2),
             "errors": tally.other + tally.rejected + tally.cut,
         }
@@ -797,6 +844,7 @@ def main() -> None:
     parser.add_argument("--gpu-seconds", type=float, default=20)
     parser.add_argument("--streams", default="1,32,128", help="of part gpu")
     parser.add_argument("--max-num-batched-tokens", type=int, help="part gpu: as in plug serve")
+    parser.add_argument("--profile", type=Path, help="of role engine: write where time goes")
     parser.add_argument("--adapters", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)

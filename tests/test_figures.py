@@ -64,12 +64,14 @@ WRITING = [
     card(IN_TURN, "decode_27b.json results int4"),
     card("decode_27b.json peer", "decode_27b.json peer"),
 ]
+batch, *rest = tuned("two_cards lora")
 FINE_TUNING = [
     tuned("results full"),
     tuned("results lora"),
     tuned("results lora8"),
     tuned("results lora8_recomputed"),
     tuned("results qlora"),
+    [f"2 × {batch}", *rest],
     tuned("peer lora"),
     tuned("peer qlora"),
 ]

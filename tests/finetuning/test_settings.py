@@ -32,7 +32,10 @@ NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
         ({"task": "cmrc2018", "label_smoothing": 0.1}, "label_smoothing 不能用于阅读理解"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5 应在 0 到 1 之间"),
         ({"fgm": -1.0}, "fgm=-1.0 应在 0 到 1000 之间"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' 只能是 'adamw' 或 'adamw8bit' 或 'adafactor'"),
+        (
+            {"optimizer": "sgd"},
+            "optimizer='sgd' 只能是 'adamw' 或 'adamw8bit' 或 'adamw8bit_fused' 或 'adafactor'",
+        ),
         (
             {"optimizer": "adafactor", "gradient_accumulation_steps": 4},
             "gradient_accumulation_steps=4 要累积梯度。请去掉它，或用 --optimizer adamw",

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import plug
+from plug.distributed.fully_sharded import shard
+from plug.distributed.settings import ParallelSettings
 from plug.errors import PlugError, UsageError
 from plug.loading.save import save
 from plug.model.configuration import PlugConfig
@@ -390,6 +395,26 @@ def test_training_half_precision_weights_is_said_once(
 
         told = [record for record in caplog.records if "torch.float32" in record.getMessage()]
         assert len(told) == times
+
+
+def test_training_copies_in_half_precision_of_sharded_weights_is_not_said(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        ours, others = (
+            PlugForMaskedLM.from_pretrained(directory, dtype=torch.float32) for _ in range(2)
+        )
+        mesh = init_device_mesh("cpu", (1,))
+        shard(ours, mesh, ParallelSettings(), torch.bfloat16)
+        fully_shard(others, mesh=mesh, mp_policy=mixed)
+        for model in (ours, others):
+            assert model.train()(IDS).logits.dtype == torch.bfloat16
+    finally:
+        dist.destroy_process_group()
+
+    assert "torch.float32" not in caplog.text
 
 
 @torch.inference_mode()

@@ -232,6 +232,37 @@ def test_the_peak_of_a_step_is_the_one_that_is_counted(
     assert training_need(CONFIG, training).total == pytest.approx(counted, rel=0.05)
 
 
+# On two H100s (docs/devices.md): training, layers of encoder and decoder, GB at the peak of a card.
+ON_TWO_CARDS = [
+    ({"memory": "lora", "bits": 16, "recomputed": 17}, (24, 6), 43.51),
+    ({"memory": "lora", "bits": 16}, (24, 6), 59.01),
+    ({}, (4, 1), 44.77),
+    (
+        {
+            "optimizer": "adamw8bit", "batch_size": 32, "source_length": 512, "target_length": 512,
+            "accumulates": True, "dropout": False, "masked_share": 0.15, "half_stream": True,
+        },
+        (4, 1),
+        55.05,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "layers", "measured"), ON_TWO_CARDS)
+def test_shards_take_what_was_measured_on_two_cards(
+    options: dict[str, Any], layers: tuple[int, int], measured: float
+) -> None:
+    encoder, decoder = layers
+    config = dataclasses.replace(
+        PRESETS["27b"], num_hidden_layers=encoder, num_decoder_layers=decoder
+    )
+    usual = {"batch_size": 16, "source_length": 384, "target_length": 32, "cards": 2}
+
+    need = training_need(config, Training(**{**usual, **options}))
+
+    assert need.total / 1e9 == pytest.approx(measured, rel=0.02)
+
+
 def test_what_writing_needs_is_made_of_weights_caches_and_workspace() -> None:
     """27B, 32 texts: the caches are spec section 7's 196,608 bytes a token."""
     config = PRESETS["27b"]

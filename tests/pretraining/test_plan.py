@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +109,32 @@ def test_the_command() -> None:
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.output)["layout"]["shards"] == 8
     assert "网格" in CliRunner().invoke(app, ["plan"]).output
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("name", ["pretraining-27b.md", "pretraining-27b.zh-CN.md"])
+def test_the_page_s_table_is_what_the_plan_says(name: str) -> None:
+    text = (DOCS / name).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:8|64|256) \|.*$", text, re.M)
+    plans = [plan(cards=n, characters=each) for n in (8, 64, 256) for each in (3e10, 3e11)]
+    for row, found in zip(rows, plans, strict=True):
+        layout, cells = found["layout"], [cell.strip() for cell in row.strip("|").split("|")]
+        cells[7] = cells[7].split()[0]  # without the unit
+        assert cells[2:] == [
+            f"{layout['shards']} x {layout['replicas']}",
+            str(layout["recomputed"]),
+            f"{found['memory_gb']:.1f}",
+            f"{found['days']:.1f}",
+            f"{found['failures']:.1f}",
+            f"{found['checkpoint_every_minutes']:.0f}",
+            f"{found['cost'] / 1e4:.1f}",
+        ]
+
+
+def test_the_page_s_example_is_what_the_plan_says() -> None:
+    text = (DOCS / "pretraining-27b.md").read_text(encoding="utf-8")
+    settings = PlanSettings(cards=64, characters=3e11)
+    example = "\n".join(lines_of(settings, make_plan(settings))[:8])
+    assert f"```text\n{example}\n```" in text

@@ -46,7 +46,9 @@ def same_rows(output: Path, expected: Path, *names: str) -> None:
         assert row["tokens"] == other["tokens"]
         assert row.keys() - {"memory_gb"} == other.keys() - {"memory_gb"}
         for name in other.keys() & set(names):
-            assert row[name] == pytest.approx(other[name], abs=1e-5), (row["step"], name)
+            # The log rounds norms to four digits.
+            apart = 1.01e-4 if name == "grad_norm" else 1e-5
+            assert row[name] == pytest.approx(other[name], abs=apart), (row["step"], name)
 
 
 @pytest.fixture

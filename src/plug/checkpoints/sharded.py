@@ -1,6 +1,6 @@
 """Sharded checkpoints: every process writes its shards, any number of processes reads them.
 
-The format is PyTorch's (`torch.distributed.checkpoint`): a file of tensors from each process and
+The format is PyTorch's (`torch.distributed.checkpoint`): files of tensors from each process and
 `.metadata`, which says where each part of each tensor lies. The directory is written by
 `plug.files`, whole or not at all. Processes on several hosts need one file system.
 """
@@ -35,6 +35,9 @@ from plug.errors import PlugError
 from plug.files import plain_errors, replace_directory
 
 METADATA_FILE = ".metadata"  # written last by torch; shows that a directory is such a checkpoint
+# Threads, and files, of a process that write beside training. One alone waits most of the time for
+# the interpreter's lock, which training holds while a card's queue is full (docs/experiments.md).
+_WRITERS = 8
 _METADATA_CLASSES = {  # what a pickled `.metadata` may name
     name: getattr(torch_metadata, name)
     for name in (
@@ -162,7 +165,7 @@ def begin_sharded(
         dist.broadcast_object_list(temporary, src=0, group=group, device=torch.device("cpu"))
         futures = async_save(
             dict(tensors),
-            storage_writer=FileSystemWriter(temporary[0]),
+            storage_writer=FileSystemWriter(temporary[0], thread_count=_WRITERS),
             process_group=group,
             async_stager=copier,
         )

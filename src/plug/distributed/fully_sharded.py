@@ -9,7 +9,8 @@ arXiv:2304.11277; PyTorch's `fully_shard`). What is gathered together:
 - all else in the root's group: the word table, which inputs and outputs share, norms, heads.
 
 Sharded parameters are the masters: with `compute_dtype` layers compute in that, and the optimizer
-steps in the parameters' own dtype. Gradients are reduced in float32.
+steps in the parameters' own dtype. Gradients are reduced in float32, or as the
+caller says.
 
 FSDP2 takes two seconds to import, so it is imported where a model is sharded: decoding asks
 `is_fully_sharded` of every model.
@@ -44,6 +45,7 @@ def shard(
     mesh: DeviceMesh,
     settings: ParallelSettings,
     compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Shard ``model`` in place over ``mesh``; its parameters become `DTensor`s.
 
@@ -56,6 +58,7 @@ def shard(
         mesh: of one dimension, or of two.
         settings: of the run.
         compute_dtype: what layers compute in; None is the parameters' own.
+        reduce_dtype: what gradients are reduced in.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -77,7 +80,7 @@ def shard(
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
         ),
         "offload_policy": offload,
     }
@@ -189,17 +192,22 @@ def copies(parameter: DTensor) -> int:
     return dist.get_world_size() // cut
 
 
-def as_shard(local: Tensor, like: DTensor) -> DTensor:
-    """Return ``local``, this process's `own_region`, as a sharded tensor like ``like``."""
+def as_shard(local: Tensor, like: Any, shape: tuple[int, ...] | None = None) -> DTensor:
+    """Return ``local``, this process's `own_region`, as a sharded tensor like ``like``.
+
+    With ``shape``, a contiguous tensor of as many rows and other columns, split by rows alone.
+    """
     from torch.distributed.tensor import DTensor
 
+    size = torch.Size(like.shape if shape is None else shape)
+    stride = tuple(math.prod(size[index + 1 :]) for index in range(len(size)))
     return DTensor.from_local(
         local,
         like.device_mesh,
         like.placements,
         run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
+        shape=size,
+        stride=like.stride() if shape is None else stride,
     )
 
 

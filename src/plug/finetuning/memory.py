@@ -42,7 +42,12 @@ MODES = (
 
 
 # Those that several cards can share (FSDP2).
-SHARDED_MODES = (MODES[0], Mode(memory="full", optimizer="adamw8bit", bits=32), MODES[2])
+SHARDED_MODES = (
+    MODES[0],
+    Mode(memory="full", optimizer="adamw8bit", bits=32),
+    Mode(memory="full", optimizer="adamw8bit_fused"),
+    MODES[2],
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ class Case:
         cards: that share weights, gradients and states (FSDP2); one: each has all of them.
         offload: whether those are kept in the host's memory.
         host: bytes free there; None where nobody says.
+        processes: that take a step together; with one of ``cards`` each has a copy of the weights.
     """
 
     config: PlugConfig
@@ -148,6 +154,7 @@ class Case:
     cards: int = 1
     offload: bool = False
     host: int | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +227,8 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
     """Those that the settings and the model leave, the best first."""
     half = settings.precision == "bf16" and case.on_gpu
     fused_bits = 16 if settings.precision == "bf16" else 32
-    fused = Mode(memory="full", optimizer="adafactor", bits=fused_bits)
-    asked = Mode(memory="full", optimizer=settings.optimizer, bits=32)
-    full = [fused if settings.optimizer == "adafactor" else asked]
+    bits = fused_bits if settings.is_fused else 32
+    full = [Mode(memory="full", optimizer=settings.optimizer, bits=bits)]
     lora = Mode(memory="lora", bits=16 if half else 32)
     if settings.memory == "full":
         return full
@@ -237,13 +243,11 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
                 "请去掉它，或用量化之前的模型。"
             )
         return [Mode(memory="qlora", bits=case.bits)]
-    if (
-        settings.optimizer == "adamw"
-        and settings.can_be_fused
-        and case.cards == 1
-        and not case.offload
-    ):
-        full.append(fused)
+    if settings.optimizer == "adamw" and settings.can_be_fused and not case.offload:
+        if case.cards > 1:
+            full.append(Mode(memory="full", optimizer="adamw8bit_fused", bits=fused_bits))
+        elif case.processes == 1:
+            full.append(Mode(memory="full", optimizer="adafactor", bits=fused_bits))
     needs_lora = settings.rslora or settings.dora
     if needs_all and needs_lora:
         raise UsageError("rslora、dora 用于 LoRA，而 fgm、from_scratch、optimizer 要训练每个权重。")

@@ -199,9 +199,8 @@ def _run(
         print(decision.told, file=sys.stderr)  # noqa: T201
     set_seed(settings.seed)
     is_adapter = settings.is_adapter
-    is_fused = settings.optimizer == "adafactor"
     in_bf16 = settings.precision == "bf16"
-    half = in_bf16 and (is_fused or (is_adapter and chosen.type == "cuda"))
+    half = in_bf16 and (settings.is_fused or (is_adapter and chosen.type == "cuda"))
     # Before the model: transformers partitions it for DeepSpeed while it is loaded.
     arguments = training_arguments(settings, task, output, chosen, resumable, layout)
     if layout.is_fsdp:
@@ -329,7 +328,7 @@ def prepare(model: Any, settings: FinetuneSettings, device: torch.device) -> Any
             adapt_layers(model, in_fp8=multiplies_in_fp8(settings, device))
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
-    if settings.optimizer == "adafactor":
+    if settings.is_fused:
         recompute_cheap_parts(model)
     return model
 
@@ -382,7 +381,8 @@ def _case(
 ) -> Case:
     """What decides how a run fits its device."""
     room = free_memory(device)
-    if room is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if room is not None and processes > 1:
         # All processes have to decide alike, and what is free differs a little between cards.
         total = torch.cuda.get_device_properties(device).total_memory
         room = total - 2 * OVERHEAD_BYTES
@@ -395,6 +395,7 @@ def _case(
         target_length=max(len(each["labels"]) for each in features) if writes else 0,
         room=room,
         on_gpu=device.type == "cuda",
+        processes=processes,
     )
 
 
@@ -460,7 +461,6 @@ def training_arguments(
     """Return what the Trainer is told of a run; it writes checkpoints below ``output``."""
     on_gpu = device.type == "cuda"
     in_bf16 = settings.precision == "bf16"
-    is_fused = settings.optimizer == "adafactor"
     is_deepspeed = layout is not None and layout.deepspeed is not None
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
@@ -470,12 +470,12 @@ def training_arguments(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
-        max_grad_norm=0.0 if is_fused else settings.clip_grad_norm,
+        max_grad_norm=0.0 if settings.is_fused else settings.clip_grad_norm,
         train_sampling_strategy="group_by_length",
         seed=settings.seed,
         use_cpu=not on_gpu,
-        # Adafactor's weights are in bfloat16 already; sharded layers are gathered in it.
-        bf16=on_gpu and in_bf16 and not is_fused and not (layout and layout.is_fsdp),
+        # Weights of a fused optimizer are in bfloat16 already; sharded layers are gathered in it.
+        bf16=on_gpu and in_bf16 and not settings.is_fused and not (layout and layout.is_fsdp),
         deepspeed=layout.deepspeed if layout else None,
         tf32=not in_bf16 if on_gpu and is_torch_tf32_available() else None,
         dataloader_pin_memory=on_gpu,

@@ -40,7 +40,9 @@ FLAGS = (
     "optimizer", "lora_rank",
 )  # fmt: skip
 MODES = ("auto", "full", "lora", "qlora")  # of `memory`
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit_fused", "adafactor")
+FUSED = ("adamw8bit_fused", "adafactor")  # they change weights in the backward pass
+SHARDABLE = ("adamw8bit_fused",)  # of those, what works on shards
 _NEED_GRADIENTS = {  # all of them at once: the default, which does not, and what for
     "gradient_accumulation_steps": (1, "累积梯度"),
     "fgm": (0.0, "第二份梯度"),
@@ -104,8 +106,8 @@ class FinetuneSettings:
     clip_grad_norm: float = option(
         1.0, Float(1e-6, 1e6),
         "梯度范数的上限（adamw）。",
-        "longest gradient; a longer one is scaled down. `adafactor` limits each weight's update "
-        "instead",
+        "longest gradient; a longer one is scaled down. `adafactor` and `adamw8bit_fused` limit "
+        "each weight's update instead",
     )  # fmt: skip
     layer_decay: float = option(
         1.0, Float(0.01, 1),
@@ -182,10 +184,12 @@ class FinetuneSettings:
     optimizer: str = option(
         "adamw", Choice(OPTIMIZERS),
         "优化器：adamw；adamw8bit 的状态为 8 位（要装 torchao）；adafactor 在反向传播中更新权重，"
-        "权重为 bf16，不留梯度，占内存最少。",
+        "权重为 bf16，不留梯度，占内存最少；adamw8bit_fused 也这样更新，但有 8 位的状态，"
+        "可以分片到几张卡。",
         "`adamw`; `adamw8bit`: its states in 8 bits (torchao); `adafactor`: bfloat16 weights that "
         "change inside the backward pass, so that neither all gradients nor a second copy of the "
-        "weights exist: the least memory for `full`",
+        "weights exist: the least memory for `full`; `adamw8bit_fused`: likewise, by AdamW with "
+        "states in 8 bits, on one card or with `fsdp` on several",
     )  # fmt: skip
     lora_rank: int = option(16, Int(1, 4096), "LoRA 的秩。", "of the small matrices")
     lora_alpha: float = option(
@@ -255,18 +259,18 @@ class FinetuneSettings:
                 f"optimizer={self.optimizer} 用于训练每个权重，不能与 --memory {self.memory}"
                 " 一起用。LoRA 的优化器状态很小，请用 adamw。"
             )
-        if self.optimizer == "adafactor":
+        if self.is_fused:
             self._check_fused()
         if self.is_adapter and (self.fgm or self.from_scratch):
             name = "fgm" if self.fgm else "from_scratch"
             raise UsageError(f"{name} 要训练每个权重，不能与 --memory {self.memory} 一起用。")
 
     def _check_fused(self) -> None:
-        """Refuse what needs all gradients at once: they do not exist with `adafactor`."""
+        """Refuse what needs all gradients at once: they do not exist with `FUSED`."""
         for name, (default, what) in _NEED_GRADIENTS.items():
             if getattr(self, name) != default:
                 raise UsageError(
-                    f"optimizer=adafactor 在反向传播中逐个更新权重，不留梯度，"
+                    f"optimizer={self.optimizer} 在反向传播中逐个更新权重，不留梯度，"
                     f"而 {name}={getattr(self, name)} 要{what}。请去掉它，或用 --optimizer adamw。"
                 )
 
@@ -276,8 +280,13 @@ class FinetuneSettings:
         return self.memory in ("lora", "qlora")
 
     @property
+    def is_fused(self) -> bool:
+        """Whether each weight changes in the backward pass, when its gradient is there."""
+        return self.optimizer in FUSED
+
+    @property
     def can_be_fused(self) -> bool:
-        """Whether `adafactor` would do: nothing needs all gradients at once."""
+        """Whether an optimizer of `FUSED` would do: nothing needs all gradients at once."""
         return all(getattr(self, name) == each for name, (each, _) in _NEED_GRADIENTS.items())
 
     @classmethod

@@ -26,8 +26,8 @@ from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.kind import Kind
 from plug.finetuning.lora import adapt
 from plug.finetuning.memory import Case, decide
-from plug.finetuning.recomputation import layers_of, recompute_layers
-from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
+from plug.finetuning.settings import SHARDABLE, FinetuneSettings
 from plug.jsonfiles import read_json
 from plug.loading.shards import fill, write_gathered
 
@@ -115,7 +115,9 @@ def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) ->
             )
         return Layout(processes, device, deepspeed=values)
     if sharding == "auto":
-        sharding = "fsdp" if processes > 1 and not _fits(settings, case) else "none"
+        # Copies of the weights that change in the backward pass would part.
+        is_shared = processes > 1 and (settings.is_fused or not _fits(settings, case))
+        sharding = "fsdp" if is_shared else "none"
     if sharding == "none":
         return Layout(processes, device)
     _refuse_unsupported(settings, "parallel.sharding=fsdp")
@@ -140,8 +142,9 @@ def _refuse_unsupported(settings: FinetuneSettings, asked: str) -> None:
     if settings.memory == "qlora":
         raise UsageError(f"--memory qlora 的整数权重不能分片。请用 --memory lora，或去掉 {asked}。")
     names = [name for name in _UNSUPPORTED if getattr(settings, name)]
-    if settings.optimizer == "adafactor":
-        names.append("optimizer=adafactor")
+    is_fsdp = settings.parallel.sharding != "none" and not settings.parallel.deepspeed
+    if settings.is_fused and not (is_fsdp and settings.optimizer in SHARDABLE):
+        names.append(f"optimizer={settings.optimizer}")
     if settings.child_tuning < 1:
         names.append("child_tuning")
     if names:
@@ -209,8 +212,7 @@ def load_sharded(
     Raises:
         PlugError: the weights are damaged, or do not fit.
     """
-    half = computes_in_half(settings, layout.device)
-    dtype = torch.bfloat16 if half and settings.is_adapter else torch.float32
+    dtype = torch.bfloat16 if keeps_half(settings, layout.device) else torch.float32
     model = shard_for_training(kind.empty_model(directory, dtype=dtype), settings, layout)
     place = torch.device("cpu") if settings.parallel.cpu_offload else layout.device
     fill(without_wrapper(model), directory, place, _saved_name)
@@ -220,6 +222,13 @@ def load_sharded(
 def computes_in_half(settings: FinetuneSettings, device: torch.device) -> bool:
     """Return whether gathered layers are bfloat16."""
     return device.type == "cuda" and settings.precision == "bf16"
+
+
+def keeps_half(settings: FinetuneSettings, device: torch.device) -> bool:
+    """Return whether the model's weights are kept in bfloat16, those of new adapters aside."""
+    if settings.is_fused:
+        return settings.precision == "bf16"
+    return settings.is_adapter and computes_in_half(settings, device)
 
 
 def shard_for_training(model: Any, settings: FinetuneSettings, layout: Layout) -> Any:
@@ -235,8 +244,19 @@ def shard_for_training(model: Any, settings: FinetuneSettings, layout: Layout) -
             adapt_layers(model, in_fp8=False)
     every_layer = len(layers_of(model)) if settings.gradient_checkpointing else 0
     recompute_layers(model, settings.recomputed_layers or every_layer)
+    if settings.is_fused:
+        recompute_cheap_parts(model)
     bare = without_wrapper(model)
-    shard(bare, layout.mesh, settings.parallel, torch.bfloat16 if half else None)
+    # Weights without a copy in float32 take their gradients in bfloat16: half the memory and
+    # traffic of a reduction.
+    in_half = settings.is_fused and keeps_half(settings, layout.device)
+    shard(
+        bare,
+        layout.mesh,
+        settings.parallel,
+        compute_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.bfloat16 if in_half else torch.float32,
+    )
     return model
 
 

@@ -21,10 +21,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from plug.distributed.fully_sharded import is_fully_sharded
 from plug.errors import PlugError
 from plug.finetuning import sharded_state
-from plug.finetuning.fused_backward import FusedAdafactor
+from plug.finetuning.fused_backward import FusedAdafactor, FusedAdamW8bit
 from plug.finetuning.settings import FinetuneSettings
+from plug.finetuning.sharding import without_wrapper
 from plug.hf.base import cross_entropy
 from plug.model.heads import IGNORE_INDEX
+
+_FUSED = {"adafactor": FusedAdafactor, "adamw8bit_fused": FusedAdamW8bit}
 
 
 class FinetuneTrainer(Trainer):
@@ -51,11 +54,13 @@ class FinetuneTrainer(Trainer):
         super().__init__(**options)
         self.score = score
         self.settings = settings
-        self.is_fused = settings.optimizer == "adafactor"  # steps are taken in the backward pass
+        self.is_fused = settings.is_fused  # steps are taken in the backward pass
         self.order = torch.Generator()  # of the examples of an epoch; `Epochs` seeds it
         self.add_callback(Epochs(self.order))
         if self.is_sharded:
             options["model"]._is_accelerate_prepared = True  # else Accelerate wraps it for DDP
+        if self.is_deepspeed_enabled:  # its optimizer has weights of its own, in float32
+            without_wrapper(options["model"]).warns_of_half_precision = False
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.is_sharded:  # shards are where they belong
@@ -144,9 +149,9 @@ class FinetuneTrainer(Trainer):
                 if parameter.requires_grad:
                     weight_decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((scales[name], weight_decay), []).append(parameter)
-            cls: Any = FusedAdafactor
             options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.settings.seed}
-            if not self.is_fused:
+            cls: Any = _FUSED.get(self.settings.optimizer)
+            if cls is None:
                 cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate = options.pop("lr")
             optimizer = cls(

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.weights import Place, check_finite, map_tensors
+from plug.distributed.fully_sharded import gathers_layers
 from plug.errors import PlugError, UsageError
 from plug.hf.adapters import teach_peft
 from plug.hf.config import PlugTransformersConfig, local_path
@@ -308,10 +309,15 @@ class PlugPreTrainedModel(PreTrainedModel, PlugParts):
             )
 
     def _warn_of_half_precision(self) -> None:
-        """Say once that an optimizer's small steps vanish in half-precision weights."""
+        """Say once that an optimizer's small steps vanish in half-precision weights.
+
+        Of a sharded model these are copies that layers compute with; the optimizer has others.
+        """
         if not (self.training and self.warns_of_half_precision) or torch.compiler.is_compiling():
             return
         self.warns_of_half_precision = False
+        if gathers_layers(self) or type(self).__name__.startswith("FSDP"):  # also by Accelerate
+            return
         dtypes = {each.dtype for each in self.parameters() if each.requires_grad}
         for dtype in dtypes & {torch.bfloat16, torch.float16}:
             logger.warning(

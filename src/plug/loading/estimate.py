@@ -250,7 +250,14 @@ _FEW_LABELS = 2  # of a classifier, whose one linear layer is small beside the o
 # Bytes an optimizer keeps for a trained parameter: two moments in float32; in 8 bits with a scale
 # in float32 for 256 of them. A factored second moment is a row and a column. Muon has one momentum
 # for the layers' matrices; AdamW has the rest.
-_STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "muon": 8.0, "adafactor": 0.0}
+_EIGHT_BITS = 2 + 2 * 4 / 256
+_STATES = {
+    "adamw": 8.0,
+    "adamw8bit": _EIGHT_BITS,
+    "adamw8bit_fused": _EIGHT_BITS,
+    "muon": 8.0,
+    "adafactor": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,7 +329,7 @@ class Training:
     @property
     def is_fused(self) -> bool:
         """Whether a weight changes as soon as its gradient is there, which is then dropped."""
-        return self.trains_all and self.optimizer == "adafactor"
+        return self.trains_all and self.optimizer in ("adafactor", "adamw8bit_fused")
 
     @property
     def own_passes(self) -> bool:
@@ -340,6 +347,7 @@ class _Block:
         forward: more than ``kept`` that it holds in passing.
         backward: likewise in the backward pass.
         gradients: that it leaves.
+        parameters: that FSDP2 gathers for it, apart from the root's; 0: the root has them.
     """
 
     kept: int
@@ -347,6 +355,7 @@ class _Block:
     forward: int
     backward: int
     gradients: int
+    parameters: int = 0
 
 
 def training_need(config: PlugConfig, training: Training) -> Need:
@@ -381,31 +390,49 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     else:
         all_gradients = (4 if adapters else kept) * trained
     if training.is_sharded:
-        largest = layer(config, attentions=2 if config.num_decoder_layers else 1).parameters
-        root = (by_part["embeddings"] + by_part["heads"]).parameters
         share = 0.0 if training.offload else 1 / training.cards
-        weights, optimizer, all_gradients = (
-            round(each * share) for each in (weights, optimizer, all_gradients)
-        )
-        weights += training.weight * (root + 2 * largest)  # gathered: the one at work, the next
+        weights, optimizer = (round(each * share) for each in (weights, optimizer))
+        if not training.is_fused:  # else it is the word table's, before it is reduced
+            all_gradients = round(all_gradients * share)
+        weights += training.weight * (by_part["embeddings"] + by_part["heads"]).parameters
 
     blocks = list(_blocks(config, training))
     scale = all_gradients / max(1, sum(block.gradients for block in blocks))
     left = sum(block.entry for block in blocks)
     best = Need(weights, optimizer=optimizer, gradients=all_gradients)
     gradients = float(all_gradients if training.accumulates else 0)
-    held = 0
+    held = before = 0
     for block in blocks:
         held += block.entry
-        inside = block.kept - block.entry + block.forward
+        inside = block.kept - block.entry + block.forward + _gathered(config, training, block, 3)
         best = _larger(best, weights, optimizer, int(gradients), held, inside)
     for block in reversed(blocks):
-        inside = block.kept - block.entry + block.backward
+        gathered = _gathered(config, training, block, 2)
+        inside = block.kept - block.entry + block.backward + before + gathered
         best = _larger(best, weights, optimizer, int(gradients), left, inside)
         left -= block.entry
+        if training.is_sharded and training.trains_all and block.parameters:
+            # Its gradients are whole, copied to be summed, and the sums; what it kept is free.
+            copied = training.weight if training.is_fused else 4
+            before = copied * block.parameters  # until the next block's are summed
+            sums = 4 * block.parameters // training.cards if training.accumulates else 0
+            inside = training.value * block.parameters + before + sums + gathered
+            best = _larger(best, weights, optimizer, int(gradients), left, inside)
         if not training.accumulates:
             gradients += block.gradients * scale
     return best
+
+
+def _gathered(config: PlugConfig, training: Training, block: _Block, times: int) -> int:
+    """Bytes of the layers that FSDP2 has gathered while a block is at work.
+
+    Forward there are three of a layer: its parameters, the buffer they were copied from, and that
+    of the next layer. Backward the first buffer is free. A head meets one layer, which waits.
+    """
+    if not training.is_sharded:
+        return 0
+    waiting = layer(config, attentions=2 if config.num_decoder_layers else 1).parameters
+    return training.weight * (times * block.parameters or waiting)
 
 
 def _larger(
@@ -508,14 +535,15 @@ def _layer_block(
         unpacked = largest
         passing += tokens * 2 * hidden
     weight_gradient = largest * (6 if _casts(training) else value) if training.trains_all else 0
-    if training.is_sharded and training.trains_all:  # of the layer, and in float32 to be summed
-        weight_gradient = (value + 4) * part.parameters
+    # The decoder's keys and values of sources are gathered apart, for all layers.
+    apart = 2 * hidden * (hidden + 1) if crossed else 0
     return _Block(
         kept=kept - again,
         entry=entry,
         forward=tokens * (training.stream * hidden + (value * inner if again else 0)) + unpacked,
         backward=passing + (tokens * value * inner if again else 0) + unpacked + weight_gradient,
         gradients=0 if training.is_fused else part.parameters,
+        parameters=part.parameters - apart,
     )
 
 

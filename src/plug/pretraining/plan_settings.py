@@ -96,7 +96,7 @@ class PlanSettings:
         "54 days on 16,384 cards)",
     )  # fmt: skip
     checkpoint_seconds: float = option(
-        10.0, Float(0.001, 1e5), "存一次检查点训练停多少秒。", "seconds that a checkpoint stops it"
+        1.0, Float(0.001, 1e5), "存一次检查点训练停多少秒。", "seconds that a checkpoint stops it"
     )
     restart_minutes: float = option(
         15.0, Float(0.01, 1e5), "从出故障到接着训练多少分钟。", "minutes from a failure to work"
