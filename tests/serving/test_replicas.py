@@ -101,7 +101,7 @@ def stream(address: str, begun: threading.Semaphore, **body: Any) -> SimpleNames
 
 
 @pytest.mark.skipif(not has_ray, reason="needs Ray: pip install plug-zh[ray]")
-def test_streams_pass_through_and_outlive_a_rolling_restart_and_the_end(model_directory: Path) -> None:
+def test_streams_pass_through_and_outlive_a_restart_and_the_end(model_directory: Path) -> None:
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]
