@@ -19,6 +19,11 @@ client is this process. Parts:
 - adapters: texts that each use one of 8 LoRA adapters, against texts without one, in turns.
 - http: the server alone: its engine only waits as long as a card would, and writes a fixed text.
 - gpu: 1, 32 and 128 streams of 128 tokens after sources of 512, against the engine in its process.
+
+Where the engine's time goes, for 128 texts at once (the last line's is kept):
+
+    (echo 1 0 128 512 128 0; echo 2 0 128 512 128 0) | python benchmarks/serve_load.py
+        --role engine --rows 128 --preset 27b --bits 8 --device cuda --profile profile.txt
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,7 +339,35 @@ def run_engine(arguments: argparse.Namespace) -> None:
 
     for line in sys.stdin:
         seconds, *counts = line.split()
-        print(json.dumps(measure(float(seconds), *map(int, counts))), flush=True)
+        with profiled(arguments.profile):
+            found = measure(float(seconds), *map(int, counts))
+        print(json.dumps(found), flush=True)
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """Write where a card's time goes in the block: kernels, and between which ones it is idle."""
+    if path is None:
+        yield
+        return
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+    on_card = [x for x in profiler.events() if x.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((x.time_range.start, x.time_range.end, x.name[:40]) for x in on_card)
+    idle: Counter[str] = Counter()
+    last, name, busy = spans[0][0] if spans else 0.0, "", 0.0
+    for start, end, following in spans:
+        idle[f"{name} | {following}"] += max(0.0, start - last)
+        busy += max(0.0, end - max(start, last))
+        if end > last:
+            last, name = end, following
+    lines = [f"{wait / 1e3:9.2f} ms idle between {names}" for names, wait in idle.most_common(25)]
+    table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40)
+    total = (last - spans[0][0]) / 1e3 if spans else 0.0
+    path.write_text("\n".join([f"busy {busy / 1e3:.1f} of {total:.1f} ms", *lines, table]))
 
 
 def run_server(arguments: argparse.Namespace) -> None:
@@ -810,6 +844,7 @@ def main() -> None:
     parser.add_argument("--gpu-seconds", type=float, default=20)
     parser.add_argument("--streams", default="1,32,128", help="of part gpu")
     parser.add_argument("--max-num-batched-tokens", type=int, help="part gpu: as in plug serve")
+    parser.add_argument("--profile", type=Path, help="of role engine: write where time goes")
     parser.add_argument("--adapters", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=16, help=argparse.SUPPRESS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from plug.errors import PlugError, UsageError
 
@@ -62,3 +64,14 @@ def explain_out_of_memory(device: torch.device, batch_size: int) -> Iterator[Non
             f"{device} 的显存用完了：共 {all_of_it / 1e9:.1f} GB，"
             f"本程序占着 {used / 1e9:.1f} GB。{smaller}。"
         ) from None
+
+
+def send(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return ``values`` of the host on ``device``: numbers, or lists of them, of equal length.
+
+    The host does not wait for what a GPU has to do before; a copy from ordinary memory would.
+    """
+    found = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)

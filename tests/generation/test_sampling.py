@@ -11,6 +11,7 @@ from torch import Tensor
 from plug.generation import sampling
 from plug.generation.sampling import (
     NO_TOKEN,
+    Joining,
     Sampler,
     candidates,
     draw,
@@ -50,8 +51,8 @@ def make_sampler(
 ) -> Sampler:
     sampler = Sampler(len(settings), vocab, END, draws, torch.device("cpu"))
     for row, (each, seed) in enumerate(zip(settings, seeds, strict=True)):
-        sampler.join(row, each, seed, steps=draws)
-        sampler.refill(row, draws)
+        sampler.join([Joining(row, each, seed, draws)])
+        sampler.refill({row: draws})
     return sampler
 
 
@@ -203,7 +204,7 @@ def test_a_row_chooses_the_same_whoever_is_beside_it_and_wherever_it_is_moved() 
     together = make_sampler([*others, own], [4, 5, 6], 30)
 
     first = choices(together, logits, 12)
-    together.move(2, 0)
+    together.move([(2, 0)])
     second = []
     for step in range(12, 30):
         plan = together.plan([step])
@@ -219,8 +220,8 @@ def test_the_minimum_length_and_forbidden_ids_are_those_of_the_row() -> None:
     logits = torch.zeros(2, 50)
     logits[:, END], logits[:, 7] = 3, 2
     sampler = Sampler(2, 50, END, 4, torch.device("cpu"))
-    sampler.join(0, GREEDY, 0, min_length=2, steps=4)
-    sampler.join(1, GREEDY, 0, forbidden=[END, 7], steps=4)
+    least = Joining(0, GREEDY, 0, 4, min_length=2)
+    sampler.join([least, Joining(1, GREEDY, 0, 4, forbidden=[END, 7])])
 
     assert choices(sampler, logits, 4) == [[7, 7, END, END], [0, 0, 0, 0]]
 
@@ -308,8 +309,48 @@ def test_a_bias_is_added_first_and_is_the_row_s_own() -> None:
 
     for bias, forbidden, expected in (({4: 50}, [4], 7), ({7: -100, 3: 1.5}, [], 3)):
         settings = GenerationSettings(do_sample=False, logit_bias=bias)
-        sampler.join(0, settings, 0, forbidden=forbidden, steps=2)
+        sampler.join([Joining(0, settings, 0, 2, forbidden)])
         assert choices(sampler, logits, 1) == [[expected], [7]]
+
+
+@pytest.fixture
+def joining() -> list[Joining]:
+    settings = [
+        GREEDY,
+        GenerationSettings(temperature=1.3, top_k=30),
+        GenerationSettings(logit_bias={5: 2.0, 6: -3.0}, top_p=0.9),
+        GenerationSettings(repetition_penalty=1.4, no_repeat_ngram_size=2),
+    ]
+    return [Joining(row, each, row, 4 + row, [row]) for row, each in enumerate(settings)]
+
+
+def joined(*groups: list[Joining]) -> Sampler:
+    sampler = Sampler(5, 50, END, 8, torch.device("cpu"))
+    for group in groups:
+        sampler.join(group)
+        sampler.refill({each.row: each.steps for each in group})
+    return sampler
+
+
+def test_rows_that_join_together_are_what_they_are_one_by_one(joining: list[Joining]) -> None:
+    logits = random_logits(4)
+
+    together, one_by_one = joined(joining), joined(*([each] for each in joining))
+
+    assert choices(together, logits, 4) == choices(one_by_one, logits, 4)
+
+
+def test_rows_that_move_together_go_on_as_they_were(joining: list[Joining]) -> None:
+    logits = random_logits(1).expand(5, -1)
+    moved, stayed = joined(joining), joined(joining)
+    for sampler in (moved, stayed):
+        choices(sampler, logits[:4], 2)
+
+    moved.move([(3, 0), (2, 4)])
+
+    expected = choices(stayed, logits[:4], 2)
+    found = choices(moved, logits, 2)
+    assert [found[0], found[1], found[4]] == [expected[3], expected[1], expected[2]]
 
 
 def test_the_end_does_not_come_where_it_is_to_be_ignored() -> None:
@@ -329,8 +370,8 @@ def test_a_row_that_nothing_can_follow_gets_no_token_and_the_others_theirs(
     settings = GenerationSettings(**options)
     expected = choices(make_sampler([settings], [3], 5), logits[1:2], 1)[0]
     sampler = make_sampler([settings] * 4, [3] * 4, 5)
-    sampler.join(0, settings, 3, forbidden=range(50), steps=5)
-    sampler.refill(0, 5)
+    sampler.join([Joining(0, settings, 3, 5, range(50))])
+    sampler.refill({0: 5})
     logits[2] = float("-inf")
     logits[3, 5] = float("nan")
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plug.device import send
 from plug.distributed.tensor_parallel import (
     RowParallelLinear,
     all_gather,
@@ -127,13 +128,13 @@ class FusedModel:
             self._adapters.use(numbers[0] if numbers else 0)
         else:
             each = [number for number, source in zip(numbers, sources, strict=True) for _ in source]
-            self._adapters.use(torch.tensor(each, device=self._device))
+            self._adapters.use(send(each, self._device, torch.long))
 
     def read(self, sources: Sequence[Sequence[int]]) -> Tensor:
         """The encoder's output for one source after the other, (tokens, hidden)."""
         lengths = map(len, sources)
-        token_ids = torch.tensor([i for source in sources for i in source], device=self._device)
-        positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])
+        token_ids = send([i for source in sources for i in source], self._device, torch.long)
+        positions = send(torch.cat([torch.arange(n) for n in lengths]), self._device, torch.long)
         hidden = embed(token_ids, positions, self._embeddings)
         delta = None
         for layer in self._encoder_layers:
@@ -173,7 +174,7 @@ class FusedModel:
             query, key, value = tokens.view(-1, length, *shaped.shape[1:]).permute(2, 0, 3, 1, 4)
             mask = None
             if hides:
-                ids = torch.tensor(same, device=self._device)
+                ids = send(same, self._device, torch.long)
                 mask = (ids != self._pad)[:, None, None, :]
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             contexts.append(context.transpose(1, 2).reshape(-1, self._heads * self._head_dim))

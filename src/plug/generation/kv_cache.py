@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from plug.device import send
 from plug.model.layers import KeyValue
 
 
@@ -120,7 +121,7 @@ class DecoderCache:
             length: positions that hold something.
             sources: copy the sources too. Beams of one text share a source and need no copy.
         """
-        index = torch.tensor(rows, device=self._slots.device)
+        index = send(rows, self._slots.device, torch.long)
         for keys, values in self.own:
             for buffer in (keys, values):
                 buffer[: len(rows), :, :length] = buffer[index, :, :length]

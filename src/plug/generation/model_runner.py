@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from plug.device import explain_out_of_memory, has_kernels
+from plug.device import explain_out_of_memory, has_kernels, send
 from plug.distributed.fully_sharded import gathers_layers
 from plug.distributed.processes import close_with_group
 from plug.errors import UsageError
@@ -26,8 +26,9 @@ from plug.generation.cpu_model import CpuModel
 from plug.generation.encoder_cache import EncoderCache
 from plug.generation.kv_cache import DecoderCache
 from plug.generation.plain_model import PlainModel, ShardedModel
-from plug.generation.sampling import Plan, Sampler, log_probabilities
+from plug.generation.sampling import Joining, Plan, Sampler, copy_rows, log_probabilities
 from plug.generation.scheduler import NO_CHOICE, StepPlan
+from plug.generation.sequence import Sequence as WrittenSequence
 from plug.generation.sequence import TokenLogprobs
 from plug.generation.settings import MAX_LOOKUP_TOKENS
 from plug.loading.adapters import has_adapters
@@ -249,40 +250,43 @@ class ModelRunner:
 
     def _arrange(self, plan: StepPlan) -> None:
         """Move, join and encode, so that each slot holds the sequence that the plan has there."""
-        for move in plan.moves:
-            self._sampler.move(move.source, move.target)
+        device = self.prepared.device
+        if plan.moves:
+            self._sampler.move([(move.source, move.target) for move in plan.moves])
+            source_slots = send([move.source for move in plan.moves], device, torch.long)
+            target_slots = send([move.target for move in plan.moves], device, torch.long)
             for state in (self._tokens, self._positions):
-                state[move.target] = state[move.source]
+                copy_rows(state, source_slots, target_slots)
+        for move in plan.moves:
             if move.length:  # else the cache is filled anew
                 assert self.cache is not None, "it has a past"
                 self.cache.move(move.source, move.target, move.length)
-        for slot in plan.joined:
-            sequence = plan.sequences[slot]
-            rules = sequence.rules
-            assert sequence.longest_window <= self.size.window, "the window exceeds the cache"
-            self._sampler.join(
-                slot,
-                sequence.settings,
-                sequence.seed,
-                forbidden=rules.forbidden,
-                min_length=rules.min_length,
-                steps=rules.steps,
-            )
-        for slot in plan.due:
-            self._tokens[slot] = self._config.decoder_start_token_id
-            self._positions[slot] = 0
-            self._sampler.refill(slot, plan.sequences[slot].longest_window)
+        if plan.joined:
+            self._sampler.join([self._joining(slot, plan.sequences[slot]) for slot in plan.joined])
+        if plan.due:
+            rows = send(plan.due, device, torch.long)
+            self._tokens.index_fill_(0, rows, self._config.decoder_start_token_id)
+            self._positions.index_fill_(0, rows, 0)
+            windows = {slot: plan.sequences[slot].longest_window for slot in plan.due}
+            self._sampler.refill(windows)
         if plan.drafted:
             filled = torch.zeros(self._drafts.shape, dtype=torch.long)
             for slot, draft in enumerate(plan.drafts):
                 filled[slot, : 1 + len(draft)] = torch.tensor([len(draft), *draft])
-            self._drafts.copy_(filled)
+            self._drafts.copy_(send(filled, device, torch.long))
         # Last: a copy from the host waits for the GPU, which should not wait for the host in turn.
         if plan.due:
             with self._timed():
                 due = [plan.sequences[slot] for slot in plan.due]
                 sources, numbers = [s.source for s in due], [s.adapter for s in due]
                 self._encode(plan.due, sources, numbers)
+
+    def _joining(self, slot: int, sequence: WrittenSequence) -> Joining:
+        assert sequence.longest_window <= self.size.window, "the window exceeds the cache"
+        rules = sequence.rules
+        return Joining(
+            slot, sequence.settings, sequence.seed, rules.steps, rules.forbidden, rules.min_length
+        )
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -310,7 +314,7 @@ class ModelRunner:
             return None
         numbers = numbers + [0] * (self.size.slots - len(numbers))
         if numbers != self._numbers:
-            self._adapters.copy_(torch.tensor(numbers))
+            self._adapters.copy_(send(numbers, self.prepared.device, torch.long))
             self._numbers = numbers
         return self._adapters
 
@@ -465,7 +469,7 @@ class ModelRunner:
         assert self.cache is not None, "call start first"
         with prepared.lock:
             fed, where = (
-                torch.tensor(values, device=prepared.device)[:, None]
+                send(values, prepared.device, torch.long)[:, None]
                 for values in (token_ids, positions)
             )
             if prepared.adapters is not None:

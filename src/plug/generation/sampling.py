@@ -7,14 +7,14 @@ penalty, n-grams, frequencies), then temperature, top-k, top-p, min-p, then one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plug.device import has_kernels
+from plug.device import has_kernels, send
 from plug.generation.settings import NO_TOKEN, GenerationSettings
 
 # Of top-p. Below 1 / vocabulary it keeps one token; 0 in float32 would keep none.
@@ -240,6 +240,39 @@ class _Needs(NamedTuple):
 _NOTHING = _Needs(0, True, False, False, False, False, 0, None)
 
 
+# Of a row's state, what its settings say.
+_OF_SETTINGS = (
+    *("temperature", "top_k", "top_p", "min_p", "greedy", "repetition_penalty", "ngram_size"),
+    *("presence", "frequency", "min_length"),
+)
+
+
+class Joining(NamedTuple):
+    """A text that joins.
+
+    Attributes:
+        row: which it gets.
+        settings: how to choose; their token ids are within the vocabulary
+            (`GenerationSettings.check_token_ids`).
+        seed: of the draws.
+        steps: choices at most.
+        forbidden: ids never to choose.
+        min_length: tokens before the end may come.
+    """
+
+    row: int
+    settings: GenerationSettings
+    seed: int
+    steps: int
+    forbidden: Sequence[int] = ()
+    min_length: int = 0
+
+
+def copy_rows(state: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy rows of ``state`` to others in place; indices (n,) on its device."""
+    state.index_copy_(0, targets, state.index_select(0, sources))
+
+
 class Sampler:
     """Chooses the next token of each row. A row's choices depend on its own seed and logits alone.
 
@@ -281,83 +314,93 @@ class Sampler:
         self._needs = [_NOTHING] * rows
         self._generators: list[torch.Generator | None] = [None] * rows
 
-    def join(
-        self,
-        row: int,
-        settings: GenerationSettings,
-        seed: int,
-        *,
-        forbidden: Sequence[int] = (),
-        min_length: int = 0,
-        steps: int,
-    ) -> None:
-        """Begin ``row`` anew.
+    def join(self, joined: Sequence[Joining]) -> None:
+        """Begin rows anew.
 
-        Args:
-            row: which.
-            settings: how to choose; their token ids are within the vocabulary
-                (`GenerationSettings.check_token_ids`).
-            seed: of the draws.
-            forbidden: ids never to choose.
-            min_length: tokens before the end may come.
-            steps: choices at most.
+        All of them at once, and by copies that a GPU does not wait for: texts that join stop those
+        that run.
         """
-        if settings.ignore_eos:
-            min_length = steps
-        values = {
-            "temperature": 1.0 if settings.greedy else settings.temperature,
-            "top_k": 1 if settings.greedy else self._top_k(settings),
-            "top_p": max(settings.top_p, _LEAST_TOP_P) if settings.top_p else 1.0,
-            "min_p": settings.min_p,
-            "greedy": settings.greedy,
-            "repetition_penalty": settings.penalty,
-            "ngram_size": settings.no_repeat_ngram_size,
-            "presence": settings.presence_penalty,
-            "frequency": settings.frequency_penalty,
-            "min_length": min_length,
-            "counts": 0,
-            "draw": 0,
-            "bias": 0,
-            "matched": 0,
-        }
-        for name, value in values.items():
-            self._state[name][row] = value
-        bias = self._state["bias"]
-        if settings.logit_bias:
-            ids = list(settings.logit_bias)
-            bias[row, ids] = bias.new_tensor(list(settings.logit_bias.values()))
-        bias[row, list(forbidden)] = _NEVER
-        if settings.has_penalties and (missing := steps - self._width) > 0:
+        values: dict[str, list[float]] = {name: [] for name in _OF_SETTINGS}
+        forbidden: list[tuple[int, int]] = []
+        biased: list[tuple[int, int, float]] = []
+        width = self._width
+        for row, settings, seed, steps, never, least in joined:
+            min_length = steps if settings.ignore_eos else least
+            most = 1 if settings.greedy else self._top_k(settings)
+            values["temperature"].append(1.0 if settings.greedy else settings.temperature)
+            values["top_k"].append(most)
+            values["top_p"].append(max(settings.top_p, _LEAST_TOP_P) if settings.top_p else 1.0)
+            values["min_p"].append(settings.min_p)
+            values["greedy"].append(settings.greedy)
+            values["repetition_penalty"].append(settings.penalty)
+            values["ngram_size"].append(settings.no_repeat_ngram_size)
+            values["presence"].append(settings.presence_penalty)
+            values["frequency"].append(settings.frequency_penalty)
+            values["min_length"].append(min_length)
+            forbidden += [(row, token_id) for token_id in never]
+            biased += [(row, token_id, added) for token_id, added in settings.logit_bias.items()]
+            width = max(width, steps if settings.has_penalties else 0)
+            self._generators[row] = torch.Generator().manual_seed(seed)
+            self._needs[row] = _Needs(
+                most=0 if settings.greedy else most,
+                greedy=settings.greedy,
+                min_p=settings.min_p > 0,
+                repetition=settings.penalty != 1,
+                ngrams=settings.no_repeat_ngram_size > 0,
+                frequencies=settings.counts_tokens,
+                min_length=min_length,
+                logprobs=settings.logprobs,
+            )
+        if (missing := width - self._width) > 0:
             for name in ("written", "matched"):
                 self._state[name] = F.pad(self._state[name], (0, missing))
-        self._generators[row] = torch.Generator().manual_seed(seed)
-        self._needs[row] = _Needs(
-            most=0 if settings.greedy else self._top_k(settings),
-            greedy=settings.greedy,
-            min_p=settings.min_p > 0,
-            repetition=settings.penalty != 1,
-            ngrams=settings.no_repeat_ngram_size > 0,
-            frequencies=settings.counts_tokens,
-            min_length=min_length,
-            logprobs=settings.logprobs,
-        )
+        rows = self._send([each.row for each in joined])
+        for name, column in values.items():
+            self._state[name].index_copy_(0, rows, self._send(column, self._state[name].dtype))
+        for name in ("counts", "draw", "bias", "matched"):
+            self._state[name].index_fill_(0, rows, 0)
+        bias = self._state["bias"]
+        if biased:
+            *where, added = zip(*biased, strict=True)
+            bias.index_put_(tuple(map(self._send, where)), self._send(added, bias.dtype))
+        if forbidden:
+            places = tuple(map(self._send, zip(*forbidden, strict=True)))
+            bias.index_put_(places, self._send([_NEVER], bias.dtype))
+
+    def _send(self, values: Sequence[Any] | Tensor, dtype: torch.dtype = torch.long) -> Tensor:
+        return send(values, self._state["bias"].device, dtype)
 
     def _top_k(self, settings: GenerationSettings) -> int:
         return min(settings.top_k or self.vocab_size, self.vocab_size)
 
-    def refill(self, row: int, draws: int) -> None:
-        """Make random numbers for the next ``draws`` choices of ``row``, after those it had."""
-        self._state["draw"][row] = 0
-        if not self._needs[row].greedy:
-            uniforms = torch.rand(draws, generator=self._generators[row])
-            self._state["uniforms"][row, :draws] = uniforms
+    def refill(self, draws: Mapping[int, int]) -> None:
+        """Make random numbers for the next choices of rows, after those they had.
 
-    def move(self, source: int, target: int) -> None:
-        """Make ``target`` what ``source`` is."""
+        Args:
+            draws: for each of the rows, how many.
+        """
+        self._state["draw"].index_fill_(0, self._send(list(draws)), 0)
+        drawing = [row for row in draws if not self._needs[row].greedy]
+        if not drawing:
+            return
+        most = max(draws[row] for row in drawing)
+        uniforms = torch.zeros(len(drawing), most)
+        for index, row in enumerate(drawing):  # nobody reads what follows a row's own numbers
+            torch.rand(
+                draws[row], generator=self._generators[row], out=uniforms[index, : draws[row]]
+            )
+        kept = self._state["uniforms"]
+        kept[:, :most].index_copy_(0, self._send(drawing), self._send(uniforms, kept.dtype))
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Make the second row of each pair what the first is; no row is in two pairs."""
+        sources, targets = map(list, zip(*moves, strict=True))
+        where = self._send(sources), self._send(targets)
         for state in self._state.values():
-            state[target] = state[source]
-        self._needs[target] = self._needs[source]
-        self._generators[target] = self._generators[source]
+            copy_rows(state, *where)
+        for source, target in moves:
+            self._needs[target] = self._needs[source]
+            self._generators[target] = self._generators[source]
 
     @property
     def _width(self) -> int:
