@@ -262,10 +262,17 @@ class PlugTokenizer:
         }
         return [ids_of[token] for token in tokens]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; special tokens are left out, [UNK] excepted (shown as it is named)."""
+    def decode(self, ids: Iterable[int], *, is_cut: bool = False) -> str:
+        """Text of ``ids``; special tokens are left out, [UNK] excepted (shown as it is named).
+
+        Args:
+            ids: any; bytes among them that make no character come out as U+FFFD.
+            is_cut: the text may go on behind the ids; a character that lacks bytes at the end is
+                left out.
+        """
         stream = self.decoder_stream()
-        return "".join([*(stream.push(int(index)) for index in ids), stream.flush()])
+        text = "".join([*(stream.push(int(index)) for index in ids), stream.flush()])
+        return text if is_cut or not stream.lacks_bytes else f"{text}\ufffd"
 
     def decoder_stream(self) -> DecoderStream:
         """A decoder fed one id at a time, for text that is shown as it is written."""
@@ -293,9 +300,14 @@ class DecoderStream:
         byte = _BYTES.get(piece)
         return self._utf8.decode(piece.encode() if byte is None else byte)
 
+    @property
+    def lacks_bytes(self) -> bool:
+        """Whether the last character has not all of its bytes yet."""
+        return self._utf8.getstate()[0] != b""
+
     def flush(self) -> str:
-        """What is left at the end; bytes that make no character come out as U+FFFD."""
-        return self._utf8.decode(b"", final=True)
+        """What is left at the end: nothing, since a character that lacks bytes is left out."""
+        return ""
 
 
 def replace_original_punctuation(text: str) -> str:

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from plug import PlugForTokenClassification
 from plug.errors import UsageError
-from plug.finetuning.labelling import Labelling, best_paths
+from plug.finetuning.labelling import Labelling, _with_bare_entities, best_paths
 from plug.finetuning.readers import LabellingExample
 from plug.tokenization import PlugTokenizer
 
@@ -92,6 +92,25 @@ def test_blanks_at_the_ends_are_outside_and_shift_nothing(
     assert found == [("B-X", "I-X"), ("O", "O", "B-X", "I-X", "O"), ("B-X",)]
     (entity,) = kind.record(within, found[1])["entities"]
     assert entity == {"text": "今天", "type": "X", "start": 2, "end": 4}
+
+
+def test_entities_neither_begin_nor_end_with_a_blank(
+    base_model: Path, tiny_tokenizer: PlugTokenizer
+) -> None:
+    """The model says B-X for every token, or I-X behind one B-X."""
+    kind = Labelling(tiny_tokenizer, ["O", "B-X", "I-X"], source_length=18)
+    model = kind.load_model(base_model)
+    example = kind.example(["今 天"])
+    found = []
+    for scores in ([-50.0, 50.0, 0.0], [-50.0, 0.0, 50.0]):
+        with torch.no_grad():
+            model.classifier.bias.copy_(torch.tensor(scores))
+        found += kind.predict(model, [example], batch_size=1)
+    assert found == [("B-X", "O", "B-X"), ("B-X", "I-X", "I-X")]
+
+    tags = ("B-X", "I-X", "I-X", "I-X", "O", "B-Y")
+    assert _with_bare_entities(" 今 \u3000天 ", tags) == ("O", "B-X", "O", "O", "O", "O")
+    assert _with_bare_entities("今 天去了a", tags) == tags
 
 
 def test_labels_are_both_tags_of_every_type() -> None:

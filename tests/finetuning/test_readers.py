@@ -347,8 +347,8 @@ def test_an_answer_that_stands_midway_between_two_places_is_not_learnt(
     first, second = read_examples(find_task("reading"), path, answered=True, notes=notes)
     assert (first.start, second.start) == (2, None)
     assert notes.lines() == [
-        f"答案的位置不对，改为最近的一处：1 处（如 {path} 的问题 Q）。",
-        f"答案的位置不对，前后两处一样近，不用来训练：1 处（如 {path} 的问题 R）。",
+        f"答案的位置不对，改为最近的一处：1 处（如 {path} 的问题“Q”）。",
+        f"答案的位置不对，前后两处一样近，不用来训练：1 处（如 {path} 的问题“R”）。",
     ]
 
 
@@ -365,7 +365,7 @@ def test_an_answer_that_stands_midway_between_two_places_is_not_learnt(
     ],
 )
 def test_what_is_no_answer(answer: object, write_lines: Callable[..., Path]) -> None:
-    with pytest.raises(PlugError, match="问题 Q"):
+    with pytest.raises(PlugError, match="问题“Q”"):
         read("reading", write_lines("a.json", [squad("花开了", answer)]))
 
 
@@ -376,7 +376,7 @@ def test_answers_as_datasets_writes_them(write_lines: Callable[..., Path]) -> No
     (example,) = read("reading", write_lines("a.json", [document]))
     assert (example.answers, example.start) == (("开了",), 1)
     question["is_impossible"] = True
-    with pytest.raises(UsageError, match="问题 Q没有答案"):
+    with pytest.raises(UsageError, match="问题“Q”没有答案"):
         read("reading", write_lines("b.json", [document]))
 
 

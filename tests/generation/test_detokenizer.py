@@ -38,7 +38,25 @@ def test_a_long_run_of_emoji_is_shown_as_it_comes(tiny_tokenizer: PlugTokenizer)
 def test_whatever_a_model_writes_is_shown_as_it_is_decoded(
     ids: list[int], tiny_tokenizer: PlugTokenizer
 ) -> None:
-    assert "".join(pieces_of(text_stream(tiny_tokenizer), ids)) == tiny_tokenizer.decode(ids)
+    shown = "".join(pieces_of(text_stream(tiny_tokenizer), ids))
+    assert shown == tiny_tokenizer.decode(ids, is_cut=True)
+
+
+@given(text=st.text("山🐉é", min_size=1, max_size=8), stop=st.sampled_from([(), ("庙",)]))
+def test_a_text_that_is_cut_ends_with_a_whole_character(
+    text: str, stop: tuple[str, ...], tiny_tokenizer: PlugTokenizer
+) -> None:
+    """A dragon takes four tokens here, é two."""
+    ids = tiny_tokenizer.encode(text)
+    for count in range(len(ids)):
+        detokenizer = Detokenizer(tiny_tokenizer, stop=stop)
+        for token_id in ids[:count]:
+            detokenizer.push(token_id)
+        detokenizer.flush()
+
+        assert text.startswith(detokenizer.text)
+        assert detokenizer.text == tiny_tokenizer.decode(ids[:count], is_cut=True)
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode("山🐉")[:-1]) == "山\ufffd"
 
 
 @given(ids=st.lists(st.integers(FIRST_BYTE, FIRST_BYTE + 255), max_size=30))

@@ -26,14 +26,14 @@ def original_string(ids: Sequence[int], tokenizer: PlugTokenizer) -> str:
         kept = kept[: kept.index(tokenizer.sep_token_id)]
     kept = [index for index in kept if index not in tokenizer.special_ids]
     if not tokenizer.is_original:
-        return tokenizer.decode(kept)
+        return tokenizer.decode(kept, is_cut=True)
     tokens = [tokenizer.backend.id_to_token(index) or "" for index in kept]
     return "".join(tokens).replace("##", "")
 
 
 def strict_string(ids: Sequence[int], tokenizer: PlugTokenizer) -> str:
     """Text as a reader sees it; each [UNK] is one character that no reference has."""
-    return tokenizer.decode(ids).replace("[UNK]", UNKNOWN)
+    return tokenizer.decode(ids, is_cut=True).replace("[UNK]", UNKNOWN)
 
 
 def score_generation(

@@ -113,7 +113,7 @@ class Generation(Kind[GenerationExample, TokenIds]):
         self, examples: Sequence[GenerationExample], predictions: Sequence[TokenIds]
     ) -> Evaluation:
         references = [example.target or "" for example in examples]
-        texts = [self.tokenizer.decode(ids) for ids in predictions]
+        texts = [self.tokenizer.decode(ids, is_cut=True) for ids in predictions]
         overlaps = [
             rouge_l(characters(reference), characters(text))
             for reference, text in zip(references, texts, strict=True)
@@ -136,7 +136,7 @@ class Generation(Kind[GenerationExample, TokenIds]):
 
     def record(self, example: GenerationExample, prediction: TokenIds) -> dict[str, Any]:
         source = SEPARATOR.join(example.source)
-        return {"src_txt": source, "prediction": self.tokenizer.decode(prediction)}
+        return {"src_txt": source, "prediction": self.tokenizer.decode(prediction, is_cut=True)}
 
 
 def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:

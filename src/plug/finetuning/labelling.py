@@ -26,7 +26,7 @@ class Labelling(Kind[LabellingExample, Tags]):
     """Each token is encoded by itself, and its first piece carries its tag.
 
     Predictions are the likeliest tags that spell entities (`best_paths`). Blanks at the ends of a
-    text are outside: the model does not read them.
+    text are outside: the model does not read them. So are those at the ends of an entity.
 
     A sentence longer than ``source_length`` is read in several windows, one after another.
     """
@@ -125,7 +125,9 @@ class Labelling(Kind[LabellingExample, Tags]):
         if whole:
             decode()
         return [
-            (OUTSIDE,) * part.start + path + (OUTSIDE,) * (len(example.tokens) - part.stop)
+            (OUTSIDE,) * part.start
+            + _with_bare_entities(example.tokens[part], path)
+            + (OUTSIDE,) * (len(example.tokens) - part.stop)
             for example, part, path in zip(examples, bare, paths, strict=True)
         ]
 
@@ -182,6 +184,18 @@ def _without_edges(tokens: Sequence[str]) -> slice:
     """Where the tokens are that have no blank ones before or behind them."""
     written = [index for index, token in enumerate(tokens) if trim(token)]
     return slice(written[0], written[-1] + 1) if written else slice(0, 0)
+
+
+def _with_bare_entities(tokens: Sequence[str], tags: Tags) -> Tags:
+    """The tags, where blank tokens at the ends of an entity are outside."""
+    kept = list(tags)
+    for kind, start, end in entity_spans(tags):
+        part = _without_edges(tokens[start:end])
+        count = part.stop - part.start
+        inside = [f"B-{kind}", *[f"I-{kind}"] * (count - 1)][:count]
+        after = [OUTSIDE] * (end - start - part.stop)
+        kept[start:end] = [OUTSIDE] * part.start + inside + after
+    return tuple(kept)
 
 
 def best_paths(scores: Sequence[Tensor], labels: Sequence[str]) -> list[list[int]]:

@@ -361,7 +361,7 @@ def read_squad(path: Path, notes: Notes | None = None) -> Iterator[QuestionExamp
             context = _text(paragraph, "context", where)
             for q, question in enumerate(_objects(paragraph, "qas", where), start=1):
                 name = _id(question.get("id"))
-                place = f"{where}第 {q} 问" if name is None else f"{path} 的问题 {_plainly(name)}"
+                place = f"{where}第 {q} 问" if name is None else f"{path} 的问题“{_plainly(name)}”"
                 text = _text(question, "question", place)
                 if name is not None and asked.setdefault(str(name), (context, text)) != (
                     context,

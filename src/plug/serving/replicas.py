@@ -2,12 +2,15 @@
 
 Ray spreads requests, asks each copy for its health and replaces it when it is not well. Each copy
 has the application of `app.py` with its own queue; a stream passes through as it is written.
-SIGHUP replaces all copies, one after the other, while the others serve.
+SIGHUP replaces all copies, one after the other, while the others serve. SIGTERM or Ctrl-C ends
+them as it ends one server: nothing new is taken, what runs is finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import signal
 import sys
 import threading
@@ -19,11 +22,12 @@ from typing import Any
 
 from plug.errors import PlugError, UsageError
 from plug.serving.record import log_event
-from plug.serving.server import set_up_logs
+from plug.serving.server import listen, set_up_logs
 from plug.serving.settings import ServeSettings
 
-_APPLICATION = "plug"
+_APPLICATION = _DEPLOYMENT = "plug"
 _HEALTH_SECONDS = 5.0  # between two questions
+_LAST_SECONDS = 5.0  # for a copy to say that it has drained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,7 @@ class Replica:
             dtype=models.dtype,
         )
         self._app = create_app(loaded, settings, loader)
+        set_up_logs()  # into the files that Ray keeps of each process
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray's name for what answers requests."""
@@ -74,6 +79,10 @@ class Replica:
         """Ray's question; an error has the copy replaced."""
         if not self._app.state.service.is_alive:
             raise PlugError("写作的线程已停止。")
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait for what runs; called by `serve_replicas` at the end."""
+        await self._app.state.service.drain()
 
 
 def serve_replicas(
@@ -87,11 +96,13 @@ def serve_replicas(
         on_started: called with the address when all copies are ready.
 
     Raises:
-        UsageError: Ray's proxy cannot do what the settings ask for.
+        UsageError: Ray's proxy cannot do what the settings ask for, or the port is in use.
         PlugError: Ray is not installed, or the copies did not start.
     """
     if settings.uds is not None:
         raise UsageError("--replicas 不能和 --uds 一起用。请用 --host 和 --port。")
+    with listen(settings) as trial:  # Ray would refuse a port in use with a traceback
+        port = trial.getsockname()[1]
     try:
         import ray
         from ray import serve
@@ -112,22 +123,23 @@ def serve_replicas(
             "health_check_period_s": _HEALTH_SECONDS,
             "ray_actor_options": {"num_cpus": 0, "num_gpus": int(models.device != "cpu")},
         }
-        deployment = serve.deployment(serve.ingress()(Replica), name="plug", **options)
+        deployment = serve.deployment(serve.ingress()(Replica), name=_DEPLOYMENT, **options)
         serve.run(deployment.bind(models, settings, generation), name=_APPLICATION)
 
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        serve.start(http_options={"host": settings.host, "port": settings.port})
+        serve.start(http_options={"host": settings.host, "port": port})
         try:
             run(0)
         except RuntimeError as error:
-            raise PlugError(f"{settings.replicas} 个副本没有起来：{error}") from None
+            reason = _reason_of(serve.status().applications[_APPLICATION]) or str(error)
+            raise PlugError(f"{settings.replicas} 个副本没有起来：{reason}") from None
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
         if sys.platform != "win32":
             signal.signal(signal.SIGHUP, lambda *_: changed.set())
         set_up_logs()
-        on_started(f"http://{settings.host}:{settings.port}")
+        on_started(f"http://{settings.host}:{port}")
         generation = 0
         while True:
             changed.wait()
@@ -137,9 +149,21 @@ def serve_replicas(
             generation += 1
             run(generation)
             log_event(logging.INFO, event="replaced", replicas=settings.replicas)
+        log_event(logging.INFO, event="draining", replicas=settings.replicas)
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # a copy died meanwhile
+            copies = serve.get_deployment_handle(_DEPLOYMENT, _APPLICATION)
+            copies.broadcast("drain").results(timeout_s=settings.shutdown_timeout + _LAST_SECONDS)
+        serve.delete(_APPLICATION)  # when the last answers have passed through the proxy
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _reason_of(application: Any) -> str:
+    """What a copy's start ended with, where it was one of the package's errors; else ""."""
+    messages = [deployment.message for deployment in application.deployments.values()]
+    found = re.findall(r"^plug\.errors\.\w+: (.+)$", "\n".join(messages), re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def resolved(directory: str) -> str:
