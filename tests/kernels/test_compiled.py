@@ -17,21 +17,27 @@ warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from plug.kernels import adafactor
+from plug.kernels import adafactor, adamw8bit
 
+BLOCKS = {"EIGHT": True, "BLOCK": 256, "ROWS": 8}
 TILE = {"ROWS": 128, "COLUMNS": 1024, "STEP": 8}
 BFLOAT16 = ("weight", "gradient")
-INTEGERS = ("rows", "columns", "across", "down", "blocks", "tiles", "size", "key")
-FLOATS = ("rate", "gained", "lost", "limit", "tiny")
+CODES = ("first_kept", "second_kept")
+INTEGERS = ("rows", "columns", "across", "down", "blocks", "tiles", "size", "key", "start")
+FLOATS = ("rate", "gained", "lost", "limit", "tiny", "eps", "first_by", "second_by")
+FLOATS += ("gained_first", "gained_second")
 for kernel, constants in {
     adafactor._squares: TILE,
     adafactor._moments: {"BLOCK": 128, "AT_ONCE": 32},
     adafactor._weighted_square: {"SUMS": 256, **TILE},
     adafactor._apply: {"SUMS": 256, "TILES": 2048, "ROUNDS": True, **TILE},
     adafactor._vector: {"BLOCK": 4096},
+    adamw8bit._squares: BLOCKS,
+    adamw8bit._apply: {"HAS_MASTER": False, "ROUNDS": True, **BLOCKS},
 }.items():
     kinds = {name: "*fp32" for name in kernel.arg_names}
     kinds |= {name: "*bf16" for name in BFLOAT16 if name in kinds}
+    kinds |= {name: "*u8" for name in CODES if name in kinds}
     kinds |= {name: "i32" for name in INTEGERS if name in kinds}
     kinds |= {name: "fp32" for name in FLOATS if name in kinds}
     kinds |= dict.fromkeys(constants, "constexpr")
@@ -42,7 +48,7 @@ for kernel, constants in {
 
 
 @pytest.mark.slow
-def test_adafactor_s_kernels_compile() -> None:
+def test_kernels_of_fused_steps_compile() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -57,6 +63,8 @@ def test_adafactor_s_kernels_compile() -> None:
         "_weighted_square",
         "_apply",
         "_vector",
+        "_squares",
+        "_apply",
     ], ran.stderr
 
 

@@ -13,14 +13,14 @@ arXiv:2110.02861, for the moments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from plug.finetuning.adafactor import random_bits, round_stochastically
+from plug.finetuning.adafactor import has_kernels, random_bits, round_stochastically
 
 BLOCK = 256  # values that share a scale, at most
 LEAST_BLOCK = 32
@@ -53,8 +53,14 @@ class Step:
     first: int
 
     @property
-    def kept(self) -> float:
-        return 1 - self.rate * self.weight_decay
+    def lost(self) -> float:
+        """What weight decay takes from the weight."""
+        return self.rate * self.weight_decay
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """What both moments are multiplied by, because they started from 0."""
+        return 1 / (1 - self.betas[0] ** self.count), 1 / (1 - self.betas[1] ** self.count)
 
 
 def block_of(weight: Tensor) -> int:
@@ -74,6 +80,11 @@ def sum_of_squares(gradient: Tensor, state: Mapping[str, Tensor], step: Step) ->
         state: of those rows; it is not changed.
         step: the step.
     """
+    if has_kernels(gradient):
+        from plug.kernels import adamw8bit
+
+        tables = _tables(code_values, gradient.device)
+        return adamw8bit.squares(gradient, state, tables, _numbers(step)).sum()
     total = torch.zeros((), device=gradient.device)
     for part in _parts(gradient, state):
         total += _direction(*_moved(gradient, state, step, part), step).square().sum()
@@ -96,13 +107,51 @@ def update(
         step: the step.
         mean_square: of the update of the whole weight before it is scaled, float32 ().
     """
+    if has_kernels(gradient):
+        from plug.kernels import adamw8bit
+
+        adamw8bit.update(
+            weight, state.get("master"), gradient, state, _tables(code_values, weight.device),
+            _tables(code_limits, weight.device), mean_square, numbers=_numbers(step),
+            rate=step.rate, lost=step.lost, limit=step.limit, key=step.key, first=step.first,
+        )  # fmt: skip
+    else:
+        _update(weight, gradient, state, step, mean_square)
+    torch.autograd.graph.increment_version(weight)  # kernels do not, and a stale use must fail
+
+
+def _numbers(step: Step) -> dict[str, float]:
+    first, second = step.corrections
+    return {
+        "gained_first": 1 - step.betas[0],
+        "gained_second": 1 - step.betas[1],
+        "first_by": first,
+        "second_by": second,
+        "eps": step.eps,
+    }
+
+
+def _tables(
+    of: Callable[[bool, torch.device], Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    first, second = (of(signed, device) for signed in MOMENTS.values())
+    return first, second
+
+
+def _update(
+    weight: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Tensor],
+    step: Step,
+    mean_square: Tensor,
+) -> None:
     factor = step.rate / (mean_square.sqrt() / step.limit).clamp(min=1)
     kept_in = state.get("master", weight)
     block = _block(state, gradient)
     for part in _parts(gradient, state):
         moments = _moved(gradient, state, step, part)
         rows = kept_in.view(-1, block)[part]
-        value = rows.float() * step.kept - _direction(*moments, step) * factor
+        value = rows.float() * (1 - step.lost) - _direction(*moments, step) * factor
         for name, moment in zip(MOMENTS, moments, strict=True):
             _keep(state, name, moment, part)
         if kept_in.dtype == torch.bfloat16:
@@ -112,7 +161,6 @@ def update(
         rows.copy_(value)
     if kept_in is not weight:
         weight.copy_(kept_in)
-    torch.autograd.graph.increment_version(weight)
 
 
 def _block(state: Mapping[str, Tensor], gradient: Tensor) -> int:
@@ -165,9 +213,8 @@ def _keep(state: Mapping[str, Tensor], name: str, moment: Tensor, part: slice) -
 
 def _direction(first: Tensor, second: Tensor, step: Step) -> Tensor:
     """The update before it is scaled, from both moments."""
-    first = first / (1 - step.betas[0] ** step.count)
-    second = second / (1 - step.betas[1] ** step.count)
-    return first / (second.sqrt() + step.eps)
+    first_by, second_by = step.corrections
+    return first * first_by / ((second * second_by).sqrt() + step.eps)
 
 
 @cache
