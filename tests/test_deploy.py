@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from plug.cli import app
+from plug.serving.settings import ServeSettings
 
 DEPLOY = Path(__file__).parents[1] / "docs" / "deploy"
 
@@ -77,6 +78,18 @@ def test_what_stops_the_server_waits_longer_than_it_takes_to_end() -> None:
     assert seconds("kubernetes.yaml", r"GracePeriodSeconds: (\d+)") > seconds(
         "kubernetes.yaml", timeout
     )
+
+
+def test_the_proxy_leaves_time_and_size_to_the_server() -> None:
+    """Its own errors are pages that no client can read."""
+    settings, text = ServeSettings(), read("nginx.conf")
+    size = re.search(r"client_max_body_size (\d+)m;", text)
+    seconds = re.search(r"proxy_read_timeout (\d+)s;", text)
+    assert size is not None
+    assert seconds is not None
+    assert int(size[1]) * 2**20 > settings.max_body_bytes
+    assert int(seconds[1]) > settings.request_timeout
+    assert "max_size" not in read("Caddyfile")  # it breaks the connection
 
 
 @pytest.mark.parametrize(
