@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from plug.cli import app
+from plug.serving.settings import ServeSettings
 
 DEPLOY = Path(__file__).parents[1] / "docs" / "deploy"
 
@@ -57,7 +58,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_command_has_options_that_there_are(name: str) -> None:
+def test_the_command_has_options_that_there_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = "plug.checkpoints.directory.find_model_directory"
+    monkeypatch.setattr(found, lambda _: None)  # the model is not on this machine
     plug, serve, *options = COMMANDS[name]()
 
     assert (plug, serve) == ("plug", "serve")
@@ -77,6 +80,18 @@ def test_what_stops_the_server_waits_longer_than_it_takes_to_end() -> None:
     assert seconds("kubernetes.yaml", r"GracePeriodSeconds: (\d+)") > seconds(
         "kubernetes.yaml", timeout
     )
+
+
+def test_the_proxy_leaves_time_and_size_to_the_server() -> None:
+    """Its own errors are pages that no client can read."""
+    settings, text = ServeSettings(), read("nginx.conf")
+    size = re.search(r"client_max_body_size (\d+)m;", text)
+    seconds = re.search(r"proxy_read_timeout (\d+)s;", text)
+    assert size is not None
+    assert seconds is not None
+    assert int(size[1]) * 2**20 > settings.max_body_bytes
+    assert int(seconds[1]) > settings.request_timeout
+    assert "max_size" not in read("Caddyfile")  # it breaks the connection
 
 
 @pytest.mark.parametrize(

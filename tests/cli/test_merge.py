@@ -49,8 +49,8 @@ def test_from_training_to_a_merged_quantised_model(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--bits", "5", "--adapter", "it"], "--bits 5 只能是 8 或 4"),
-        (["--adapter", "nowhere", "--model", "plug-mini-zh"], "nowhere 不是适配器的目录"),
+        (["--bits", "5", "--adapter", "."], "--bits 5 只能是 8 或 4"),
+        (["--adapter", ".", "--model", "plug-mini-zh"], ". 不是适配器的目录"),
         (["--adapter", "nowhere"], "nowhere"),
     ],
 )

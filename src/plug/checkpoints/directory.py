@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from plug.checkpoints.hub import write_pretrained_configuration
-from plug.checkpoints.weights import TensorSpec
 from plug.errors import UsageError
 from plug.files import about_windows_path, recover, write_json
 from plug.model.configuration import PlugConfig, read_config_file
 from plug.shipped import SHIPPED_DIRECTORY, SHIPPED_MODEL
 from plug.tokenization import PlugTokenizer
+
+if TYPE_CHECKING:  # commands look for the model before they import torch
+    import torch
+    from torch import nn
+
+    from plug.checkpoints.weights import TensorSpec
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "finetuning.json"  # of a fine-tuned model or adapter: its task, settings, labels

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from plug.cli.options import check_directory
 from plug.errors import UsageError
+from plug.shipped import SHIPPED_MODEL
 
 
 class Precision(StrEnum):
@@ -30,6 +32,7 @@ def convert(
         typer.Option(
             "--from-checkpoint",
             help="要读的训练检查点，或训练的输出目录（取其中最新的检查点）。",
+            callback=check_directory,
             show_default=False,
         ),
     ] = None,
@@ -60,6 +63,9 @@ def convert(
         raise UsageError(
             "--from-checkpoint 写成本项目的目录。请先这样转换，再用 --from 转成别的格式。"
         )
+
+    if source not in (None, SHIPPED_MODEL):
+        check_directory(Path(str(source)))
 
     from plug.checkpoints.original import export_original, import_original
     from plug.checkpoints.weights import DTYPES

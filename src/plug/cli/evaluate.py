@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plug.cli.convert import Precision
-from plug.cli.options import Adapter, AsJson, BatchSize, Device, Model, TunedBeams, TunedModel
+from plug.cli.options import (
+    Adapter,
+    AsJson,
+    BatchSize,
+    Device,
+    Model,
+    TunedBeams,
+    TunedModel,
+    check_data,
+)
 from plug.finetuning.tasks import TASKS
 from plug.shipped import SHIPPED_MODEL
 
@@ -54,16 +63,18 @@ def lm(
     """续写能力：每词元、每字的负对数似然（奈特）。文件名去掉 -00 一类编号即领域名。"""
     from itertools import chain, islice
 
-    from plug.checkpoints.directory import find_model_directory, load_tokenizer
-    from plug.checkpoints.weights import DTYPES
-    from plug.device import find_device
-    from plug.evaluation.language_model import default_lengths, evaluate_language_model
-    from plug.loading.load import load
     from plug.pretraining.corpus import domain_name, expand_paths, read_documents
 
     domains: dict[str, list[Path]] = {}
     for path in expand_paths([*text, *(more or [])]):
         domains.setdefault(domain_name(path), []).append(path)
+
+    from plug.checkpoints.directory import find_model_directory, load_tokenizer
+    from plug.checkpoints.weights import DTYPES
+    from plug.device import find_device
+    from plug.evaluation.language_model import default_lengths, evaluate_language_model
+    from plug.loading.load import load
+
     directory = find_model_directory(model)
     tokenizer = load_tokenizer(directory)
     wanted = None if dtype is None else DTYPES[dtype.value]
@@ -92,7 +103,7 @@ def lm(
 
 def task(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="任务格式的数据文件，带答案。")],
+    data: Annotated[str, typer.Option(help="任务格式的数据文件，带答案。", callback=check_data)],
     model: TunedModel = None,
     adapter: Adapter = None,
     report: Annotated[

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from plug.cli.options import Device, options_from, tells_of_interruption
+from plug.cli.options import (
+    Device,
+    check_data,
+    check_model,
+    options_from,
+    tells_of_interruption,
+)
 from plug.finetuning.settings import FLAGS, FinetuneSettings
 from plug.finetuning.tasks import TASKS
 from plug.options import options_of
@@ -36,7 +42,6 @@ def finetune(
     device: Device = None,
 ) -> None:
     """微调：为一个任务训练模型，留下评测得分最高的一轮。"""
-    from plug.finetuning.run import finetune as run
     from plug.options import merge_tables, parse_assignments, read_toml
 
     values = ({} if config is None else read_toml(config)) | changes
@@ -46,6 +51,12 @@ def finetune(
     if task is not None:
         values["task"] = task
     settings = FinetuneSettings.of(values)
+    check_model(settings.model)
+    check_data(settings.train)
+    check_data(settings.eval)
+
+    from plug.finetuning.run import finetune as run
+
     with tells_of_interruption():
         result = run(settings, device=device, resume=resume)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one tells

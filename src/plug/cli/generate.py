@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plug.cli.convert import Precision
-from plug.cli.options import Adapter, options_from
+from plug.cli.options import Adapter, Model, options_from
 from plug.errors import UsageError
 from plug.generation.settings import WINDOW, GenerationSettings
+from plug.shipped import SHIPPED_MODEL
 from plug.textfiles import Notes, read_lines, trim
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 @options_from(GenerationSettings)
 def generate(
     text: Annotated[str | None, typer.Argument(help="要续写的文字。")] = None,
-    model: Annotated[
-        str, typer.Option(help="plug-mini-zh（随附的模型）或模型目录。")
-    ] = "plug-mini-zh",
+    model: Model = SHIPPED_MODEL,
     *,
     settings: GenerationSettings,
     seed: Annotated[int | None, typer.Option(help="随机种子：同样的种子写出同样的文字。")] = None,

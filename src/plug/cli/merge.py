@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from plug.cli.options import check_directory, check_model
 from plug.errors import UsageError
 
 
@@ -14,11 +15,17 @@ def merge(
     target: Annotated[Path, typer.Option("--to", help="要写的目录，须不存在或为空。")],
     adapter: Annotated[
         Path,
-        typer.Option(help="LoRA 适配器的目录（plug finetune --memory lora|qlora 或 peft 所写）。"),
+        typer.Option(
+            help="LoRA 适配器的目录（plug finetune --memory lora|qlora 或 peft 所写）。",
+            callback=check_directory,
+        ),
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="适配器所适配的模型：名字或目录（量化过的也可以）；默认训练时的。"),
+        typer.Option(
+            help="适配器所适配的模型：名字或目录（量化过的也可以）；默认训练时的。",
+            callback=check_model,
+        ),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="8 或 4：合并后量化；默认写成浮点数。", show_default=False)

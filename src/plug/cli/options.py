@@ -9,17 +9,67 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from plug.errors import UsageError
+from plug.files import about_windows_path, recover
 from plug.options import REQUIRED, Option, merge, options_of
 from plug.shipped import SHIPPED_MODEL
+from plug.textfiles import check_regular_file
 
-Model = Annotated[str, typer.Option(help=f"{SHIPPED_MODEL} 或模型目录。")]
+_Path = TypeVar("_Path", bound=str | Path | None)
+
+
+# What is not there is refused while the options are read, before torch is imported: on a cold
+# machine that takes 10 s and more.
+def check_model(value: str | None) -> str | None:
+    """Return the value of an option for a model.
+
+    Raises:
+        UsageError: no model is there, and no adapter.
+    """
+    from plug.checkpoints.directory import find_model_directory
+
+    if value is not None and not (Path(value).expanduser() / "adapter_config.json").is_file():
+        find_model_directory(value)
+    return value
+
+
+def check_directory(value: Path | None) -> Path | None:
+    """Return the value of an option for a directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if value is None:
+        return None
+    directory = value.expanduser()
+    recover(directory)
+    if not directory.is_dir():
+        raise UsageError(f"找不到目录 {value}。请检查路径。{about_windows_path(value)}")
+    return value
+
+
+def check_data(value: _Path) -> _Path:
+    """Return the value of an option for a file, or for a name of the `datasets` library.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if value is not None and ":" not in str(value):  # NAME:SPLIT is for `datasets`
+        check_regular_file(Path(value))
+    return value
+
+
+Model = Annotated[str, typer.Option(help=f"{SHIPPED_MODEL} 或模型目录。", callback=check_model)]
 TunedModel = Annotated[
     str | None,
-    typer.Option(help="plug finetune 的输出目录；与 --adapter 一起时是适配的模型，默认训练时的。"),
+    typer.Option(
+        help="plug finetune 的输出目录；与 --adapter 一起时是适配的模型，默认训练时的。",
+        callback=check_model,
+    ),
 ]
 TunedBeams = Annotated[
     int | None, typer.Option(min=1, help="生成任务的束宽；1 为贪心；默认与微调时相同。")
@@ -28,7 +78,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="一次算几个。")]
 Device = Annotated[str | None, typer.Option(help="cpu 或 cuda；默认有 GPU 就用 GPU。")]
 Adapter = Annotated[
     Path | None,
-    typer.Option(help="LoRA 适配器的目录（plug finetune --memory lora 或 peft 所写）。"),
+    typer.Option(
+        help="LoRA 适配器的目录（plug finetune --memory lora 或 peft 所写）。",
+        callback=check_directory,
+    ),
 ]
 Simplify = Annotated[
     bool, typer.Option("--simplify", help="先把繁体转成简体（要装 plug-zh[opencc]）。")

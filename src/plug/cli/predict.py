@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from plug.cli.options import Adapter, BatchSize, Device, Simplify, TunedBeams, TunedModel
+from plug.cli.options import (
+    Adapter,
+    BatchSize,
+    Device,
+    Simplify,
+    TunedBeams,
+    TunedModel,
+    check_data,
+)
 from plug.errors import UsageError
 
 
@@ -21,7 +29,8 @@ def predict(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="任务格式的数据文件（可以没有答案），或 .txt：一行一例，各段用制表符分开。"
+            help="任务格式的数据文件（可以没有答案），或 .txt：一行一例，各段用制表符分开。",
+            callback=check_data,
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="结果写到这个文件，一行一个 JSON。")] = None,

@@ -37,6 +37,11 @@ def quantize(
     if calibration and bits == 8:
         raise UsageError("--calibration 只用于 --bits 4；8 位几乎没有损失。请去掉它。")
 
+    from plug.checkpoints.directory import find_model_directory, is_original
+
+    if not is_original(Path(model).expanduser()):
+        find_model_directory(model)
+
     from plug.files import refuse_used
     from plug.progress import byte_counter
     from plug.quantization.convert import quantize_directory
