@@ -43,16 +43,17 @@ from plug.model.configuration import PRESETS
 
 TEXTS = 4  # whose ids are compared
 PARTS = ("write", "ends", "finetune:lora", "resume", "pretrain")
-# Every parameter of 27B takes 41 GB a card on 8 cards (`plug info --memory finetune --cards 8`).
-ON_EIGHT = ("finetune:whole8_batch32", "finetune:whole8_batch256")
+# Every parameter of the 27B, and the fewest cards of 80 GB that it goes on: 65 GB each on 2, 23 GB
+# each on 8 at batch 32 (`plug info --memory finetune --cards 8`).
+WHOLE = {"finetune:whole_bf16_batch32": 2, "finetune:whole_bf16_batch256": 8}
 LIMITS = {"write": 240, "ends": 60, "resume": 200, "pretrain": 240}
-TARGETS = {"lora": 120, "whole8_batch32": 240, "whole8_batch256": 300}
+TARGETS = {"lora": 120, "whole_bf16_batch32": 240, "whole_bf16_batch256": 300}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cards", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--parts", nargs="+", help=f"{', '.join((*PARTS, *ON_EIGHT))}")
+    parser.add_argument("--parts", nargs="+", help=f"{', '.join((*PARTS, *WHOLE))}")
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 8])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--steps", type=int, default=5, help="of fine-tuning that are timed")
@@ -71,7 +72,8 @@ def main() -> None:
     }
     alone: Found = {}  # ids of the smallest number of cards, by precision
     for count in arguments.cards:
-        parts = arguments.parts or [*PARTS, *(ON_EIGHT if count >= 8 else ())]
+        whole = [part for part, cards in WHOLE.items() if count >= cards]
+        parts = arguments.parts or [*PARTS, *whole]
         line["cards"][str(count)] = {}
         for part in parts:
             line["cards"][str(count)][part] = measure(part, count, arguments, alone)

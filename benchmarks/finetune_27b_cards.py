@@ -1,15 +1,17 @@
 """The 27B fine-tuned on several GPUs by FSDP2, and by ZeRO-3 with offload: tokens a second, memory.
 
     python benchmarks/finetune_27b_cards.py --output benchmarks/results/finetune_27b_two.json
-    python benchmarks/finetune_27b_cards.py --cards 8 --modes lora whole8_batch32 whole8_batch256
+    python benchmarks/finetune_27b_cards.py --cards 8 --modes lora whole_bf16_batch32
     python benchmarks/finetune_27b_cards.py --tiny --steps 1            # two processes on a CPU
 
 As `finetune_27b.py`, which has the modes of one GPU; a batch here is that of each GPU, and tokens
-are those of all. `one` is LoRA on a single GPU. `full`, `full8` and `zero3` train every parameter
-of 4 encoder layers and 1 decoder layer of the 27B's widths, `whole8_…` of all layers, with so many
-examples a step of all GPUs together; `8`: AdamW's states in 8 bits. `zero3` needs deepspeed.
-Memory is of the GPU that had most. Each mode runs in processes of its own, so that one that fails
-or exceeds its limit takes no other along. Prints one JSON line, last.
+are those of all. `one` is LoRA on a single GPU. `full…` and `zero3` train every parameter of 4
+encoder layers and 1 decoder layer of the 27B's widths; `whole…` of all layers, with so many
+examples a step of all GPUs together. Weights are float32, by AdamW; `8`: its states have 8 bits
+(torchao); `bf16`: the weights are bfloat16 besides, and steps are taken in the backward pass
+(`adamw8bit_fused`), so that all layers go on two GPUs of 80 GB. `zero3` needs deepspeed. Memory is
+of the GPU that had most. Each mode runs in processes of its own, so that one that fails or exceeds
+its limit takes no other along. Prints one JSON line, last.
 """
 
 from __future__ import annotations
@@ -263,6 +265,7 @@ MODES: dict[str, Callable[[argparse.Namespace], one.Found]] = {
 # Seconds of what two cards are measured with, the most wanted first.
 # `zero3` may compile DeepSpeed's AdamW first.
 LIMITS = {ONE: 110, "lora": 120, "full": 90, "lora_kept": 90, "zero3": 180}
+LIMITS |= {"full_bf16": 90, "whole_bf16_batch32": 150}
 
 
 if __name__ == "__main__":

@@ -132,6 +132,79 @@ def finetune(
     return {"metrics": result.metrics, "held": held, "facts": result.facts}
 
 
+def step_in_backward(
+    folder: str, steps: list[int], half: bool, sharded: bool = True, resume: bool = False
+) -> dict[str, Any]:
+    """Train by `FusedAdamW8bit`, all processes on the same batches; the weights go to a file.
+
+    They are in "weights.pt" of ``folder``, beside a checkpoint, which a run with ``resume`` goes on
+    from. Not ``sharded``, a process has the whole model, and writes no checkpoint.
+
+    Returns:
+        What had a gradient while a weight took its step: the most shards, and names of gathered
+        weights.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from plug import PlugForConditionalGeneration, PlugTransformersConfig
+    from plug.distributed.fully_sharded import gathered, shard
+    from plug.distributed.settings import ParallelSettings
+    from plug.finetuning.fused_backward import FusedAdamW8bit
+    from plug.finetuning.recomputation import recompute_layers
+    from plug.finetuning.sharded_state import (
+        read_optimizer,
+        read_weights,
+        write_optimizer,
+        write_weights,
+    )
+    from plug.model.configuration import PRESETS
+
+    torch.manual_seed(0)
+    values = PRESETS["test"].to_dict()
+    values |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dtype = torch.bfloat16 if half else torch.float32
+    model: Any = PlugForConditionalGeneration(PlugTransformersConfig(**values)).to(dtype).train()
+    model.warns_of_half_precision = False
+    recompute_layers(model, 2)
+    if sharded:
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        shard(model, mesh, ParallelSettings(), reduce_dtype=dtype)
+    shards, whole = [0], set()
+
+    def look(_: Any) -> None:
+        having = {name: x for name, x in model.named_parameters() if x.grad is not None}
+        shards.append(sum(hasattr(x, "to_local") for x in having.values()))
+        whole.update(name for name, x in having.items() if not hasattr(x, "to_local"))
+
+    trained = [each for each in model.parameters() if each.requires_grad]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(look)
+    optimizer = FusedAdamW8bit(trained, lr=1e-3, weight_decay=0.01, seed=3)
+    optimizer.fuse()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    if resume:
+        read_weights(Path(folder), model)
+        read_optimizer(Path(folder), model, optimizer, schedule)
+    for number in steps:
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(5, 300, (2, 9), generator=generator)
+        model(input_ids=ids, labels=ids[:, :4]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: x.detach() for name, x in model.named_parameters()}
+    if sharded:
+        write_weights(Path(folder), model)
+        write_optimizer(Path(folder), model, optimizer, schedule)
+        state = dict(gathered(state))
+    if os.environ["RANK"] == "0":
+        torch.save(state, Path(folder, "weights.pt"))
+    if sharded:
+        dist.destroy_process_group()
+    return {"shards": max(shards), "whole": sorted(whole)}
+
+
 def pretrain(
     stage: int,
     settings: dict[str, Any],

@@ -14,12 +14,19 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from plug import PlugForConditionalGeneration, PlugTransformersConfig
-from plug.finetuning.fused_backward import FusedAdafactor
+from plug.finetuning.fused_backward import FusedAdafactor, FusedAdamW8bit, FusedOptimizer
 from plug.finetuning.recomputation import recompute_layers
 from plug.model.configuration import PlugConfig
 
+BOTH = pytest.mark.parametrize("cls", [FusedAdafactor, FusedAdamW8bit])
 
-def make(config: PlugConfig, dtype: torch.dtype, seed: int = 0) -> tuple[Any, FusedAdafactor]:
+
+def make(
+    config: PlugConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
+    cls: type[FusedAdafactor | FusedAdamW8bit] = FusedAdafactor,
+) -> tuple[Any, FusedOptimizer]:
     torch.manual_seed(0)
     model = PlugForConditionalGeneration(PlugTransformersConfig(**config.to_dict())).to(dtype)
     model.train()
@@ -29,7 +36,7 @@ def make(config: PlugConfig, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Fu
         {"params": trained[::2], "weight_decay": 0.01},
         {"params": trained[1::2], "lr": 2e-3},
     ]
-    return model, FusedAdafactor(groups, lr=1e-3, seed=seed)
+    return model, cls(groups, lr=1e-3, seed=seed)
 
 
 def batch(number: int) -> dict[str, Tensor]:
@@ -40,7 +47,7 @@ def batch(number: int) -> dict[str, Tensor]:
     }
 
 
-def train(model: Any, optimizer: FusedAdafactor, steps: range) -> list[float]:
+def train(model: Any, optimizer: FusedOptimizer, steps: range) -> list[float]:
     losses = []
     for number in steps:
         torch.manual_seed(number)  # of dropout
@@ -52,14 +59,18 @@ def train(model: Any, optimizer: FusedAdafactor, steps: range) -> list[float]:
     return losses
 
 
+@BOTH
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_equals_unfused_bit_for_bit(
-    dtype: torch.dtype, recomputes: bool, config: PlugConfig
+    dtype: torch.dtype,
+    recomputes: bool,
+    cls: type[FusedAdafactor | FusedAdamW8bit],
+    config: PlugConfig,
 ) -> None:
-    plain, optimizer = make(config, dtype)
+    plain, optimizer = make(config, dtype, cls=cls)
     expected = train(plain, optimizer, range(3))
-    fused, optimizer = make(config, dtype)
+    fused, optimizer = make(config, dtype, cls=cls)
     if recomputes:
         recompute_layers(fused, 99)
     optimizer.fuse()
@@ -90,19 +101,22 @@ def test_each_weight_takes_one_step_and_few_gradients_exist_at_once(config: Plug
     assert all(optimizer.state[each]["step"] == 1 for each in trained)
 
 
-def test_a_resumed_run_equals_an_unbroken_one(config: PlugConfig) -> None:
-    whole, optimizer = make(config, torch.bfloat16, seed=3)
+@BOTH
+def test_a_resumed_run_equals_an_unbroken_one(
+    cls: type[FusedAdafactor | FusedAdamW8bit], config: PlugConfig
+) -> None:
+    whole, optimizer = make(config, torch.bfloat16, seed=3, cls=cls)
     optimizer.fuse()
     expected = train(whole, optimizer, range(6))
 
-    broken, optimizer = make(config, torch.bfloat16, seed=3)
+    broken, optimizer = make(config, torch.bfloat16, seed=3, cls=cls)
     optimizer.fuse()
     first = train(broken, optimizer, range(3))
     saved = io.BytesIO()
     torch.save([broken.state_dict(), optimizer.state_dict()], saved)
     saved.seek(0)
     weights, state = torch.load(saved, weights_only=True)
-    resumed, optimizer = make(config, torch.bfloat16, seed=3)
+    resumed, optimizer = make(config, torch.bfloat16, seed=3, cls=cls)
     resumed.load_state_dict(weights)
     optimizer.fuse()
     optimizer.load_state_dict(state)

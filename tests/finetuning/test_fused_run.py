@@ -1,4 +1,4 @@
-"""`finetune --optimizer adafactor|adamw8bit`: it learns, resumes exactly, and refuses early."""
+"""`finetune` with steps inside the backward pass: it learns, resumes exactly, and refuses early."""
 
 from __future__ import annotations
 
@@ -78,12 +78,13 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit_fused"])
 def test_a_resumed_run_ends_as_an_unbroken_one(
-    dropping_base: Path, settings: Make, data: Callable[..., Path], tmp_path: Path
+    optimizer: str, dropping_base: Path, settings: Make, data: Callable[..., Path], tmp_path: Path
 ) -> None:
     train = data("classification")
     options: dict[str, Any] = {
-        "epochs": 3.0, "batch_size": 5, "layer_decay": 0.9, "optimizer": "adafactor",
+        "epochs": 3.0, "batch_size": 5, "layer_decay": 0.9, "optimizer": optimizer,
         "model": str(dropping_base), "gradient_checkpointing": True,
     }  # fmt: skip
     whole = settings("classification", train, **options)
@@ -158,11 +159,11 @@ def test_layer_rates_and_weight_decay_are_adamw_s(
         return optimizer
 
     monkeypatch.setattr(run.FinetuneTrainer, "create_optimizer", kept)
-    for optimizer in ("adamw", "adafactor"):
+    for optimizer in ("adamw", "adafactor", "adamw8bit_fused"):
         options: dict[str, Any] = {"optimizer": optimizer, "output": f"{tmp_path}/{optimizer}"}
         train = data("classification")
         finetune(settings("classification", train, layer_decay=0.5, **options), device="cpu")
-    assert groups["adafactor"] == groups["adamw"]
+    assert groups["adafactor"] == groups["adamw8bit_fused"] == groups["adamw"]
     assert len(groups["adamw"]) > 4
 
 
@@ -197,6 +198,18 @@ def test_several_processes_are_refused(
         UsageError, match=f"各进程（{processes} 个）的梯度来不及相加。请只用一个进程"
     ):
         finetune(settings("classification", data("classification"), optimizer="adafactor"))
+
+
+def test_several_processes_do_not_keep_a_copy_each(
+    settings: Make, data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = settings(
+        "classification", data("classification"), optimizer="adamw8bit_fused",
+        parallel={"sharding": "none"},
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"或去掉 parallel\.sharding=none"):
+        finetune(made)
 
 
 def test_a_quantised_model_is_refused(

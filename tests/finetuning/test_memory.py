@@ -78,6 +78,19 @@ def test_the_27b_gets_the_best_that_fits(
     assert (recomputed in decision.told) == (picked.recomputed_layers > 0)
 
 
+def test_cards_that_share_the_27b_train_every_weight_in_bfloat16() -> None:
+    """8 cards of 24 GB, 32 examples a step; processes with whole copies have no such way."""
+    decision = decide(settings(batch_size=4), case(24, cards=8, processes=8))
+    picked = decision.settings
+    assert (picked.memory, picked.optimizer) == ("full", "adamw8bit_fused")
+    assert (picked.batch_size, picked.gradient_accumulation_steps) == (4, 1)
+    assert "full adamw8bit_fused（bf16）" in decision.told
+    assert decide(settings(batch_size=4), case(80, cards=8)).settings.optimizer == "adamw"
+    needs_all = settings(batch_size=4, clip_grad_norm=0.5)
+    assert decide(needs_all, case(24, cards=8)).settings.memory == "lora"
+    assert decide(settings(), case(80, processes=2)).settings.memory == "lora"
+
+
 def test_fewer_layers_are_recomputed_where_there_is_more_memory() -> None:
     counts = [
         decide(settings(), case(room, bits=4)).settings.recomputed_layers for room in (24, 40)

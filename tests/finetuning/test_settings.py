@@ -40,6 +40,15 @@ NEEDED = {"task": "tnews", "train": "a", "eval": "b", "output": "c"}
             {"optimizer": "adafactor", "gradient_accumulation_steps": 4},
             "gradient_accumulation_steps=4 要累积梯度。请去掉它，或用 --optimizer adamw",
         ),
+        (
+            {"optimizer": "adamw8bit_fused", "gradient_accumulation_steps": 4},
+            "optimizer=adamw8bit_fused 在反向传播中逐个更新权重，不留梯度，"
+            "而 gradient_accumulation_steps=4 要累积梯度",
+        ),
+        (
+            {"optimizer": "adamw8bit_fused", "parallel": {"cpu_offload": True}},
+            "optimizer=adamw8bit_fused 在显卡上更新权重，不能与 parallel.cpu_offload 一起用",
+        ),
         ({"optimizer": "adafactor", "fgm": 1.0}, "fgm=1.0 要第二份梯度"),
         ({"optimizer": "adafactor", "clip_grad_norm": 2.0}, "clip_grad_norm=2.0 要全部梯度的范数"),
         ({"optimizer": "adafactor", "child_tuning": 0.5}, "child_tuning=0.5 要全部梯度"),

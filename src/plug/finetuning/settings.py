@@ -273,6 +273,11 @@ class FinetuneSettings:
                     f"optimizer={self.optimizer} 在反向传播中逐个更新权重，不留梯度，"
                     f"而 {name}={getattr(self, name)} 要{what}。请去掉它，或用 --optimizer adamw。"
                 )
+        if self.parallel.cpu_offload:
+            raise UsageError(
+                f"optimizer={self.optimizer} 在显卡上更新权重，不能与 parallel.cpu_offload 一起用。"
+                "请去掉它，或用 --optimizer adamw。"
+            )
 
     @property
     def is_adapter(self) -> bool:

@@ -142,8 +142,8 @@ def _refuse_unsupported(settings: FinetuneSettings, asked: str) -> None:
     if settings.memory == "qlora":
         raise UsageError(f"--memory qlora 的整数权重不能分片。请用 --memory lora，或去掉 {asked}。")
     names = [name for name in _UNSUPPORTED if getattr(settings, name)]
-    is_fsdp = settings.parallel.sharding != "none" and not settings.parallel.deepspeed
-    if settings.is_fused and not (is_fsdp and settings.optimizer in SHARDABLE):
+    is_shardable = settings.optimizer in SHARDABLE and not settings.parallel.deepspeed
+    if settings.is_fused and not is_shardable:
         names.append(f"optimizer={settings.optimizer}")
     if settings.child_tuning < 1:
         names.append("child_tuning")
