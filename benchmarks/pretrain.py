@@ -104,6 +104,8 @@ def train(
 def rate(rows: list[dict[str, float]]) -> float:
     """Tokens a second from the first steps' end to the last step."""
     start = rows[int(WARM * len(rows))]
+    if start is rows[-1]:
+        raise SystemExit(f"{len(rows)} rows in the log are too few to time. Give more --steps.")
     return (rows[-1]["tokens"] - start["tokens"]) / (rows[-1]["seconds"] - start["seconds"])
 
 
