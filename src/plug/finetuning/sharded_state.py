@@ -94,9 +94,10 @@ def check_engine(folder: Path, engine: str, processes: int) -> None:
             "fsdp": "parallel.sharding=fsdp",
             "deepspeed": "parallel.deepspeed",
         }
+        how = "，由 torchrun 启动，进程数可以变，1 个也行" if written_by == "fsdp" else ""
         raise UsageError(
             f"检查点 {folder} 是用 {option[written_by]} 训练的，现在是 {option[engine]}。"
-            f"请用原来的 {option[written_by]} 接着训练，或换一个输出目录。"
+            f"请用原来的 {option[written_by]} 接着训练{how}；或换一个输出目录。"
         )
     shares = len(list(folder.glob(_DEEPSPEED_SHARES)))
     if shares and shares != processes:
