@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import re
 import shutil
 import signal
@@ -61,11 +62,12 @@ def test_all_chinese_of_the_page_has_its_english() -> None:
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(*options: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`plug serve` of the shipped model in a process of its own; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    if not port:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     command = [sys.executable, "-m", "plug", "serve", "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}/"
@@ -203,7 +205,7 @@ def test_another_one_branches_undo_and_a_reload(desk: Desk) -> None:
     assert (
         desk.page.locator("#tree button").count() == 4
     )  # the beginning, the opening, two branches
-    desk.page.locator("#tree button", has_text=first.strip()[:6]).click()
+    desk.page.locator("#tree button", has_text=f"✎ {first.strip()[:6]}").click()
     assert desk.text() == OPENING + first
     desk.page.wait_for_timeout(1000)  # it is saved
     desk.page.reload()
@@ -306,6 +308,62 @@ def test_works_are_exported_and_imported(desk: Desk, tmp_path: Path) -> None:
 
 
 @in_browser
+def test_files_of_windows_and_files_that_are_none(desk: Desk, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
+    def import_(name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        desk.page.set_input_files("#import-file", tmp_path / name)
+
+    for name, encoding in (("国标.txt", "gb18030"), ("宽.txt", "utf-16"), ("一.md", "utf-8-sig")):
+        import_(name, OPENING.encode(encoding))
+        desk.page.locator("#ink", has_text=OPENING).wait_for()
+        expect(desk.page.locator("#title")).to_have_value(name.split(".")[0])
+        assert desk.text() == OPENING
+    import_("picture.txt", bytes(range(256)))
+    desk.page.locator("#notice", has_text="不是文本：picture.txt").wait_for()
+
+    node = {"id": 0, "parent": -1, "at": 0, "cut": 0, "text": "", "by": "u"}
+    tokens = [{"at": 0, "top": [5, ["x"]]}, {"at": 0, "top": [["山", 0.5]]}]
+    more = {"id": 1, "parent": 0, "text": OPENING, "by": "m", "tokens": tokens}
+    work = {"nodes": [node, node | more], "here": 1, "settings": {"length": "abc", "top_p": 9}}
+    import_("here.json", json.dumps(work | {"here": "length"}).encode())
+    desk.page.locator("#notice", has_text="不是作品：here.json").wait_for()
+    import_("odd.json", json.dumps(work).encode())
+    desk.page.locator("#notice").wait_for(state="hidden")
+    assert desk.page.input_value("#length") == "128"
+    assert desk.page.input_value("#top_p") == "1"
+    desk.page.focus("#text")
+    desk.page.keyboard.press("Control+Home")
+    desk.page.keyboard.press("Alt+a")
+    desk.page.locator("#alternatives button", has_text="山").wait_for()
+
+
+@in_browser
+def test_two_tabs_with_one_work_lose_nothing(desk: Desk) -> None:
+    def wait_for_saved(page: Any, text: str) -> None:
+        page.click("#open-works")  # saves first
+        page.locator("#work-list", has_text=text).wait_for()
+        page.click("#works [data-close]")
+
+    desk.page.fill("#text", OPENING)
+    wait_for_saved(desk.page, OPENING[:10])
+    other = desk.context.new_page()
+    other.goto(desk.page.url)
+    other.locator("#ink", has_text=OPENING).wait_for()
+    desk.page.fill("#text", "甲写的。" + OPENING)
+    wait_for_saved(desk.page, "甲写的")
+    other.fill("#text", "乙写的。" + OPENING)
+    other.locator("#notice", has_text="另一个标签页").wait_for()
+    for page, name in ((desk.page, "甲"), (other, "乙")):
+        page.click("#open-works")
+        page.locator("#work-list", has_text="甲写的").wait_for()
+        page.locator("#work-list", has_text="乙写的").wait_for()
+        page.click("#works [data-close]")
+        assert page.input_value("#text").startswith(name)
+
+
+@in_browser
 def test_reading_labels_and_masks(desk: Desk) -> None:
     desk.page.click("#write")  # without a beginning
     assert desk.page.is_visible("#notice")
@@ -316,6 +374,15 @@ def test_reading_labels_and_masks(desk: Desk) -> None:
     desk.page.click(".chips [data-task=fill_mask]")
     desk.page.click("form .primary")
     desk.page.locator(".results meter").first.wait_for()
+
+    desk.page.click("#language")
+    assert desk.page.locator("form label").first.inner_text().startswith("Text with [MASK]")
+    desk.page.click("#language")
+    desk.page.locator("form textarea").fill("山上有座[MASK]。")
+    desk.page.keyboard.press("Control+Enter")
+    desk.page.locator(".results").wait_for()
+    desk.page.click("#tab-write")
+    assert desk.text() == ""
 
 
 @in_browser
@@ -379,6 +446,11 @@ def test_a_wrong_key_asks_for_the_right_one(browser: Any) -> None:
         desk.page.goto(address)
         desk.page.locator("#key-dialog[open]").wait_for()
         assert "密钥" in desk.notice()
+        for wrong in ("wrong-key-of-16-signs", "密钥"):
+            desk.page.fill("#key", wrong)
+            desk.page.click("#key-dialog .primary")
+            desk.page.locator("#key-dialog[open]").wait_for()
+            assert "密钥不对" in desk.notice()
         desk.page.fill("#key", "right-key-of-16-signs")
         desk.page.click("#key-dialog .primary")
         desk.page.locator("#notice").wait_for(state="hidden")
@@ -400,4 +472,19 @@ def test_a_server_that_dies_while_writing(browser: Any) -> None:
 
         assert "连不上服务器" in desk.notice()
         assert len(desk.text()) > len(OPENING)
+        desk.context.close()
+
+
+@in_browser
+def test_a_server_that_comes_back_with_another_model(browser: Any) -> None:
+    with serving() as (address, process):
+        desk = Desk(browser, address)
+        desk.open_with(OPENING, length=8)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        port = int(address[:-1].rpartition(":")[2])
+        with serving("--served-model-name", "other", port=port):
+            assert not desk.write()
+            desk.page.locator("#notice", has_text="请再试一次").wait_for()
+            assert desk.write()
         desk.context.close()

@@ -6,9 +6,10 @@ import { kept } from "./store.js";
 const STATUS = { shutting_down: 503, request_timeout: 504 };
 
 export class ApiError extends Error {
-  constructor(status, message, retryAfter) {
+  constructor(status, message, { retryAfter, code } = {}) {
     super(message);
     this.status = status; // 0: no answer at all
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -16,6 +17,7 @@ export class ApiError extends Error {
 async function request(route, body, signal) {
   const headers = {};
   const key = kept("key", "sessionStorage");
+  if (/[^\x20-\x7e]/.test(key)) throw new ApiError(401, ""); // no header can hold it
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   let answer;
@@ -28,9 +30,9 @@ async function request(route, body, signal) {
     throw new ApiError(0, String(error.message));
   }
   if (answer.ok) return answer;
-  let message = answer.statusText;
-  try { message = (await answer.json()).error.message; } catch { /* not ours, a proxy's */ }
-  throw new ApiError(answer.status, message, Number(answer.headers.get("Retry-After")) || null);
+  let error = { message: answer.statusText };
+  try { ({ error } = await answer.json()); } catch { /* not ours, a proxy's */ }
+  throw new ApiError(answer.status, error.message, { retryAfter: Number(answer.headers.get("Retry-After")) || null, code: error.code });
 }
 
 export async function call(route, body, signal) {

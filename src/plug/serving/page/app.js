@@ -24,9 +24,14 @@ const DEFAULTS = { length: 128, temperature: 0.9, top_k: 20, top_p: 0, seed: "" 
 const FIELDS = Object.keys(DEFAULTS);
 const WAYS = 3; // of "another"
 
+const known = new Map(); // of each work opened here: its `changed` when this tab last read or saved it
 let models = [], work = tree.newWork(), controller = null, answer = null, isSaved = true, saving = Promise.resolve(), timer = 0;
 const text = $("text"), ink = $("ink");
 const model = () => models.find((each) => each.id === $("model").value) ?? models[0];
+function bound(name) { // a number outside what the field allows
+  const field = $(name);
+  if (name !== "seed") field.value = Math.min(Math.max(Number(field.value) || 0, Number(field.min)), Number(field.max));
+}
 const settings = () => Object.fromEntries(FIELDS.map((name) => [name, name === "seed" ? $(name).value : Number($(name).value)]));
 
 // --- what is shown ------------------------------------------------------------------------------
@@ -82,7 +87,8 @@ function complain(error) {
   if (error.status === 401 || error.status === 403) {
     say(t("密钥不对，或缺少密钥。请填写。"), true);
     askKey();
-  } else if (error.status === 429 || error.status === 503) say(t("服务器正忙，{0} 秒后再试。写出的都留着。", error.retryAfter ?? 5), true);
+  } else if (error.code === "model_not_found") loadModels().then(() => say(t("服务器上的模型换了，请再试一次。"), true));
+  else if (error.status === 429 || error.status === 503) say(t("服务器正忙，{0} 秒后再试。写出的都留着。", error.retryAfter ?? 5), true);
   else if (!error.status) say(t("连不上服务器，或中途断开。写出的都留着，恢复后按“接着写”。"), true);
   else if (error.status === 413) say(t("太长了：") + error.message, true);
   else if (error.status < 500) say(t("服务器没有接受：") + error.message, true);
@@ -102,7 +108,15 @@ function changed() {
 function save() {
   clearTimeout(timer);
   const copy = structuredClone(work);
-  saving = saving.then(() => store.save(copy)).then(
+  saving = saving.then(async () => {
+    while (!(await store.save(copy, known.get(copy.id)))) {
+      const id = tree.newId();
+      if (work.id === copy.id) work.id = id;
+      copy.id = id;
+      say(t("这个作品在另一个标签页里也改过。这里的另存为一个作品，两个都在“作品”里。"), true);
+    }
+    known.set(copy.id, copy.changed);
+  }).then(
     () => { isSaved = isSaved || copy.changed === work.changed; store.keep("work", copy.id); },
     (error) => say(t("没有能保存：") + error.message, true));
   return saving;
@@ -110,9 +124,14 @@ function save() {
 
 function open(opened) {
   work = opened;
+  known.set(work.id, work.changed);
+  store.keep("work", work.id);
   $("title").value = work.title;
   $("note").value = work.note;
-  for (const name of FIELDS) $(name).value = work.settings[name] ?? DEFAULTS[name];
+  for (const name of FIELDS) {
+    $(name).value = work.settings[name] ?? DEFAULTS[name];
+    bound(name);
+  }
   answer = null;
   $("candidates").hidden = $("alternatives").hidden = true;
   showAnswer();
@@ -216,6 +235,7 @@ function another() {
   }
   $("candidates").replaceChildren(...cards.map((each) => each.element));
   $("candidates").hidden = false;
+  $("candidates").scrollIntoView({ block: "center" }); // below a long text
   cards.slice(0, WAYS).forEach((each, index) => each.button.addEventListener("click", () => {
     if (controller || !ways[index].text) return;
     work.here = base;
@@ -322,7 +342,7 @@ async function listWorks() {
   $("work-list").replaceChildren(...all.map((each) => {
     const name = nameOf(each);
     const opener = make("button", { type: "button", textContent: `${name} · ${new Date(each.changed).toLocaleString()}` });
-    opener.addEventListener("click", () => { open(each); save(); $("works").close(); });
+    opener.addEventListener("click", () => { open(each); $("works").close(); });
     const remover = make("button", { type: "button", textContent: t("删除") });
     remover.setAttribute("aria-label", `${t("删除")} ${name}`);
     remover.addEventListener("click", async () => {
@@ -343,12 +363,26 @@ function exported(kind) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
+// A file's text, also in the encodings of Windows; an error where it is none.
+async function textOf(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const mark = { 0xfffe: "utf-16le", 0xfeff: "utf-16be" }[(bytes[0] << 8) | bytes[1]];
+  for (const encoding of mark ? [mark] : ["utf-8", "gb18030"]) {
+    try {
+      const found = new TextDecoder(encoding, { fatal: true }).decode(bytes);
+      if (!found.includes("\0")) return found;
+    } catch { /* another one */ }
+  }
+  throw new Error("encoding");
+}
+
 async function imported(file) {
-  const content = (await file.text()).replace(/^\ufeff/, "");
+  $("works").close();
+  let content, found = tree.newWork();
+  try { content = await textOf(file); } catch { return say(t("这个文件不是文本：") + file.name, true); }
   const kind = file.name.split(".").pop().toLowerCase();
-  let found = tree.newWork();
   if (kind === "json") {
-    try { found = tree.fromJSON(content); } catch (error) { return say(t("这个文件不是作品：") + error.message, true); }
+    try { found = tree.fromJSON(content); } catch { return say(t("这个文件不是作品：") + file.name, true); }
   } else {
     const heading = kind === "md" && content.match(/^# (.*)\r?\n+/);
     found.title = heading ? heading[1].slice(0, 80) : file.name.replace(/\.[^.]*$/, "").slice(0, 80);
@@ -356,8 +390,8 @@ async function imported(file) {
   }
   await save();
   open(found);
+  say("");
   await save();
-  $("works").close();
 }
 
 function askKey() {
@@ -438,7 +472,10 @@ function step(act) {
 document.addEventListener("keydown", (event) => {
   const isCommand = event.ctrlKey || event.metaKey;
   if (event.key === "Escape" && controller) controller.abort();
-  else if (isCommand && event.key === "Enter") goOn();
+  else if ($("room-write").hidden || document.querySelector("dialog[open]")) {
+    if (!isCommand || event.key !== "Enter") return;
+    event.target.form?.requestSubmit();
+  } else if (isCommand && event.key === "Enter") goOn();
   else if (event.altKey && event.code === "KeyA") alternatives(true);
   else if (isCommand && event.target === text && event.key.toLowerCase() === "z") step(event.shiftKey ? tree.redo : tree.undo);
   else if (isCommand && event.target === text && event.key.toLowerCase() === "y") step(tree.redo);
@@ -456,8 +493,7 @@ $("copy").addEventListener("click", () => navigator.clipboard?.writeText(text.va
 $("title").addEventListener("input", () => { work.title = $("title").value; changed(); });
 $("note").addEventListener("input", () => { work.note = $("note").value; changed(); });
 for (const name of FIELDS) $(name).addEventListener("change", () => {
-  const field = $(name);
-  if (name !== "seed") field.value = Math.min(Math.max(Number(field.value) || 0, Number(field.min)), Number(field.max));
+  bound(name);
   work.settings = settings();
   changed();
 });

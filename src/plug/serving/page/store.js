@@ -22,7 +22,15 @@ async function run(mode, act) {
   });
 }
 
-export const save = (work) => run("readwrite", (works) => works.put(work));
+// Whether it was saved: not where what is kept is not what was `known` (its `changed`), since another tab saved it.
+export async function save(work, known) {
+  const isOurs = (kept) => !kept || kept.changed === known;
+  return isOurs(await run("readwrite", (works) => {
+    const request = works.get(work.id);
+    request.onsuccess = () => isOurs(request.result) && works.put(work);
+    return request;
+  }));
+}
 export const remove = (id) => run("readwrite", (works) => works.delete(id));
 export const all = () => run("readonly", (works) => works.getAll());
 

@@ -17,6 +17,13 @@ const make = (tag, more = {}, ...children) => {
   return element;
 };
 
+// An element with a word of the page, which follows a change of language.
+const word = (tag, chinese, more) => {
+  const element = make(tag, { textContent: t(chinese), ...more });
+  element.dataset.t = chinese;
+  return element;
+};
+
 // Fill `room` with what the models can; whether there is anything.
 export function openReadingRoom(room, models, complain) {
   const tasks = Object.entries(TASKS).filter(([task]) => models.some((model) => model.can.includes(task)));
@@ -28,10 +35,10 @@ export function openReadingRoom(room, models, complain) {
     for (const chip of chips.children) chip.setAttribute("aria-pressed", chip.dataset.task === task);
     const inputs = fields.map(([field, label]) => {
       const input = make(field === "question" || field === "answer" ? "input" : "textarea", { name: field, required: true, value: example[field] });
-      return make("label", {}, make("span", { textContent: t(label) }), input);
+      return make("label", {}, word("span", label), input);
     });
     const chosen = make("select", { name: "model" }, ...models.filter((model) => model.can.includes(task)).map((model) => make("option", { value: model.id, textContent: model.id })));
-    form.replaceChildren(chips, ...inputs, make("label", {}, make("span", { textContent: t("模型") }), chosen), make("button", { className: "primary", textContent: t("开始") }));
+    form.replaceChildren(chips, ...inputs, make("label", {}, word("span", "模型"), chosen), word("button", "开始", { className: "primary" }));
     results.replaceChildren();
     form.onsubmit = async (event) => {
       event.preventDefault();
@@ -41,10 +48,11 @@ export function openReadingRoom(room, models, complain) {
       try { results.replaceChildren(...(await ask(task, values))); } catch (error) { complain(error); }
       button.disabled = false;
     };
+    form.dataset.tLabel = name;
     form.setAttribute("aria-label", t(name));
   };
   chips.append(...tasks.map(([task, { name }]) => {
-    const chip = make("button", { type: "button", textContent: t(name), onclick: () => choose(task) });
+    const chip = word("button", name, { type: "button", onclick: () => choose(task) });
     chip.dataset.task = task;
     return chip;
   }));

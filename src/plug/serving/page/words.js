@@ -25,7 +25,9 @@ const ENGLISH = {
   "读到 {0} / {1} 个词元（设定 {2}）；前面 {3} 个字读不到。": "{0} of {1} tokens are read (notes {2}); {3} characters before them are not.",
   "这里没有备选词：不是模型写的，或没有记下概率。": "No alternatives here: not by the model, or without probabilities.",
   "选一个，从那里接着写：": "Choose one and go on from there:",
-  "这个文件不是作品：": "Not a work: ", "删除“{0}”？不能恢复。": "Delete “{0}”? This cannot be undone.",
+  "这个文件不是作品：": "Not a work: ", "这个文件不是文本：": "Not a text: ",
+  "这个作品在另一个标签页里也改过。这里的另存为一个作品，两个都在“作品”里。": "This work was changed in another tab too. What is here is kept as a second work; both are under “Works”.",
+  "服务器上的模型换了，请再试一次。": "The server has other models now. Try again.", "删除“{0}”？不能恢复。": "Delete “{0}”? This cannot be undone.",
   "文字": "Text", "标签（用逗号或换行分开）": "Labels (separated by commas or lines)", "分类": "Classify", "填空": "Fill the mask", "实体": "Entities", "问答": "Answer", "出题": "Make a question", "答案（文字里的一段）": "Answer (a part of the text)",
   "问题": "Question", "开始": "Run", "含 [MASK] 的文字": "Text with [MASK]", "没有找到。": "Nothing found.", "没有可用的模型。": "No model for this.",
 };
@@ -39,6 +41,7 @@ export function t(chinese, ...values) {
 
 export function translate(root = document) {
   document.documentElement.lang = isEnglish ? "en" : "zh-CN";
+  document.title = `${t("AI写手")} · PLUG`;
   for (const element of root.querySelectorAll("[data-t]")) {
     element.dataset.t ||= element.textContent;
     element.textContent = t(element.dataset.t);

@@ -4,9 +4,11 @@
 
 const TYPING_PAUSE = 4000; // ms: later typing begins a node of its own
 
+export const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
+
 export function newWork() {
   return {
-    id: crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}`,
+    id: newId(),
     title: "", note: "", settings: {}, changed: Date.now(), here: 0, last: {},
     nodes: [{ id: 0, parent: -1, at: 0, cut: 0, text: "", by: "u", time: Date.now() }],
   };
@@ -101,19 +103,23 @@ export const caretAfter = (work) => {
   return node.at + node.text.length;
 };
 
-// A work from a file: what is not one is refused with the reason.
+// A work from a file; an error where it is not one. Settings and probabilities that make no sense are left out.
 export function fromJSON(text) {
   const work = JSON.parse(text);
   const isText = (value) => typeof value === "string";
   const isNode = (node, index) => node && node.id === index && Number.isInteger(node.parent) && node.parent < index &&
     (index === 0 || node.parent >= 0) && Number.isInteger(node.at) && node.at >= 0 && Number.isInteger(node.cut) && node.cut >= 0 &&
     isText(node.text) && (node.by === "u" || node.by === "m");
-  if (!work || !Array.isArray(work.nodes) || !work.nodes.length || !work.nodes.every(isNode) || !work.nodes[work.here])
+  if (!work || !Array.isArray(work.nodes) || !work.nodes.length || !work.nodes.every(isNode) || !Number.isInteger(work.here) || !work.nodes[work.here])
     throw new Error("format");
-  const { id, settings, last } = newWork();
-  const tokens = (node) => (Array.isArray(node.tokens) ? node.tokens.filter((t) => t && Number.isInteger(t.at) && Array.isArray(t.top)) : undefined);
+  const { id, last } = newWork();
+  const isChance = (pair) => Array.isArray(pair) && isText(pair[0]) && Number.isFinite(pair[1]);
+  const isToken = (token) => token && Number.isInteger(token.at) && Array.isArray(token.top) && token.top.every(isChance);
+  const tokens = (node) => (Array.isArray(node.tokens) ? node.tokens.filter(isToken) : undefined);
+  const isSetting = ([name, value]) => (name === "seed" ? /^\d*$/.test(value) : Number.isFinite(value));
+  const settings = Object.fromEntries(Object.entries(work.settings ?? {}).filter(isSetting));
   return {
-    id, settings: { ...settings, ...(work.settings ?? {}) }, last, here: work.here, changed: Date.now(),
+    id, settings, last, here: work.here, changed: Date.now(),
     title: isText(work.title) ? work.title : "", note: isText(work.note) ? work.note : "",
     nodes: work.nodes.map((node) => ({
       id: node.id, parent: node.parent, at: node.at, cut: node.cut, text: node.text, by: node.by, time: Number(node.time) || 0, tokens: tokens(node),
