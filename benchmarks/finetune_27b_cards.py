@@ -7,8 +7,9 @@
 As `finetune_27b.py`, which has the modes of one GPU; a batch here is that of each GPU, and tokens
 are those of all. `one` is LoRA on a single GPU. `full…` and `zero3` train every parameter of 4
 encoder layers and 1 decoder layer of the 27B's widths; `whole…` of all layers, with so many
-examples a step of all GPUs together. Weights are float32, by AdamW; `8`: its states have 8 bits
-(torchao); `bf16`: the weights are bfloat16 besides, and steps are taken in the backward pass
+examples a step of all GPUs together, and all layers recomputed (`kept` and batch 256 in bfloat16:
+as few as 80 GB allow). Weights are float32, by AdamW; `8`: its states have 8 bits (torchao);
+`bf16`: the weights are bfloat16 besides, and steps are taken in the backward pass
 (`adamw8bit_fused`), so that all layers go on two GPUs of 80 GB. `zero3` needs deepspeed. Memory is
 of the GPU that had most. Each mode runs in processes of its own, so that one that fails or exceeds
 its limit takes no other along. Prints one JSON line, last.
@@ -36,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from plug.distributed.fully_sharded import as_shard, own_region
 from plug.distributed.tensor_parallel import shard_shape
 from plug.finetuning.kind import Collator
-from plug.finetuning.memory import Case, training_of
+from plug.finetuning.memory import Case, Mode, best_way, training_of
 from plug.finetuning.run import training_arguments
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharding import (
@@ -49,7 +50,7 @@ from plug.finetuning.sharding import (
 from plug.finetuning.tasks import find_task
 from plug.finetuning.trainer import FinetuneTrainer
 from plug.hf import PlugForConditionalGeneration, PlugTransformersConfig
-from plug.loading.estimate import training_need
+from plug.loading.estimate import Training, training_need
 from plug.model.accounting import training_flops
 from plug.model.configuration import PlugConfig
 
@@ -234,14 +235,28 @@ LORA: one.Found = {
 FULL: one.Found = {"memory": "full", "batch_size": 16}
 BF16: one.Found = {"optimizer": "adamw8bit_fused", "parallel": FSDP}
 FEW = [4, 1]  # layers
+ROOM = 76 * 10**9  # bytes of a GPU of 80 GB that a prediction may take
 
 
-def measure_whole(arguments: argparse.Namespace, examples: int, optimizer: str) -> one.Found:
-    """Every parameter of all layers; a step has so many examples on all GPUs together."""
+def measure_whole(
+    arguments: argparse.Namespace, examples: int, optimizer: str, room: int = 0
+) -> one.Found:
+    """Every parameter of all layers; a step has so many examples on all GPUs together.
+
+    All layers are recomputed, or as few as go into ``room`` bytes of a GPU.
+    """
     processes = int(os.environ["WORLD_SIZE"])
     batch = max(1, examples // processes)
-    settings = {"memory": "full", "optimizer": optimizer, "batch_size": batch}
-    settings |= {"gradient_checkpointing": True, "parallel": FSDP}
+    settings = {"memory": "full", "optimizer": optimizer, "batch_size": batch, "parallel": FSDP}
+    training = Training(
+        batch_size=batch, source_length=one.SOURCE, target_length=one.TARGET, cards=processes
+    )
+    mode = Mode(memory="full", optimizer=optimizer, bits=16)
+    way = best_way(one.shape(arguments), mode, training, room) if room else None
+    if way is None:
+        settings["gradient_checkpointing"] = True
+    else:
+        settings["recomputed_layers"] = way.training.recomputed
     return measure(arguments, layers=None, settings=settings)
 
 
@@ -260,7 +275,8 @@ MODES: dict[str, Callable[[argparse.Namespace], one.Found]] = {
     "whole8_batch32": lambda a: measure_whole(a, 32, "adamw8bit"),
     "whole8_batch256": lambda a: measure_whole(a, 256, "adamw8bit"),
     "whole_bf16_batch32": lambda a: measure_whole(a, 32, "adamw8bit_fused"),
-    "whole_bf16_batch256": lambda a: measure_whole(a, 256, "adamw8bit_fused"),
+    "whole_bf16_batch32_kept": lambda a: measure_whole(a, 32, "adamw8bit_fused", ROOM),
+    "whole_bf16_batch256": lambda a: measure_whole(a, 256, "adamw8bit_fused", ROOM),
 }
 # Seconds of what two cards are measured with, the most wanted first.
 # `zero3` may compile DeepSpeed's AdamW first.

@@ -89,6 +89,8 @@ def test_cards_that_share_the_27b_train_every_weight_in_bfloat16() -> None:
     needs_all = settings(batch_size=4, clip_grad_norm=0.5)
     assert decide(needs_all, case(24, cards=8)).settings.memory == "lora"
     assert decide(settings(), case(80, processes=2)).settings.memory == "lora"
+    alone = settings(parallel={"sharding": "fsdp"})
+    assert decide(alone, case(140)).settings.optimizer == "adamw8bit_fused"
 
 
 def test_fewer_layers_are_recomputed_where_there_is_more_memory() -> None:
@@ -190,9 +192,15 @@ def test_shards_that_fit_no_card_are_told_of_the_hosts_memory() -> None:
     need, host = map(float, found.groups())
     assert need < 24
     assert host * 1e9 > 24e9 * 10  # a weight, its gradient in float32 and two states in 8 bits
+    assert "--optimizer adamw8bit_fused，约需" in str(error.value)
     with pytest.raises(PlugError, match="差") as error:
         decide(asked, case(32))
     assert "cpu_offload" not in str(error.value)
+    assert "adamw8bit_fused" not in str(error.value)
+    clipped = dataclasses.replace(asked, clip_grad_norm=0.5)
+    with pytest.raises(PlugError, match="cpu_offload") as error:
+        decide(clipped, case(32, cards=8))
+    assert "adamw8bit_fused" not in str(error.value)
 
 
 def test_more_cards_take_less_each_and_offloading_the_least() -> None:

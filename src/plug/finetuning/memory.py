@@ -226,8 +226,7 @@ def _no_host_memory(case: Case, mode: Mode, training: Training) -> str:
 def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
     """Those that the settings and the model leave, the best first."""
     half = settings.precision == "bf16" and case.on_gpu
-    fused_bits = 16 if settings.precision == "bf16" else 32
-    bits = fused_bits if settings.is_fused else 32
+    bits = _fused_bits(settings) if settings.is_fused else 32
     full = [Mode(memory="full", optimizer=settings.optimizer, bits=bits)]
     lora = Mode(memory="lora", bits=16 if half else 32)
     if settings.memory == "full":
@@ -244,14 +243,23 @@ def _modes(settings: FinetuneSettings, case: Case) -> list[Mode]:
             )
         return [Mode(memory="qlora", bits=case.bits)]
     if settings.optimizer == "adamw" and settings.can_be_fused and not case.offload:
-        if case.cards > 1:
-            full.append(Mode(memory="full", optimizer="adamw8bit_fused", bits=fused_bits))
+        if case.cards > 1 or settings.parallel.sharding == "fsdp":
+            full.append(_shared_in_half(settings))
         elif case.processes == 1:
-            full.append(Mode(memory="full", optimizer="adafactor", bits=fused_bits))
+            full.append(Mode(memory="full", optimizer="adafactor", bits=_fused_bits(settings)))
     needs_lora = settings.rslora or settings.dora
     if needs_all and needs_lora:
         raise UsageError("rslora、dora 用于 LoRA，而 fgm、from_scratch、optimizer 要训练每个权重。")
     return [*([] if needs_lora else full), *([] if needs_all else [lora])]
+
+
+def _shared_in_half(settings: FinetuneSettings) -> Mode:
+    """Every weight, without a copy in float32, on several cards."""
+    return Mode(memory="full", optimizer="adamw8bit_fused", bits=_fused_bits(settings))
+
+
+def _fused_bits(settings: FinetuneSettings) -> int:
+    return 16 if settings.precision == "bf16" else 32
 
 
 def training_of(settings: FinetuneSettings, case: Case) -> Training:
@@ -373,6 +381,11 @@ def _too_small(
         if other is not None:
             found.append(f"--memory auto（会用 {other.name}）")
     if case.cards > 1 and not case.offload:
+        fused = _shared_in_half(settings)
+        way = best_way(config, fused, training, room)
+        if way is not None and settings.memory == "full" and settings.can_be_fused:
+            words = f"--optimizer {fused.optimizer} {_options(settings, way)}".strip()
+            found.append(f"{words}，约需 {gb(way.need.total)} GB")
         away = replace(training, offload=True)
         way = best_way(config, modes[0], away, room, accumulated)
         if way is not None:
