@@ -251,6 +251,36 @@ def test_notes_come_first_and_what_is_read_is_shown(desk: Desk) -> None:
     desk.page.locator("#reading-count", has_text="请缩短设定").wait_for()
 
 
+# Edits at random places of a work, on random branches; what it shows after each, and by replaying.
+EDITS = """async () => {
+    const tree = await import("./work.js");
+    const work = tree.newWork(), shown = [], replayed = [];
+    let seed = 7;
+    const below = (limit) => (seed = (seed * 48271) % 2147483647) % limit;
+    for (let i = 0; i < 300; i++) {
+        if (!below(4)) tree.go(work, below(work.nodes.length));
+        const length = tree.textOf(work).length, at = below(length + 1);
+        const cut = below(Math.min(4, length - at + 1));
+        const edit = { at, cut, text: "春江花".slice(0, below(4)) };
+        below(2) ? tree.add(work, edit, "m") : tree.type(work, edit);
+        shown.push(tree.textOf(work));
+        let text = "";
+        for (const node of tree.path(work))
+            text = text.slice(0, node.at) + node.text + text.slice(node.at + node.cut);
+        replayed.push(text);
+    }
+    return [shown, replayed];
+}"""
+
+
+@in_browser
+def test_a_work_shows_what_its_edits_make(desk: Desk) -> None:
+    shown, replayed = desk.page.evaluate(EDITS)
+
+    assert shown == replayed
+    assert len(set(shown)) > 100
+
+
 @in_browser
 def test_the_answer_as_json(desk: Desk) -> None:
     desk.open_with(OPENING, length=8)

@@ -20,15 +20,21 @@ export const path = (work, id = work.here) => {
   return found.reverse();
 };
 
+// The parts at a node that has children, of each work: such a node no longer changes.
+const known = new WeakMap();
+
 // [{by, text, node, from}]: who wrote which part; `from` is where the part begins in its node's text.
 export function parts(work, id = work.here) {
-  let found = [];
-  for (const node of path(work, id)) {
-    found = [...slice(found, 0, node.at), { by: node.by, text: node.text, node: node.id, from: 0 },
-      ...slice(found, node.at + node.cut, Infinity)].filter((part) => part.text);
-  }
-  return found;
+  const node = work.nodes[id], kept = known.get(work), missing = [];
+  let each = work.nodes[node.parent];
+  for (; each && each.id !== kept?.id; each = work.nodes[each.parent]) missing.push(each);
+  const before = missing.reduceRight(edited, each ? kept.found : []);
+  if (node.parent >= 0) known.set(work, { id: node.parent, found: before });
+  return edited(before, node);
 }
+
+const edited = (found, node) => [...slice(found, 0, node.at), { by: node.by, text: node.text, node: node.id, from: 0 },
+  ...slice(found, node.at + node.cut, Infinity)].filter((part) => part.text);
 
 function slice(all, from, to) {
   const kept = [];
