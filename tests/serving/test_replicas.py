@@ -78,7 +78,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path) -> None
 
 @pytest.mark.skipif(has_ray, reason="Ray is installed")
 def test_without_ray_it_says_what_to_install(run_plug: Callable[..., Any]) -> None:
-    ran = run_plug("serve", "--replicas", "2")
+    ran = run_plug("serve", "--replicas", "2", "--port", "0")
 
     assert ran.status == 1
     assert 'pip install "plug-zh[serve,ray]"' in ran.err
