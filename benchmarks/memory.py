@@ -170,7 +170,8 @@ def finetune_cases(tiny: bool) -> list[tuple[str, Any, Found]]:
                 options = {"memory": memory, "recomputed_layers": recomputed, "batch_size": batch}
                 found.append(case(adapted, bits, options))
             options = {"memory": "full", "recomputed_layers": recomputed, "batch_size": batch}
-            found.append(case(adapted, 16, options | {"optimizer": "adafactor"}))
+            for optimizer in ("adafactor", "adamw8bit_fused"):
+                found.append(case(adapted, 16, options | {"optimizer": optimizer}))
             found.append(case(whole, 32, options))
     options = {"memory": "qlora", "recomputed_layers": 6, "quantized_products": "bf16"}
     found.append(case(adapted, 4, options | {"batch_size": 4 if tiny else 16}))

@@ -133,7 +133,12 @@ def finetune(
 
 
 def step_in_backward(
-    folder: str, steps: list[int], half: bool, sharded: bool = True, resume: bool = False
+    folder: str,
+    steps: list[int],
+    half: bool,
+    sharded: bool = True,
+    resume: bool = False,
+    kind: str = "cpu",
 ) -> dict[str, Any]:
     """Train by `FusedAdamW8bit`, all processes on the same batches; the weights go to a file.
 
@@ -164,12 +169,17 @@ def step_in_backward(
     values = PRESETS["test"].to_dict()
     values |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     dtype = torch.bfloat16 if half else torch.float32
-    model: Any = PlugForConditionalGeneration(PlugTransformersConfig(**values)).to(dtype).train()
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    model: Any = PlugForConditionalGeneration(PlugTransformersConfig(**values))
+    model.to(device, dtype).train()
     model.warns_of_half_precision = False
     recompute_layers(model, 2)
     if sharded:
-        dist.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl")
+        mesh = init_device_mesh(kind, (dist.get_world_size(),))
         shard(model, mesh, ParallelSettings(), reduce_dtype=dtype)
     shards, whole = [0], set()
 
@@ -189,16 +199,17 @@ def step_in_backward(
         read_optimizer(Path(folder), model, optimizer, schedule)
     for number in steps:
         generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(5, 300, (2, 9), generator=generator)
+        ids = torch.randint(5, 300, (2, 9), generator=generator).to(device)
         model(input_ids=ids, labels=ids[:, :4]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    state = {name: x.detach() for name, x in model.named_parameters()}
+    weights = dict(model.named_parameters())
     if sharded:
         write_weights(Path(folder), model)
         write_optimizer(Path(folder), model, optimizer, schedule)
-        state = dict(gathered(state))
+        weights = dict(gathered(weights))
     if os.environ["RANK"] == "0":
+        state = {name: x.detach().cpu() for name, x in weights.items()}
         torch.save(state, Path(folder, "weights.pt"))
     if sharded:
         dist.destroy_process_group()

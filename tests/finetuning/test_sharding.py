@@ -118,6 +118,24 @@ def test_two_processes_step_in_the_backward_pass_bit_for_bit_as_one(
         assert not [name for name in each["whole"] if ".layers." in name]
 
 
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_two_gpus_step_in_the_backward_pass_as_one(run_together: Together, tmp_path: Path) -> None:
+    """The steps are taken on the stream of the reductions; the next pass has to wait for them."""
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        run_together(
+            count, "step_in_backward", folder=str(folder), steps=list(range(20)), half=False,
+            sharded=count == 2, kind="cuda",
+        )  # fmt: skip
+        found.append(torch.load(folder / "weights.pt"))
+    for name, weight in found[0].items():
+        # Twenty steps of 1e-3; a moment near the limit of two codes gets the one or the other.
+        assert (found[1][name] - weight).norm() < 2e-2 * 20e-3 * weight.numel() ** 0.5, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_in_the_backward_pass_of_shards_are_those_of_whole_weights(

@@ -246,6 +246,7 @@ class FusedAdamW8bit(FusedOptimizer):
             "clip_threshold": clip_threshold,
         }
         super().__init__(params, defaults, seed)
+        self._first: dict[int, int] = {}  # by the weight's number; see `_first_element`
 
     def take_step(self, number: int, group: dict[str, Any], parameter: Tensor) -> None:
         """As `FusedOptimizer.take_step`. Of shards, all processes take it together."""
@@ -255,6 +256,8 @@ class FusedAdamW8bit(FusedOptimizer):
             state.update(_adamw_state(parameter))
         state["step"] += 1
         count = int(state["step"])
+        if number not in self._first:
+            self._first[number] = _first_element(parameter)
         weight, gradient = _local(parameter), _local(parameter.grad).contiguous()
         own = {name: _local(value) for name, value in state.items() if name != "step"}
         step = adamw8bit.Step(
@@ -265,7 +268,7 @@ class FusedAdamW8bit(FusedOptimizer):
             limit=group["clip_threshold"],
             count=count,
             key=_key(self.seed, count, number),
-            first=_first_element(parameter),
+            first=self._first[number],
         )
         total = adamw8bit.sum_of_squares(gradient, own, step)
         if hasattr(parameter, "device_mesh"):
