@@ -70,7 +70,7 @@ def test_more_cards_recompute_less() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cards": 1}, "1 张 H100 放不下 27b.*至少要 8 张"),
+        ({"cards": 1}, "1 张 H100 放不下 27b.*至少要 5 张"),
         ({"batch_tokens": 1000}, "batch_tokens=1000 太小"),
         ({"source_length": 4000}, "长度 4000 超过了 27b 的 max_position_embeddings=2048"),
         ({"cards": 0}, "cards=0"),
@@ -81,6 +81,18 @@ def test_more_cards_recompute_less() -> None:
 def test_wrong_plans(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan(**changes)
+
+
+@pytest.mark.parametrize("cards", [2, 4])
+def test_the_advised_number_of_cards_is_the_fewest_that_fit(cards: int) -> None:
+    with pytest.raises(UsageError, match="至少要") as refused:
+        plan(cards=cards)
+    advised = re.search(r"至少要 (\d+) 张", str(refused.value))
+    assert advised
+    fewest = int(advised[1])
+    assert plan(cards=fewest)["layout"]["shards"] == fewest
+    with pytest.raises(UsageError, match="放不下"):
+        plan(cards=fewest - 1)
 
 
 def test_what_is_assumed_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -156,9 +157,11 @@ def _find_layout(settings: PlanSettings, config: PlugConfig, rate: float) -> Lay
     found = list(_layouts(settings, config, _divisors(cards), least))
     if found:
         return min(found, key=lambda each: (each.recomputed, each.shards))
-    powers = [2**n for n in range(MOST_SHARDS.bit_length()) if 2**n > cards]
-    fits = next(_layouts(settings, config, powers, least), None)
-    advice = f"至少要 {fits.shards} 张" if fits else f"{MOST_SHARDS} 张也不够，请换更大的卡"
+    more = range(cards + 1, MOST_SHARDS + 1)  # memory falls with the number of shards
+    place = bisect_left(more, True, key=lambda n: any(_layouts(settings, config, [n], least)))
+    advice = (
+        f"至少要 {more[place]} 张" if place < len(more) else f"{MOST_SHARDS} 张也不够，请换更大的卡"
+    )
     raise UsageError(
         f"{cards} 张 {settings.card} 放不下 {settings.preset}（{settings.optimizer}，每张至少"
         f" {least * length} 个词元，所有层都重算）：{advice}。"
