@@ -85,3 +85,20 @@ def test_a_copy_that_fails_is_told_of_at_the_end(
     with pytest.raises(PlugError, match="step-1"):
         writing.finish()
     assert not (tmp_path / "step-1").exists()
+
+
+def test_a_full_disk_before_the_tensors_leaves_no_checkpoint(
+    group: dist.ProcessGroup, copier: Copier, tmp_path: Path
+) -> None:
+    """An earlier build gave the files that were there the checkpoint's name."""
+
+    def fill_the_disk(directory: Path) -> None:
+        write_beside(directory)
+        raise OSError(28, "No space left on device")
+
+    place, tensors = tmp_path / "step-1", {"weight": torch.ones(4, 6)}
+    with pytest.raises(PlugError, match="No space left on device"):
+        begin_sharded(place, tensors, group, fill_the_disk, copier)
+    assert not place.exists()
+    begin_sharded(place, tensors, group, write_beside, copier).finish()  # now there is room
+    assert json.loads((place / "state.json").read_text()) == {"step": 3}

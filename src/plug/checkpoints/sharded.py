@@ -155,11 +155,10 @@ def begin_sharded(
         write_beside: given the directory, writes other files into it; in the first process.
         copier: whose last checkpoint has been written.
     """
-    place = ExitStack()
-    try:
+    with ExitStack() as stack:  # what fails here leaves no directory
         temporary = [directory]
         if dist.get_rank() == 0:
-            temporary = [place.enter_context(replace_directory(directory, METADATA_FILE))]
+            temporary = [stack.enter_context(replace_directory(directory, METADATA_FILE))]
             write_beside(temporary[0])
         # Not over the cards: that would wait for the work that is queued there.
         dist.broadcast_object_list(temporary, src=0, group=group, device=torch.device("cpu"))
@@ -169,9 +168,7 @@ def begin_sharded(
             process_group=group,
             async_stager=copier,
         )
-    except BaseException:
-        place.close()
-        raise
+        place = stack.pop_all()
     return Writing(place, cast(AsyncSaveResponse, futures), directory)
 
 
