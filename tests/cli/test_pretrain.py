@@ -105,3 +105,11 @@ def test_a_vocabulary_is_not_overwritten_and_not_written_over_a_file(
     status, _, err = run_plug(*vocab, "--output", tmp_path / "vocab" / "tokenizer.json")
     assert status == 2
     assert "已经存在" in err
+
+
+def test_a_corpus_that_is_not_there_is_called_a_corpus(tmp_path: Path, run_plug: Run) -> None:
+    config = tmp_path / "stage1.toml"
+    config.write_text(CONFIG.format(folder=tmp_path, stage=1, shapes="[[32, 1.0]]"))
+    status, _, err = run_plug("pretrain", "stage1", "--config", config, "--device", "cpu")
+    assert (status, "里没有编码好的语料" in err) == (2, True), err
+    assert not (tmp_path / "stage1").exists()

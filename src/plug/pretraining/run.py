@@ -155,9 +155,9 @@ def _plain_errors(config: RunConfig) -> Iterator[None]:
 
 def _start(stage: int, config: RunConfig, resume: bool, processes: Processes) -> State:
     """The model and the optimisers as the first step finds them."""
-    tokenizer = PlugTokenizer.load(config.corpus)
     output = Path(config.output)
     read_tokens(Path(config.corpus))  # says what is wrong with a corpus
+    tokenizer = PlugTokenizer.load(config.corpus)
     corpus = fingerprint(Path(config.corpus))
     model_config = _model_config(stage, config, tokenizer)
     is_sharded = is_to_be_sharded(
