@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import metadata as torch_metadata
 
 from plug.checkpoints import sharded
-from plug.checkpoints.sharded import Copier, begin_sharded, read_sharded
+from plug.checkpoints.sharded import Copier, begin_sharded, read_sharded, write_sharded
 from plug.errors import PlugError
 
 
@@ -102,3 +104,36 @@ def test_a_full_disk_before_the_tensors_leaves_no_checkpoint(
     assert not place.exists()
     begin_sharded(place, tensors, group, write_beside, copier).finish()  # now there is room
     assert json.loads((place / "state.json").read_text()) == {"step": 3}
+
+
+@pytest.mark.usefixtures("group")
+def test_what_python_3_11_2_wrote_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12 has it: enums are pickled as getattr(class, name); not so by 3.11.7 and 3.12.1."""
+    monkeypatch.setattr(
+        torch_metadata._MEM_FORMAT_ENCODING,
+        "__reduce_ex__",
+        lambda self, _: (getattr, (type(self), self.name)),
+    )
+    write_sharded(tmp_path / "step", {"weight": torch.ones(2, 3)})
+    assert b"getattr" in (tmp_path / "step" / ".metadata").read_bytes()
+
+    found = {"weight": torch.zeros(2, 3)}
+    read_sharded(tmp_path / "step", found)
+
+    assert torch.equal(found["weight"], torch.ones(2, 3))
+
+
+class _Looked:
+    """Pickled as a look at another class than that enum."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (torch_metadata.Metadata, "__init__")
+
+
+@pytest.mark.usefixtures("group")
+def test_no_other_attribute_is_looked_up(tmp_path: Path) -> None:
+    write_sharded(tmp_path / "step", {"weight": torch.ones(2, 3)})
+    (tmp_path / "step" / ".metadata").write_bytes(pickle.dumps(_Looked()))
+
+    with pytest.raises(PlugError, match="step 已损坏"):
+        read_sharded(tmp_path / "step", {"weight": torch.zeros(2, 3)})

@@ -103,9 +103,10 @@ def test_an_exception_at_the_last_piece_is_kept_too(tiny_tokenizer: PlugTokenize
     def fail(_: str) -> None:
         raise ValueError("gone")
 
-    [first, *_] = tiny_tokenizer.encode("🐉")  # a part of a character is given out at the end
-    rules = PlugRules(CONFIG, 9, 9)
-    sequence = Sequence([7], rules, GenerationSettings(), 0, Detokenizer(tiny_tokenizer, fail))
+    # The beginning of a stop string is given out at the end.
+    [first] = tiny_tokenizer.encode("山")
+    rules, detokenizer = PlugRules(CONFIG, 9, 9), Detokenizer(tiny_tokenizer, fail, stop=["山水"])
+    sequence = Sequence([7], rules, GenerationSettings(), 0, detokenizer)
     sequence.take([first])
     assert sequence.error is None
     sequence.finish("length")

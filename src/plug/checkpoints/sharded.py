@@ -246,12 +246,21 @@ class _Reader(FileSystemReader):
         return self._metadata
 
 
+def _memory_format(cls: Any, name: Any) -> Any:
+    """The member of that name of the one enum in a `.metadata`."""
+    if cls is not _METADATA_CLASSES["_MEM_FORMAT_ENCODING"] or not isinstance(name, str):
+        raise pickle.UnpicklingError(f"{METADATA_FILE} reads {name} of {cls}")
+    return cls[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == torch_metadata.__name__ and name in _METADATA_CLASSES:
             return _METADATA_CLASSES[name]
         if (module, name) == (_StorageInfo.__module__, _StorageInfo.__name__):
             return _StorageInfo
+        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.2 pickles enums
+            return _memory_format
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("torch", "Size"):

@@ -7,6 +7,7 @@ penalty, n-grams, frequencies), then temperature, top-k, top-p, min-p, then one 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -240,32 +241,15 @@ class _Needs(NamedTuple):
 _NOTHING = _Needs(0, True, False, False, False, False, 0, None)
 
 
-# Of a row's state, what its settings say.
-_OF_SETTINGS = (
-    *("temperature", "top_k", "top_p", "min_p", "greedy", "repetition_penalty", "ngram_size"),
-    *("presence", "frequency", "min_length"),
-)
-
-
 class Joining(NamedTuple):
-    """A text that joins.
+    """A text that joins."""
 
-    Attributes:
-        row: which it gets.
-        settings: how to choose; their token ids are within the vocabulary
-            (`GenerationSettings.check_token_ids`).
-        seed: of the draws.
-        steps: choices at most.
-        forbidden: ids never to choose.
-        min_length: tokens before the end may come.
-    """
-
-    row: int
-    settings: GenerationSettings
-    seed: int
-    steps: int
-    forbidden: Sequence[int] = ()
-    min_length: int = 0
+    row: int  # which it gets
+    settings: GenerationSettings  # how to choose; ids are within the vocabulary (`check_token_ids`)
+    seed: int  # of the draws
+    steps: int  # choices at most
+    forbidden: Sequence[int] = ()  # ids never to choose
+    min_length: int = 0  # tokens before the end may come
 
 
 def copy_rows(state: Tensor, sources: Tensor, targets: Tensor) -> None:
@@ -320,7 +304,7 @@ class Sampler:
         All of them at once, and by copies that a GPU does not wait for: texts that join stop those
         that run.
         """
-        values: dict[str, list[float]] = {name: [] for name in _OF_SETTINGS}
+        values: dict[str, list[float]] = defaultdict(list)
         forbidden: list[tuple[int, int]] = []
         biased: list[tuple[int, int, float]] = []
         width = self._width
