@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 from plug.checkpoints import sharded
@@ -104,6 +106,29 @@ def test_a_full_disk_before_the_tensors_leaves_no_checkpoint(
     assert not place.exists()
     begin_sharded(place, tensors, group, write_beside, copier).finish()  # now there is room
     assert json.loads((place / "state.json").read_text()) == {"step": 3}
+
+
+@pytest.mark.parametrize("failing", range(10))
+def test_no_thread_s_error_is_lost(
+    failing: int,
+    group: dist.ProcessGroup,
+    copier: Copier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fill_up(tensor: Tensor, *arguments: Any, **options: Any) -> None:
+        if len(tensor) == 1 + failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensor, *arguments, **options)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", fill_up)
+    tensors = {str(number): torch.ones(1 + number, 2) for number in range(10)}
+    writing = begin_sharded(tmp_path / "step", tensors, group, write_beside, copier)
+
+    with pytest.raises(PlugError, match="No space left"):
+        writing.finish()
+    assert not (tmp_path / "step").exists()
 
 
 @pytest.mark.usefixtures("group")

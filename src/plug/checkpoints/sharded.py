@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
@@ -25,10 +26,13 @@ from torch.distributed.checkpoint.filesystem import (
     FileSystemWriter,
     _StorageInfo,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
 
 from plug.checkpoints.weights import TensorSpec, check_finite
 from plug.errors import PlugError
@@ -164,7 +168,7 @@ def begin_sharded(
         dist.broadcast_object_list(temporary, src=0, group=group, device=torch.device("cpu"))
         futures = async_save(
             dict(tensors),
-            storage_writer=FileSystemWriter(temporary[0], thread_count=_WRITERS),
+            storage_writer=_Writer(temporary[0]),
             process_group=group,
             async_stager=copier,
         )
@@ -228,6 +232,34 @@ def read_whole(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, Ten
         except _UNREADABLE as error:
             raise _damaged(directory, error) from None
         yield name, wanted[name]
+
+
+class _Writer(FileSystemWriter):
+    """Torch's, in several threads.
+
+    What goes wrong in torch's own threads (`thread_count`) is lost, and what is left of the
+    checkpoint passes for whole (torch 2.13 and 2.14).
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        write, prefix = super().write_data, plan.storage_data.prefix
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            writing = [
+                pool.submit(
+                    write,
+                    replace(
+                        plan,
+                        items=items,
+                        storage_data=replace(plan.storage_data, prefix=f"{prefix}{number}_"),
+                    ),
+                    planner,
+                )
+                for number in range(_WRITERS)
+                if (items := plan.items[number::_WRITERS])
+            ]
+        written: TorchFuture[list[WriteResult]] = TorchFuture()
+        written.set_result([each for part in writing for each in part.result().wait()])
+        return written
 
 
 class _Reader(FileSystemReader):
