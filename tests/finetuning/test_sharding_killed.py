@@ -64,8 +64,8 @@ def test_two_processes_learn_as_one_and_go_on_after_a_kill(
 ) -> None:
     if memory == "lora":
         pytest.importorskip("peft")
-    if device == "cpu" and precision == "bf16":
-        pytest.skip("a CPU computes in float32; test_sharding.py has bfloat16 there")
+    if device == "cpu" and (memory, precision) != ("full", "fp32"):
+        pytest.skip("test_sharding.py has LoRA, bfloat16 and kills in a save on a CPU")
     options = {"epochs": 6.0, "memory": memory, "lora_dropout": 0.0, "precision": precision}
     train = data("generation")
     one = settings("generation", train, batch_size=4, output=f"{tmp_path}/one", **options)

@@ -110,11 +110,14 @@ def test_a_mesh_learns_as_one_process_that_holds_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "muon"])  # see below
 def test_runs_that_die_in_a_save_go_on_with_other_processes(
     optimizer: str, settings: Make, run_together: Together, tmp_path: Path
 ) -> None:
-    """4, then 2, then 4 processes: no passage is lost or repeated; the last two are kept."""
+    """4, then 2, then 4 processes: no passage is lost or repeated; the last two are kept.
+
+    Muon dies five times in `test_five_kills_in_a_row_change_nothing`.
+    """
     made = {"optimizer": optimizer, "steps": 10, "checkpoint_every": 2, "parallel": FSDP}
     whole = settings(output=str(tmp_path / "whole"), **made)
     run_together(2, "pretrain", stage=1, settings=asdict(whole))
