@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Expected: torch.distributed.checkpoint.async_save writes beside training: its thread spends its time in write calls of megabytes,
 #   which need no interpreter lock, so that a busy main thread hardly slows it down.
-# Happens (torch 2.13.0; on two H100s also 2.11): the thread asks for the lock about ten times a tensor. A main thread that keeps the lock
-#   for 5 ms at a time, as launching kernels into a full CUDA queue does, slows it down about five times (1.2 to 0.2 GB/s here, in
+# Happens (torch 2.13.0): the thread asks for the lock about ten times a tensor. A main thread that keeps the lock
+#   for 5 ms at a time, as launching kernels into a full CUDA queue may, slows it down about five times (1.2 to 0.2 GB/s here, in
 #   memory). FileSystemWriter(thread_count=8) gets most of it back (but see torch-checkpoint-threads-lose-errors.sh); the default is 1.
-# Hurts: whoever checkpoints often: the next save waits for the last one. On two H100s a checkpoint of 27 GB took 110 s on a disk that
-#   writes 1.2 GB/s. The main thread here sleeps in C without giving up the lock, so that no card is needed.
+# Hurts: whoever checkpoints often: the next save waits for the last one. Seen on two H100s (torch 2.11): 110 s for 27 GB on a disk that
+#   writes 1.2 GB/s; that this is the cause there is inferred. The main thread here sleeps in C without giving up the lock, so that no card is needed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
