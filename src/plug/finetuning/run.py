@@ -404,12 +404,12 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
 
     `_last_file` moves to the output last, and the checkpoints are removed after it.
     """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
     if not is_used(output):
         if resume:
             raise UsageError(f"{output} 里没有可以接着进行的训练。请去掉 --resume。")
         return
+    if not output.is_dir():
+        raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
     if not (output / RUN_FILE).is_file():
         raise UsageError(f"输出目录 {output} 里有别的东西，不会覆盖。请换一个目录。")
     is_finished = any((output / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG))

@@ -79,8 +79,8 @@ def pretrain(
     if config.tensorboard:
         check_board()
     check_torchao(config.optimizer)
-    sharding = config.parallel.sharding
-    with start_processes(device, joins_alone=sharding == "fsdp") as joined, ExitStack() as stack:
+    joins_alone = config.parallel.asked == "fsdp"
+    with start_processes(device, joins_alone=joins_alone) as joined, ExitStack() as stack:
         processes = dataclasses.replace(joined, tensor=config.parallel.tensor)
         if config.fp8_products:
             check_fp8(processes.device)
@@ -205,10 +205,10 @@ def is_to_be_sharded(
         UsageError: sharding is asked for without a launcher, or the mesh does not divide the model.
     """
     parallel = config.parallel
-    asked = "fsdp" if parallel.tensor > 1 else parallel.sharding
+    asked = parallel.asked
     if asked == "fsdp" and "LOCAL_RANK" not in os.environ:
         raise UsageError(
-            "parallel.sharding=fsdp 和 parallel.tensor 要由 torchrun 启动："
+            "parallel.sharding=fsdp、parallel.tensor 和 parallel.cpu_offload 要由 torchrun 启动："
             "torchrun --nproc-per-node 卡数 -m plug pretrain …。"
         )
     check_mesh(model, processes)
