@@ -34,6 +34,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.directory import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
     RUN_FILE,
     find_model_directory,
@@ -77,7 +78,7 @@ from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
 from plug.jsonfiles import read_json
-from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
+from plug.loading.adapters import BASE_KEY, fingerprint
 from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.host_memory import free_host_memory
 from plug.loading.memory import free_memory

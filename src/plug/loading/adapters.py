@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.checkpoints.directory import RUN_FILE
+from plug.checkpoints.directory import ADAPTER_CONFIG, RUN_FILE
 from plug.checkpoints.headers import read_header, read_places
 from plug.checkpoints.weights import Place, finite, map_tensors, shorten
 from plug.errors import PlugError, UsageError
@@ -31,7 +31,6 @@ from plug.jsonfiles import read_json, shown
 from plug.quantization.linear import QuantizedLinear
 from plug.quantization.products import Product
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_KEY = "base"  # of `finetuning.json`: the `fingerprint` of the model that was adapted
 _PREFIX = "base_model.model."  # of every name in peft's files
