@@ -145,6 +145,8 @@ def flexible(case: Case, leaves: list[Tensor]) -> Tensor:
 def _flexible(is_causal: bool, length: int) -> tuple[Callable[..., Tensor], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._functorch.config.donated_buffer = False  # the backward pass is timed several times
+
     def sees(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return i >= j
 

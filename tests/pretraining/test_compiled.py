@@ -37,6 +37,12 @@ def eager() -> Iterator[None]:
 
 
 @pytest.fixture
+def kernel_device() -> str:
+    """Where Triton's kernels run: without a GPU its interpreter takes tensors of the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     return {
@@ -79,11 +85,13 @@ def test_attention_by_our_own_kernels(
     config: PlugConfig,
     make_model: Callable[[PlugConfig], Plug],
     batch: Batch,
+    kernel_device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sequences that are too long for them go the usual way: here the sources."""
     kernels = pytest.importorskip("plug.kernels.training_attention", reason="needs triton")
-    model = make_model(dataclasses.replace(config, num_attention_heads=2))
+    model = make_model(dataclasses.replace(config, num_attention_heads=2)).to(kernel_device)
+    batch = {name: each.to(kernel_device) for name, each in batch.items()}
     expected = results(model, batch)
     served = []
 
@@ -102,10 +110,11 @@ def test_attention_by_our_own_kernels(
 
 @pytest.mark.usefixtures("plain_losses", "eager")
 def test_gelu_by_our_own_kernel(
-    tiny_model: Plug, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Plug, batch: Batch, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = pytest.importorskip("plug.kernels.gelu", reason="needs triton")
-    tiny_model.eval()
+    tiny_model.eval().to(kernel_device)
+    batch = {name: each.to(kernel_device) for name, each in batch.items()}
     expected = results(tiny_model, batch)
     served = []
 
@@ -114,6 +123,7 @@ def test_gelu_by_our_own_kernel(
         return kernels.BiasedGelu.apply(product, bias)
 
     monkeypatch.setattr(compiled, "_gelu_kernel", lambda: gelu)
+    monkeypatch.setattr(compiled, "LONGEST", 0)  # attention goes the usual way
     compile_model(tiny_model, own_kernels=True)
     torch.testing.assert_close(results(tiny_model, batch), expected, rtol=1e-4, atol=1e-5)
     assert served == [14] * len(tiny_model.encoder.layers) + [6] * 2
