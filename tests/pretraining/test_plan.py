@@ -76,6 +76,7 @@ def test_more_cards_recompute_less() -> None:
         ({"cards": 0}, "cards=0"),
         ({"card": "H101"}, "card='H101'"),
         ({"characters": float("nan")}, "characters=nan"),
+        ({"cards": 1024, "failure_hours": 1.0}, "训练不完：1024 张卡平均每 0.059 分钟坏一次"),
     ],
 )
 def test_wrong_plans(changes: dict[str, Any], message: str) -> None:
@@ -99,6 +100,7 @@ def test_what_is_assumed_is_named() -> None:
     settings = PlanSettings(card="A100")
     text = "\n".join(lines_of(settings, make_plan(settings)))
     assert "实测" not in text  # nobody measured this card
+    assert text.endswith("（--price）。")
     for name in ("--mfu", "--failure-hours", "--checkpoint-seconds", "--price", "--network"):
         assert name in text
     measured = "\n".join(lines_of(PlanSettings(), plan()))

@@ -39,16 +39,15 @@ SHAPES = {1: [[32, 1.0]], 2: [[24, 16, 1.0], [16, 16, 1.0]]}
 
 
 def same_rows(output: Path, expected: Path, *names: str) -> None:
-    """Losses within 1e-5; the same steps and passages."""
+    """Losses, and norms relative to their size, within 1e-5; the same steps and passages."""
     ours, theirs = (read_rows(path / "log.csv") for path in (output, expected))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
         assert row["tokens"] == other["tokens"]
         assert row.keys() - {"memory_gb"} == other.keys() - {"memory_gb"}
         for name in other.keys() & set(names):
-            # The log rounds norms to four digits.
-            apart = 1.01e-4 if name == "grad_norm" else 1e-5
-            assert row[name] == pytest.approx(other[name], abs=apart), (row["step"], name)
+            how = {"rel": 1e-5} if name == "grad_norm" else {"abs": 1e-5}
+            assert row[name] == pytest.approx(other[name], **how), (row["step"], name)
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ class _Logs:
             "seconds": round(self._before + now - self._began, 2),
             "tokens_per_second": round(rate),
             "learning_rate": state.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": round(grad_norm, 4),
+            "grad_norm": float(f"{grad_norm:.7g}"),  # all digits that float32 has
             **{name: round(value, 6) for name, value in losses.items()},
             **{name: measured[name] for name in ("mfu", "memory_gb", "data_wait")},
             "skipped": len(state.skipped),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -67,13 +68,21 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         failure_every=settings.failure_hours / settings.cards,
         restart=settings.restart_minutes / 60,
     )
+    if with_failures == math.inf:
+        every = settings.failure_hours / settings.cards
+        raise UsageError(
+            f"训练不完：{settings.cards} 张卡平均每 {every * 60:.2g} 分钟坏一次，"
+            f"恢复一次要 {settings.restart_minutes:g} 分钟，存一次检查点要"
+            f" {settings.checkpoint_seconds:g} 秒。"
+            "请减少 cards，或改 failure_hours、restart_minutes、checkpoint_seconds。"
+        )
     price = settings.price or card.price
     together = layout.examples * sum(lengths) * settings.cards
     return {
         "parameters": total(config).parameters,
         "tokens": tokens,
         "flops_per_token": each,
-        "steps": round(tokens / settings.batch_tokens),
+        "steps": math.ceil(tokens / settings.batch_tokens),
         "layout": asdict(layout),
         "accumulated": -(-settings.batch_tokens // together),
         "memory_gb": (layout.memory + OVERHEAD_BYTES) / 1e9,
@@ -94,7 +103,7 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
     """Return the plan in Chinese, what was assumed last."""
     layout = plan["layout"]
     tokens = layout["examples"] * (settings.source_length + settings.target_length)
-    card, shown = CARDS[settings.card], f"{plan['tflops']:.0f} TFLOP/s"
+    card, shown = CARDS[settings.card], f"{_short(plan['tflops'])} TFLOP/s"
     lines = [
         f"模型      {settings.preset}，{plan['parameters'] / 1e9:.1f}B 参数，"
         f"每个词元 {plan['flops_per_token'] / 1e9:.1f} GFLOP",
@@ -104,10 +113,10 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"{settings.cards} 张 {settings.card}",
         f"一张卡    一次 {tokens:,} 词元，累积 {plan['accumulated']} 次，重算"
         f" {layout['recomputed']} 层，显存 {plan['memory_gb']:.1f} / {plan['card_gb']:.0f} GB",
-        f"速度      每张卡 {plan['tflops']:.0f} 模型 TFLOP/s",
+        f"速度      每张卡 {_short(plan['tflops'])} 模型 TFLOP/s",
         f"时间      {plan['days']:.1f} 天（没有故障时 {plan['days_without_failures']:.1f} 天，"
         f"预计故障 {plan['failures']:.1f} 次）",
-        f"检查点    每 {plan['checkpoint_every_minutes']:.0f} 分钟一次（模拟出的最短总时间）",
+        f"检查点    每 {_short(plan['checkpoint_every_minutes'])} 分钟一次（模拟出的最短总时间）",
         f"费用      {plan['card_hours']:,.0f} 卡时，{plan['cost'] / 1e4:,.1f} 万元",
         "",
     ]
@@ -127,7 +136,13 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"故障后 {settings.restart_minutes:g} 分钟恢复（--restart-minutes）",
         f"一卡时 {plan['price']:g} 元（--price）",
     ]
-    return [*lines, "假设，可用选项改：", *(f"  {each}；" for each in assumed)]
+    listed = [f"  {each}；" for each in assumed[:-1]]
+    return [*lines, "假设，可用选项改：", *listed, f"  {assumed[-1]}。"]
+
+
+def _short(number: float) -> str:
+    """Without decimals, unless it is small."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _is_measured(settings: PlanSettings) -> bool:
