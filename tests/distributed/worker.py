@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,49 @@ def pretrain(
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")
     return {"held": held}
+
+
+def held_for_a_step(tensor: int, layers: int) -> dict[str, int]:
+    """Bytes of weights, and of what a forward pass in float32 keeps of its tokens.
+
+    The model has so many layers in either half, and reads and writes 3 rows of 11 tokens.
+    """
+    from plug.distributed.fully_sharded import run_forward
+    from plug.distributed.processes import start_processes
+    from plug.distributed.settings import ParallelSettings
+    from plug.model.configuration import PRESETS
+    from plug.model.plug import Plug
+    from plug.pretraining.sharded import shard_new
+
+    config = replace(
+        PRESETS["test"], num_hidden_layers=layers, num_decoder_layers=layers,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        own = local(x)
+        if own.shape[0] in (3, 33) and own.shape[-1] > 1:  # no weight, no row's mean or deviation
+            kept[own.untyped_storage().data_ptr()] = own.untyped_storage().nbytes()
+        return x
+
+    with start_processes("cpu") as alone:
+        processes = replace(alone, tensor=tensor)
+        with torch.device("meta"):
+            model = Plug(config).train()
+        parallel = ParallelSettings(sharding="fsdp", tensor=tensor)
+        shard_new(model, parallel, processes, seed=0, source=None, compute_dtype=None)
+        weights = sum(local(x).nbytes for x in model.parameters())
+        ids = torch.randint(5, 100, (3, 11))
+
+        def forward() -> torch.Tensor:
+            states = model.encoder(model.embeddings(ids), None)
+            keys_values = model.decoder.project_encoder(states)
+            return model.decoder(model.embeddings(ids), keys_values, None)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            run_forward(model, forward)
+    return {"weights": weights, "kept": sum(kept.values())}
 
 
 def finetune_by_deepspeed(**options: Any) -> dict[str, Any]:
