@@ -225,6 +225,7 @@ def pretrain(
     emulates: bool = False,
     kill: dict[str, Any] | None = None,
     full_at: int = 0,
+    spoil: list[int] | None = None,
 ) -> dict[str, Any]:
     """Pre-train: the most bytes of weights that this process held.
 
@@ -232,17 +233,25 @@ def pretrain(
     With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
     With ``kill`` the process "rank" is killed "seconds" after it has begun step "step".
     With ``full_at`` no file grows past 20,000 bytes from that checkpoint on, as on a full disk.
+    With ``spoil``, a rank and a step (from 0), that process's losses of stage 1 are NaN in it.
     """
     from plug.checkpoints import sharded
     from plug.pretraining import loop, run
     from plug.pretraining.run import pretrain
     from plug.pretraining.settings import RunConfig
 
-    held, calls = 0, 0
+    held, calls, now = 0, 0, -1
     take_step, async_save = loop.take_step, sharded.async_save
+    losses = loop.loss_functions.structbert_losses
+
+    def spoiled(*arguments: Any) -> Any:
+        is_spoiled = [int(os.environ["RANK"]), now] == spoil
+        found = losses(*arguments)
+        return {name: x * float("nan") if is_spoiled else x for name, x in found.items()}
 
     def watched(state: Any, *arguments: Any) -> Any:
-        nonlocal held
+        nonlocal held, now
+        now = arguments[-1]
         held = max(held, sum(local(x).nbytes for x in state.model.parameters()))
         if kill and (kill["rank"], kill["step"]) == (int(os.environ["RANK"]), state.step):
             end = (os.getpid(), signal.SIGKILL)
@@ -265,6 +274,7 @@ def pretrain(
     if emulates:
         run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]
+    loop.loss_functions.structbert_losses = spoiled
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")
     return {"held": held}
