@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from plug.errors import PlugError, UsageError
+from plug.loading import estimate
 from plug.loading.estimate import OVERHEAD_BYTES
+from plug.model.accounting import total
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining import memory
@@ -159,3 +161,36 @@ def test_what_fp8_products_keep_is_as_predicted() -> None:
     gone = tokens * 4 * (2 * hidden + inner)
     come = (tokens + 4) * (3 * hidden + inner)
     assert before - after == 2 * (gone - come)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_a_layer_takes_of_two_processes_is_as_predicted(
+    tensor: int, run_together: Callable[..., list[Any]]
+) -> None:
+    """In float32 without dropout: a layer more in either half, with and without tensor parallelism.
+
+    Each process has half of the weights either way, but that biases and norms are on both; with
+    tensor parallelism it also keeps half of what is inside of attention and feed-forward.
+    """
+    kept, predicted = [], []
+    for layers in (1, 2):
+        config = replace(PRESETS["test"], num_hidden_layers=layers, num_decoder_layers=layers)
+        training = estimate.Training(
+            batch_size=3, source_length=11, target_length=11, half=False, dropout=False,
+            cards=2, tensor=tensor,
+        )  # fmt: skip
+        held = run_together(2, "held_for_a_step", tensor=tensor, layers=layers)
+        whole = 4 * total(config).parameters
+        assert all(each["weights"] == pytest.approx(whole / 2, rel=0.02) for each in held)
+        kept.append([each["kept"] for each in held])
+        predicted.append(sum(block.kept for block in estimate._blocks(config, training)))
+    grown = predicted[1] - predicted[0]
+    assert [after - before for before, after in zip(*kept, strict=True)] == [grown, grown]
+
+
+def test_tensor_parallelism_takes_less_where_the_same_cards_share_data(large: Make) -> None:
+    """A group of two has twice the rows of a card; a card of it takes less than for those alone."""
+    config, asked = PRESETS["27b"], large(parallel={"tensor": 2}, batch_tokens=65536)
+    tensor, data = (need_of(config, x, 2, 4, 8, 0) for x in (asked, replace(asked, parallel={})))
+    assert tensor < 0.8 * data

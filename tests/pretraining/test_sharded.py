@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import math
 import random
 import time
 from collections.abc import Callable
@@ -225,6 +227,25 @@ def test_compiled_layers_are_sharded(
         asked = settings(output=str(tmp_path / name), parallel=FSDP, **made, **changes)
         run_together(2, "pretrain", stage=2, settings=asdict(asked))
     same_rows(tmp_path / "compiled", tmp_path / "plain", "lm", "mlm", "grad_norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [FSDP, {"tensor": 2}])
+def test_a_broken_batch_of_one_process_is_passed_over_by_both(
+    parallel: dict[str, Any], settings: Make, run_together: Together, tmp_path: Path
+) -> None:
+    """The same weights as where that step is passed over by its number."""
+    made = {"parallel": parallel, "optimizer": "muon"}
+    by_norm = settings(output=str(tmp_path / "norm"), skip_spikes=20.0, **made)
+    run_together(2, "pretrain", stage=1, settings=asdict(by_norm), spoil=[1, 5])
+    by_number = settings(output=str(tmp_path / "number"), skip_steps=[6], **made)
+    run_together(2, "pretrain", stage=1, settings=asdict(by_number))
+    ours, theirs = (load_file(tmp_path / n / "model/model.safetensors") for n in ("norm", "number"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in ("norm", "number"):
+        report = tmp_path / name / "report"
+        assert "| 6 |" in (report / "report.md").read_text()
+        assert all(map(math.isfinite, json.loads((report / "metrics.json").read_text()).values()))
 
 
 def test_a_damaged_checkpoint_is_a_sentence(

@@ -36,8 +36,7 @@ def recomputed_layers(
         stage: 1 or 2.
         device: of this process.
         world_size: processes, or groups of them, that share a batch.
-        cards: that share one copy of the model. (With tensor parallelism a layer's inside is shared
-            as well, which is not counted: a card takes less than is predicted.)
+        cards: that share one copy of the model.
 
     Raises:
         PlugError: the card is too small; the message says what would fit.
@@ -108,6 +107,7 @@ def trainings(
             accumulates=cards == 1 or parts > 1,
             dropout=settings.dropout > 0,
             cards=cards,
+            tensor=settings.parallel.tensor,
             offload=settings.parallel.cpu_offload,
             masked_share=settings.mlm_rate + shuffled,
             half_stream=is_half,
@@ -154,7 +154,9 @@ def too_small(
         size = largest_part(replace(free, optimizer="adamw8bit"))
         small = f" 和 micro_batch_tokens={size}" if size != settings.micro_batch_tokens else ""
         found += [f'optimizer="adamw8bit"{small}'] if size is not None else []
-    more = next((n for n in _powers(cards) if fits(free, max(n, world_size), n)), None)
+    tensor = settings.parallel.tensor
+    counts = (tensor * n for n in _powers(cards // tensor))
+    more = next((n for n in counts if fits(free, max(n // tensor, world_size), n)), None)
     if more is not None:
         found.append(f"parallel.sharding=fsdp，{more} 张这样的卡")
     return (

@@ -31,7 +31,7 @@ from plug.model.plug import Plug
 from plug.pretraining.adamw8bit import check_torchao
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
 from plug.pretraining.compiled import compile_model, keep_bf16
-from plug.pretraining.end_page import write_page
+from plug.pretraining.end_page import is_told, write_page
 from plug.pretraining.fp8 import check_fp8, multiply_in_fp8
 from plug.pretraining.loop import Batches, train
 from plug.pretraining.memory import need_of, recomputed_layers
@@ -105,10 +105,9 @@ def pretrain(
                     save_whole(state.model, output / MODEL, state.tokenizer, processes)
                 elif processes.is_first:
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
-            if processes.is_first:
-                _plot(output)
-                if not is_repeated:
-                    write_page(output, stage, config, state.skipped)
+            if processes.is_first and not (is_repeated and is_told(output)):
+                _plot(output, state.skipped)
+                write_page(output, stage, config, state.skipped)
 
 
 def _wait(processes: Processes) -> None:
@@ -121,9 +120,9 @@ def _tell(processes: Processes, message: str) -> None:
         print(message, file=sys.stderr)  # noqa: T201
 
 
-def _plot(output: Path) -> None:
+def _plot(output: Path, skipped: list[int]) -> None:
     try:
-        plot_losses(output / "log.csv", output / "loss.png")
+        plot_losses(output / "log.csv", output / "loss.png", skipped)
     except ImportError:
         print(f"没有画损失曲线。要画，请安装：{install('train')}", file=sys.stderr)  # noqa: T201
 
