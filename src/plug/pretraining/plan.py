@@ -56,7 +56,8 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         )
     if settings.fp8 and not (settings.tflops or _measured(settings)):
         raise UsageError(
-            f"{settings.preset} 在 {settings.card} 上用 FP8 训练的速度没有实测。请用 --tflops 给出。"
+            f"{settings.preset} 在 {settings.card} 上用 FP8 训练的速度没有实测。"
+            "请用 --tflops 给出，或去掉 --fp8。"
         )
     rate = settings.tflops * 1e12 or _rate(settings)
     layout = _find_layout(settings, config, rate)
