@@ -158,10 +158,7 @@ def measure(bits: int, arguments: argparse.Namespace, processes: Processes) -> d
         found[f"batch{batch}_range"] = [round(batch * out / t, 1) for t in (max(times), min(times))]
         if batch == 1:
             found["peak_gb"] = peak_gb()
-        read: Any = getattr(
-            prepared.model, "read", prepared.model.encode
-        )  # `read` of the fused one
-        encoded = seconds(partial(read, sources[:batch]), 5, rest=0.5)
+        encoded = seconds(partial(prepared.model.encode, sources[:batch]), 5, rest=0.5)
         found[f"batch{batch}_encoder_ms"] = round(1e3 * encoded, 2)
     found["peak_gb_all"] = peak_gb()
     runner = None

@@ -178,7 +178,7 @@ class Tally:
 
 
 def prompt_ids(source: random.Random, count: int) -> list[int]:
-    return [source.randrange(*VOCABULARY) for _ in range(count)]
+    return source.choices(range(*VOCABULARY), k=count)
 
 
 def body_of(prompt: Any, tokens: int, **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -96,6 +97,19 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full_disk: FullDisk) ->
         files.write_text(path, "x" * 2000)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_an_error_in_a_new_directory_names_it_as_the_user_does(
+    adds: bool, tmp_path: Path, full_disk: FullDisk
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    place = files.add_files(target, last="b.txt") if adds else files.new_directory(target)
+    message = re.escape(f"没能写入 {target / 'a.txt'}：")
+    with full_disk(1000), pytest.raises(PlugError, match=message), place as temporary:
+        files.write_text(temporary / "a.txt", "x" * 2000)
+    assert names(target) == []
 
 
 def test_a_link_stays_a_link_and_a_pipe_is_written_to(tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ def _place_directory(directory: Path, check: Callable[[Path], None]) -> Iterator
             temporary, old = (_hidden(target, f"{kind}-{mark}") for kind in ("partial", "old"))
             try:
                 temporary.mkdir()
-                yield temporary
+                with _told_as(target, temporary):
+                    yield temporary
                 sync_tree(temporary)
                 try:
                     temporary.rename(target)  # where there is none, or an empty one
@@ -270,7 +271,8 @@ def add_files(directory: Path, last: str) -> Iterator[Path]:
         temporary = directory / f".files.partial-{secrets.token_hex(4)}"
         try:
             temporary.mkdir()
-            yield temporary
+            with _told_as(directory, temporary):
+                yield temporary
             sync_tree(temporary)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
                 if path.name == last:
@@ -295,6 +297,16 @@ def plain_errors(
         raise
     except OSError as error:
         raise PlugError(f"没能写入 {target}：{error.strerror or error}。{advice}。") from error
+
+
+@contextlib.contextmanager
+def _told_as(target: Path, temporary: Path) -> Iterator[None]:
+    """Have errors of the block speak of ``target``: nobody knows the name of ``temporary``."""
+    try:
+        yield
+    except PlugError as error:
+        error.args = tuple(str(each).replace(str(temporary), str(target)) for each in error.args)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,29 @@ def test_no_thread_s_error_is_lost(
     with pytest.raises(PlugError, match="No space left"):
         writing.finish()
     assert not (tmp_path / "step").exists()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_full_disk_names_the_checkpoint_and_no_offset(
+    waits: bool,
+    group: dist.ProcessGroup,
+    copier: Copier,
+    full_disk: Callable[[int], AbstractContextManager[None]],
+    tmp_path: Path,
+) -> None:
+    """Torch's writer says no more than "unexpected pos 704 vs 598"."""
+    place, tensors = tmp_path / "step-1", {"weight": torch.ones(100, 600)}
+    message = re.escape(f"没能写入 {place}：文件没有写完，磁盘可能已满。")
+
+    def write() -> None:
+        if waits:
+            write_sharded(place, tensors)
+        else:
+            begin_sharded(place, tensors, group, write_beside, copier).finish()
+
+    with full_disk(20_000), pytest.raises(PlugError, match=message):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("group")

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,7 @@ def pretrain(
     emulates: bool = False,
     kill: dict[str, Any] | None = None,
     full_at: int = 0,
+    spoil: list[int] | None = None,
 ) -> dict[str, Any]:
     """Pre-train: the most bytes of weights that this process held.
 
@@ -231,17 +233,25 @@ def pretrain(
     With ``die_at`` all processes die at that checkpoint, as by `kill -9`, while it is written.
     With ``kill`` the process "rank" is killed "seconds" after it has begun step "step".
     With ``full_at`` no file grows past 20,000 bytes from that checkpoint on, as on a full disk.
+    With ``spoil``, a rank and a step (from 0), that process's losses of stage 1 are NaN in it.
     """
     from plug.checkpoints import sharded
     from plug.pretraining import loop, run
     from plug.pretraining.run import pretrain
     from plug.pretraining.settings import RunConfig
 
-    held, calls = 0, 0
+    held, calls, now = 0, 0, -1
     take_step, async_save = loop.take_step, sharded.async_save
+    losses = loop.loss_functions.structbert_losses
+
+    def spoiled(*arguments: Any) -> Any:
+        is_spoiled = [int(os.environ["RANK"]), now] == spoil
+        found = losses(*arguments)
+        return {name: x * float("nan") if is_spoiled else x for name, x in found.items()}
 
     def watched(state: Any, *arguments: Any) -> Any:
-        nonlocal held
+        nonlocal held, now
+        now = arguments[-1]
         held = max(held, sum(local(x).nbytes for x in state.model.parameters()))
         if kill and (kill["rank"], kill["step"]) == (int(os.environ["RANK"]), state.step):
             end = (os.getpid(), signal.SIGKILL)
@@ -264,9 +274,53 @@ def pretrain(
     if emulates:
         run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]
+    loop.loss_functions.structbert_losses = spoiled
     sharded.async_save = save_and_die  # type: ignore[assignment]
     pretrain(stage, RunConfig(**settings), resume=resume, device="cpu")
     return {"held": held}
+
+
+def held_for_a_step(tensor: int, layers: int) -> dict[str, int]:
+    """Bytes of weights, and of what a forward pass in float32 keeps of its tokens.
+
+    The model has so many layers in either half, and reads and writes 3 rows of 11 tokens.
+    """
+    from plug.distributed.fully_sharded import run_forward
+    from plug.distributed.processes import start_processes
+    from plug.distributed.settings import ParallelSettings
+    from plug.model.configuration import PRESETS
+    from plug.model.plug import Plug
+    from plug.pretraining.sharded import shard_new
+
+    config = replace(
+        PRESETS["test"], num_hidden_layers=layers, num_decoder_layers=layers,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        own = local(x)
+        if own.shape[0] in (3, 33) and own.shape[-1] > 1:  # no weight, no row's mean or deviation
+            kept[own.untyped_storage().data_ptr()] = own.untyped_storage().nbytes()
+        return x
+
+    with start_processes("cpu") as alone:
+        processes = replace(alone, tensor=tensor)
+        with torch.device("meta"):
+            model = Plug(config).train()
+        parallel = ParallelSettings(sharding="fsdp", tensor=tensor)
+        shard_new(model, parallel, processes, seed=0, source=None, compute_dtype=None)
+        weights = sum(local(x).nbytes for x in model.parameters())
+        ids = torch.randint(5, 100, (3, 11))
+
+        def forward() -> torch.Tensor:
+            states = model.encoder(model.embeddings(ids), None)
+            keys_values = model.decoder.project_encoder(states)
+            return model.decoder(model.embeddings(ids), keys_values, None)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            run_forward(model, forward)
+    return {"weights": weights, "kept": sum(kept.values())}
 
 
 def finetune_by_deepspeed(**options: Any) -> dict[str, Any]:

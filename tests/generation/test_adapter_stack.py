@@ -198,8 +198,7 @@ def test_the_fused_model_adds_the_same(lively_model: Plug, adapters: list[Adapte
         cache = DecoderCache(
             encoded[0][0][0], layers=len(encoded[0]), rows=3, source_length=4, capacity=4
         )
-        for row, key_values in enumerate(encoded):
-            cache.put_source(row, key_values)
+        cache.put_sources(range(3), encoded)
         stack.use(torch.tensor(numbers, device=device))
         logits = made.decode(ids, where, 2, cache)
         stack.use(0)

@@ -41,8 +41,7 @@ def decoded(prepared: PlainModel, steps: list[tuple[Tensor, Tensor]]) -> list[Te
     """Logits of each step, of the same sources."""
     encoded = prepared.encode(SOURCES)
     cache = DecoderCache(encoded[0][0][0], layers=3, rows=3, source_length=9, capacity=20)
-    for row, key_values in enumerate(encoded):
-        cache.put_source(row, key_values)
+    cache.put_sources(range(3), encoded)
     return [prepared.decode(ids, where, int(where.max()) + 1, cache) for ids, where in steps]
 
 

@@ -45,7 +45,7 @@ def test_what_is_attended_to() -> None:
 def decode(plain: PlainModel, model: Plug) -> Tensor:
     [pairs] = plain.encode(SOURCES[:1])
     cache = DecoderCache(pairs[0][0], layers=len(pairs), rows=1, source_length=7, capacity=4)
-    cache.put_source(0, pairs)
+    cache.put_sources([0], [pairs])
     fed = torch.tensor([[2, 40, 41]])
     logits = plain.decode(fed, torch.tensor([[0, 1, 2]]), 3, cache)
     hidden = model.decode(fed, model.encode(torch.tensor(SOURCES[:1])))

@@ -313,6 +313,17 @@ def test_a_bias_is_added_first_and_is_the_row_s_own() -> None:
         assert choices(sampler, logits, 1) == [[expected], [7]]
 
 
+def test_ids_from_a_limit_on_are_forbidden_to_the_row_alone() -> None:
+    logits = torch.zeros(2, 50)
+    logits[:, [9, 29, 30, 49]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    sampler = make_sampler([GREEDY, GREEDY], [0, 0], 2)
+
+    sampler.join([Joining(0, GREEDY, 0, 2, [29], num_ids=30)])
+    assert choices(sampler, logits, 1) == [[9], [49]]
+    sampler.join([Joining(0, GREEDY, 0, 2)])
+    assert choices(sampler, logits, 1) == [[49], [49]]
+
+
 @pytest.fixture
 def joining() -> list[Joining]:
     settings = [

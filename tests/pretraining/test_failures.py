@@ -58,3 +58,9 @@ def test_a_run_that_fails_faster_than_it_is_saved_never_ends() -> None:
         1e4, 100.0, checkpoint=1.0, failure_every=1.0, restart=0.01, rng=np.random.default_rng(0)
     )
     assert never == math.inf
+
+
+def test_a_run_that_fails_while_it_starts_never_ends() -> None:
+    """An earlier build waited for e^256 starts."""
+    _, time = best_interval(300.0, checkpoint=0.0003, failure_every=0.001, restart=0.25)
+    assert time == math.inf

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from plug.errors import PlugError, UsageError
+from plug.loading import estimate
 from plug.loading.estimate import OVERHEAD_BYTES
+from plug.model.accounting import total
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining import memory
@@ -45,6 +49,32 @@ def test_steps_are_those_that_the_loop_takes(large: Make) -> None:
     )
     assert (only.batch_size, only.accumulates, only.target_length) == (8, False, 0)
     assert only.masked_share == pytest.approx(0.2)
+
+
+# On H100s (docs/devices.md): stage of the recipe, cards, GB at the peak of one.
+COMPILED = [(1, 1, 38.33), (2, 1, 40.87), (2, 2, 20.91)]
+
+
+@pytest.mark.parametrize(("stage", "cards", "measured"), COMPILED)
+def test_a_compiled_run_takes_what_was_measured(stage: int, cards: int, measured: float) -> None:
+    recipe = Path(__file__).parents[2] / "configs" / f"mini-stage{stage}.toml"
+    run = RunConfig(**tomllib.loads(recipe.read_text(encoding="utf-8")))
+    need = need_of(PRESETS[run.preset], run, stage, cards, 1, 0)
+    assert need / 1e9 == pytest.approx(measured, rel=0.03)
+
+
+def test_a_compiled_run_that_does_not_fit_is_told_a_smaller_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Path(__file__).parents[2] / "configs" / "mini-stage2.toml"
+    run = RunConfig(**tomllib.loads(recipe.read_text(encoding="utf-8")))
+    where: dict[str, Any] = {"device": torch.device("cuda"), "world_size": 1, "cards": 1}
+    monkeypatch.setattr(memory, "free_memory", lambda _: 48 * 10**9)
+    assert recomputed_layers(PRESETS["mini"], run, 2, **where) == 0
+    monkeypatch.setattr(memory, "free_memory", lambda _: 24 * 10**9)
+    with pytest.raises(PlugError, match="可以用：micro_batch_tokens=131072；") as caught:
+        recomputed_layers(PRESETS["mini"], run, 2, **where)
+    assert "recomputation" not in str(caught.value)
 
 
 def test_the_fewest_layers_that_fit_are_recomputed(large: Make) -> None:
@@ -89,15 +119,11 @@ def test_a_card_that_is_too_small_is_one_sentence(
     assert "请换显存更大的卡" in told(whole, large(), 64, 10**9)
 
 
-def test_a_cpu_and_compiled_layers_recompute_what_is_asked_for(
-    settings: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_recomputes_what_is_asked_for(settings: Make) -> None:
     options: dict[str, Any] = {"world_size": 1, "cards": 1}
     cpu, test = torch.device("cpu"), PRESETS["test"]
     assert recomputed_layers(test, settings(), 1, cpu, **options) == 0
     assert recomputed_layers(test, settings(recomputation=2), 1, cpu, **options) == 2
-    monkeypatch.setattr(memory, "free_memory", lambda _: 1)
-    assert recomputed_layers(test, settings(compile=True), 1, torch.device("cuda"), **options) == 0
     for wrong in (-1, True, "all", 1.5):
         with pytest.raises(UsageError, match="recomputation="):
             settings(recomputation=wrong)
@@ -135,3 +161,36 @@ def test_what_fp8_products_keep_is_as_predicted() -> None:
     gone = tokens * 4 * (2 * hidden + inner)
     come = (tokens + 4) * (3 * hidden + inner)
     assert before - after == 2 * (gone - come)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_a_layer_takes_of_two_processes_is_as_predicted(
+    tensor: int, run_together: Callable[..., list[Any]]
+) -> None:
+    """In float32 without dropout: a layer more in either half, with and without tensor parallelism.
+
+    Each process has half of the weights either way, but that biases and norms are on both; with
+    tensor parallelism it also keeps half of what is inside of attention and feed-forward.
+    """
+    kept, predicted = [], []
+    for layers in (1, 2):
+        config = replace(PRESETS["test"], num_hidden_layers=layers, num_decoder_layers=layers)
+        training = estimate.Training(
+            batch_size=3, source_length=11, target_length=11, half=False, dropout=False,
+            cards=2, tensor=tensor,
+        )  # fmt: skip
+        held = run_together(2, "held_for_a_step", tensor=tensor, layers=layers)
+        whole = 4 * total(config).parameters
+        assert all(each["weights"] == pytest.approx(whole / 2, rel=0.02) for each in held)
+        kept.append([each["kept"] for each in held])
+        predicted.append(sum(block.kept for block in estimate._blocks(config, training)))
+    grown = predicted[1] - predicted[0]
+    assert [after - before for before, after in zip(*kept, strict=True)] == [grown, grown]
+
+
+def test_tensor_parallelism_takes_less_where_the_same_cards_share_data(large: Make) -> None:
+    """A group of two has twice the rows of a card; a card of it takes less than for those alone."""
+    config, asked = PRESETS["27b"], large(parallel={"tensor": 2}, batch_tokens=65536)
+    tensor, data = (need_of(config, x, 2, 4, 8, 0) for x in (asked, replace(asked, parallel={})))
+    assert tensor < 0.8 * data

@@ -79,10 +79,8 @@ def test_two_processes_are_one(
     assert len(ours) == len(theirs) == 6
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
-        for name in one.keys() - {"seconds", "tokens_per_second", "grad_norm", "data_wait"}:
+        for name in one.keys() - {"seconds", "tokens_per_second", "data_wait"}:
             assert other[name] == pytest.approx(one[name], rel=1e-5), name
-        # rounded to 4 digits in the log
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], abs=2e-4)
     processes = read_rows(tmp_path / "two" / "processes.csv", PROCESS_FIELDS)
     assert [(row["step"], row["process"]) for row in processes] == [
         (step, process) for step in range(1, 7) for process in (0, 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from plug.pretraining.record import FIELDS, Record, plot_losses, read_rows
+from plug.pretraining.record import FIELDS, Record, loss_curves, plot_losses, read_rows
 
 
 def row(step: int) -> dict[str, float]:
@@ -44,6 +45,20 @@ def test_a_plot_of_losses_that_end_early(tmp_path: Path) -> None:
     plot_losses(tmp_path / "log.csv", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.usefixtures("drawn")
+def test_curves_leave_out_steps_that_were_skipped(tmp_path: Path) -> None:
+    """An infinite loss was a traceback at the end of the run; a large one flattened the curves."""
+    record = Record(tmp_path / "log.csv", [*FIELDS, "lm"], 0)
+    losses = [math.inf, 3.0, 4567.0, math.nan, 2.0]
+    for step, loss in enumerate(losses, start=1):
+        record.add(row(step) | {"lm": loss})
+    rows = read_rows(tmp_path / "log.csv")
+    curves = loss_curves(rows, skipped=[2])
+    assert [loss for _, loss in curves["lm"]] == [3.0, 2.0]
+    plot_losses(tmp_path / "log.csv", tmp_path / "loss.png", skipped=[2])
+    assert loss_curves(rows[:1]) == {}
 
 
 def test_a_row_cut_off_by_a_kill_is_passed_over(

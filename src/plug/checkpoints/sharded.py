@@ -11,7 +11,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 
-from plug.checkpoints.weights import TensorSpec, check_finite
+from plug.checkpoints.weights import TensorSpec, check_finite, writing_reason
 from plug.errors import PlugError
 from plug.files import plain_errors, replace_directory
 
@@ -68,7 +68,8 @@ def write_sharded(directory: Path, tensors: Mapping[str, Any]) -> None:
         if dist.get_rank() == 0:
             place = [stack.enter_context(replace_directory(directory, METADATA_FILE))]
         dist.broadcast_object_list(place, src=0)
-        save(dict(tensors), storage_writer=FileSystemWriter(place[0]))
+        with _writing_errors(directory):
+            save(dict(tensors), storage_writer=FileSystemWriter(place[0]))
         # The block of the first process ends: files are synced, and the directory gets its name.
     dist.barrier()
 
@@ -134,11 +135,8 @@ class Writing:
         Raises:
             PlugError: the disk is full, or the directory cannot be written.
         """
-        with self._place, plain_errors(self._directory):
-            try:
-                self._written.result()
-            except CheckpointException as error:
-                raise OSError(None, _first_reason(error)) from error
+        with self._place, _writing_errors(self._directory):
+            self._written.result()
 
 
 def begin_sharded(
@@ -174,6 +172,16 @@ def begin_sharded(
         )
         place = stack.pop_all()
     return Writing(place, cast(AsyncSaveResponse, futures), directory)
+
+
+@contextmanager
+def _writing_errors(directory: Path) -> Iterator[None]:
+    """Turn what torch raises while it writes into a `PlugError` that names ``directory``."""
+    with plain_errors(directory):
+        try:
+            yield
+        except CheckpointException as error:
+            raise OSError(None, writing_reason(_first_failure(error))) from error
 
 
 def read_sharded(directory: Path, tensors: dict[str, Any]) -> None:
@@ -329,6 +337,12 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Any:
 
 def _first_reason(error: BaseException) -> str:
     """What went wrong in the first process that says so, on one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    error = _first_failure(error)
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _first_failure(error: BaseException) -> BaseException:
+    """What the first process that failed has raised."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error

@@ -41,7 +41,8 @@ _CODES = {
 }
 DTYPES_BY_CODE = {code: dtype for dtype, code in _CODES.items()}
 
-_WRITING_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "I/O error")
+_SHORT_WRITES = ("inline_container", "PytorchStreamWriter", "iostream")  # torch says no more
+_WRITING_ERRORS = (*_SHORT_WRITES, "I/O error")
 
 Region = tuple[slice, ...] | EllipsisType
 
@@ -266,10 +267,19 @@ def writing_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        text = str(error)
-        if not any(word in text for word in _WRITING_ERRORS):
+        if not any(word in str(error) for word in _WRITING_ERRORS):
             raise
-        raise OSError(None, text.split("\n")[0]) from error
+        raise OSError(None, writing_reason(error)) from error
+
+
+def writing_reason(error: BaseException) -> str:
+    """Return why something could not be written, in one line for users."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the file, whose name may be a temporary one
+    text = str(error).strip().split("\n")[0][:200]
+    if any(word in text for word in _SHORT_WRITES):
+        return "文件没有写完，磁盘可能已满"
+    return text or type(error).__name__
 
 
 def _group(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:

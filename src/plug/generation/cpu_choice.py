@@ -100,7 +100,7 @@ def fastest_step(kernels: Callable[[Plug], PlainModel]) -> str:
         prepared = make(model.bfloat16().float())
         encoded = prepared.encode([[2, *range(8, 70), 3]])[0]
         cache = DecoderCache(encoded[0][0], layers=2, rows=1, source_length=64, capacity=64)
-        cache.put_source(0, encoded)
+        cache.put_sources([0], [encoded])
         ids, position = torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 63)
         return lambda: prepared.decode(ids, position, 64, cache)
 

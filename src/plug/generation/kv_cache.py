@@ -55,14 +55,17 @@ class DecoderCache:
         """Bytes of the buffers."""
         return sum(buffer.nbytes for pair in (*self.own, *self.sources) for buffer in pair)
 
-    def put_source(self, row: int, key_values: Sequence[KeyValue]) -> None:
-        """Store the source of ``row``: a pair a layer, each (heads, positions, head_dim)."""
-        length = key_values[0][0].shape[1]
-        for kept, new in zip(self.sources, key_values, strict=True):
-            for buffer, states in zip(kept, new, strict=True):
-                buffer[row, :, :length] = states
-        self._lengths[row] = length
-        self.source_lengths[row] = length
+    def put_sources(self, rows: Sequence[int], sources: Sequence[Sequence[KeyValue]]) -> None:
+        """Store each row's source: a pair a layer, each (heads, positions, head_dim)."""
+        for row, key_values in zip(rows, sources, strict=True):
+            length = key_values[0][0].shape[1]
+            for kept, new in zip(self.sources, key_values, strict=True):
+                for buffer, states in zip(kept, new, strict=True):
+                    buffer[row, :, :length] = states
+            self._lengths[row] = length
+        device = self._slots.device
+        lengths = send([self._lengths[row] for row in rows], device, torch.int32)
+        self.source_lengths.index_copy_(0, send(rows, device, torch.long), lengths)
 
     def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
         """Return cross-attention keys and values of the first ``rows``, and their mask (rows, src).

@@ -284,9 +284,8 @@ class ModelRunner:
     def _joining(self, slot: int, sequence: WrittenSequence) -> Joining:
         assert sequence.longest_window <= self.size.window, "the window exceeds the cache"
         rules = sequence.rules
-        return Joining(
-            slot, sequence.settings, sequence.seed, rules.steps, rules.forbidden, rules.min_length
-        )
+        limits = rules.steps, rules.forbidden, rules.num_ids, rules.min_length
+        return Joining(slot, sequence.settings, sequence.seed, *limits)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -323,17 +322,16 @@ class ModelRunner:
     ) -> None:
         """Encode sources, ids with [CLS] and [SEP], for these slots, whose past is dropped."""
         encoded = self.prepared.encode(sources, numbers)
-        for slot, key_values in zip(slots, encoded, strict=True):
-            if self.cache is None:  # made here, where the heads of this process are known
-                self.cache = DecoderCache(
-                    key_values[0][0],
-                    layers=len(key_values),
-                    rows=self.size.slots,
-                    source_length=self.size.source_length,
-                    capacity=self.size.window,
-                )
-                self.prepared.model.expect(self.size.slots)
-            self.cache.put_source(slot, key_values)
+        if self.cache is None:  # made here, where the heads of this process are known
+            self.cache = DecoderCache(
+                encoded[0][0][0],
+                layers=len(encoded[0]),
+                rows=self.size.slots,
+                source_length=self.size.source_length,
+                capacity=self.size.window,
+            )
+            self.prepared.model.expect(self.size.slots)
+        self.cache.put_sources(slots, encoded)
 
     def _rounded(self, rows: int) -> int:
         """How many slots to decode for ``rows``: on CUDA few numbers, since each has its graphs."""

@@ -248,7 +248,8 @@ class Joining(NamedTuple):
     settings: GenerationSettings  # how to choose; ids are within the vocabulary (`check_token_ids`)
     seed: int  # of the draws
     steps: int  # choices at most
-    forbidden: Sequence[int] = ()  # ids never to choose
+    forbidden: Sequence[int] = ()  # ids never to choose; a few
+    num_ids: int | None = None  # those from this one on are never chosen either; None: all may be
     min_length: int = 0  # tokens before the end may come
 
 
@@ -306,11 +307,13 @@ class Sampler:
         """
         values: dict[str, list[float]] = defaultdict(list)
         forbidden: list[tuple[int, int]] = []
+        ends: dict[int, list[int]] = defaultdict(list)  # num_ids -> rows
         biased: list[tuple[int, int, float]] = []
         width = self._width
-        for row, settings, seed, steps, never, least in joined:
+        for row, settings, seed, steps, never, num_ids, least in joined:
             min_length = steps if settings.ignore_eos else least
-            most = 1 if settings.greedy else self._top_k(settings)
+            top_k = min(settings.top_k or self.vocab_size, self.vocab_size)
+            most = 1 if settings.greedy else top_k
             values["temperature"].append(1.0 if settings.greedy else settings.temperature)
             values["top_k"].append(most)
             values["top_p"].append(max(settings.top_p, _LEAST_TOP_P) if settings.top_p else 1.0)
@@ -322,6 +325,7 @@ class Sampler:
             values["frequency"].append(settings.frequency_penalty)
             values["min_length"].append(min_length)
             forbidden += [(row, token_id) for token_id in never]
+            ends[self.vocab_size if num_ids is None else num_ids].append(row)
             biased += [(row, token_id, added) for token_id, added in settings.logit_bias.items()]
             width = max(width, steps if settings.has_penalties else 0)
             self._generators[row] = torch.Generator().manual_seed(seed)
@@ -347,15 +351,14 @@ class Sampler:
         if biased:
             *where, added = zip(*biased, strict=True)
             bias.index_put_(tuple(map(self._send, where)), self._send(added, bias.dtype))
+        for num_ids, without in ends.items():  # the 27B's word table has 30,000 padding rows
+            bias[:, num_ids:].index_fill_(0, self._send(without), _NEVER)
         if forbidden:
             places = tuple(map(self._send, zip(*forbidden, strict=True)))
             bias.index_put_(places, self._send([_NEVER], bias.dtype))
 
     def _send(self, values: Sequence[Any] | Tensor, dtype: torch.dtype = torch.long) -> Tensor:
         return send(values, self._state["bias"].device, dtype)
-
-    def _top_k(self, settings: GenerationSettings) -> int:
-        return min(settings.top_k or self.vocab_size, self.vocab_size)
 
     def refill(self, draws: Mapping[int, int]) -> None:
         """Make random numbers for the next choices of rows, after those they had.

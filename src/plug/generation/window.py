@@ -30,7 +30,8 @@ class Rules(Protocol):
 
     window: int  # steps from one encoding
     steps: int  # at most; a step writes one token or, in mode "original", sometimes none
-    forbidden: Sequence[int]  # ids that are never chosen
+    forbidden: Sequence[int]  # ids that are never chosen; a few
+    num_ids: int  # those from this one on are never chosen either
     min_length: int  # tokens before [SEP] may be chosen
 
     def first_source(self, prompt: Sequence[int]) -> list[int]:
@@ -69,10 +70,8 @@ class PlugRules:
         self.window = window
         self.steps = out_length
         self.min_length = min_length
-        self.forbidden: Sequence[int] = [
-            *banned,
-            *range(config.num_emitted_tokens, config.vocab_size),
-        ]
+        self.forbidden = banned
+        self.num_ids = config.num_emitted_tokens
 
     def first_source(self, prompt: Sequence[int]) -> list[int]:
         return frame(prompt, self.config)
@@ -103,7 +102,8 @@ class OriginalRules:
         self.steps = max(1, out_length)
         self.must_exceed = int(0.8 * self.steps)
         self.max_source = prompt_limit(config) + 2
-        self.forbidden: Sequence[int] = ()  # padding rows of the word table too: see `accept`
+        self.forbidden: Sequence[int] = ()
+        self.num_ids = config.vocab_size  # padding rows of the word table too: see `accept`
         self.min_length = 0
 
     def first_source(self, prompt: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from statistics import mean, median
 
@@ -21,20 +22,31 @@ _CURVES = {  # columns of the log, a plot each, where they are not 0 all along
 }
 
 
+def is_told(output: Path) -> bool:
+    """Return whether a finished run has its page."""
+    return (output / "report" / "report.md").is_file()  # written last
+
+
 def write_page(output: Path, stage: int, config: RunConfig, skipped: list[int]) -> None:
-    """Write `OUTPUT/report/report.md` and `.html` from the logs in ``output``."""
+    """Write `OUTPUT/report/report.md` and `.html` from the logs in ``output``.
+
+    Losses of the steps ``skipped`` (from 0) are left out.
+    """
     rows = read_rows(output / "log.csv")
     if not rows:
         return
-    curves = loss_curves(rows)
+    curves = loss_curves(rows, skipped)
     found = {f"loss_{name}": mean(y for _, y in xy[-5:]) for name, xy in curves.items()}
     # The first row has the compilation in it.
     later = rows[1:] or rows
     for name in ("tokens_per_second", "mfu", "memory_gb", "data_wait"):
         found[name] = float(median(row.get(name, 0.0) for row in later))
-    plots = [curves_plot("loss", "损失（每个预测，nats）", curves, "tokens seen (millions)")]
+    plots = []
+    if curves:
+        plots = [curves_plot("loss", "损失（每个预测，nats）", curves, "tokens seen (millions)")]
     for name, title in _CURVES.items():
-        points = [(row["tokens"] / 1e6, row[name]) for row in rows if name in row]
+        with_it = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+        points = [(row["tokens"] / 1e6, row[name]) for row in with_it]
         if any(value for _, value in points):
             plots.append(curves_plot(name, title, {name: points}, "tokens seen (millions)"))
     evaluation = Evaluation(

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 FAILURES_SEEN, RUNS = 100, 20
+LONGEST_RUN = 1000  # mean times between failures; of a longer run so much is simulated
 MOST_FAILURES = 100_000  # in one simulated run: then it never ends
 
 
@@ -37,7 +38,8 @@ def simulate(
         rng: the source of chance.
     """
     elapsed = done = 0.0
-    for _ in range(MOST_FAILURES):
+    failures = 0
+    while failures < MOST_FAILURES:
         up = rng.exponential(failure_every)
         left = work - done
         # The last stretch is followed by no checkpoint.
@@ -47,8 +49,12 @@ def simulate(
             return elapsed + needed
         done += min(stretches, int(up // (interval + checkpoint))) * interval
         elapsed += up + restart
+        failures += 1
         while (up := rng.exponential(failure_every)) < restart:  # it failed while starting
             elapsed += up
+            failures += 1
+            if failures == MOST_FAILURES:
+                break
     return math.inf
 
 
@@ -63,24 +69,26 @@ def mean_time(
     seed: int = 0,
 ) -> float:
     """Return the mean of `simulate` over ``runs`` runs; the same chance for all intervals."""
-    times = [
-        simulate(
-            work,
-            interval,
-            checkpoint=checkpoint,
-            failure_every=failure_every,
-            restart=restart,
-            rng=np.random.default_rng((seed, number)),
+    times: list[float] = []
+    while len(times) < runs and math.inf not in times:
+        rng = np.random.default_rng((seed, len(times)))
+        times.append(
+            simulate(
+                work,
+                interval,
+                checkpoint=checkpoint,
+                failure_every=failure_every,
+                restart=restart,
+                rng=rng,
+            )
         )
-        for number in range(runs)
-    ]
     return float(np.mean(times))
 
 
 def best_interval(
     work: float, *, checkpoint: float, failure_every: float, restart: float
 ) -> tuple[float, float]:
-    """Return the interval with the shortest mean time, and that time.
+    """Return the interval with the shortest mean time, and that time; infinite if no run ends.
 
     Intervals from an eighth to eight times Young's, in steps of a fifth, are simulated, on a run
     that sees `FAILURES_SEEN` failures at least: its time is scaled to ``work``.
@@ -90,7 +98,7 @@ def best_interval(
     """
     centre = math.sqrt(2 * checkpoint * failure_every)
     intervals = [min(work, centre * 2 ** (step / 4)) for step in range(-12, 13)]
-    long = max(work, FAILURES_SEEN * failure_every)
+    long = min(max(work, FAILURES_SEEN * failure_every), LONGEST_RUN * failure_every)
 
     def time(interval: float) -> float:
         return mean_time(

@@ -123,6 +123,7 @@ def train(state: State, batches: Batches, processes: Processes, output: Path) ->
                     "用同样的命令加 --resume 接着训练。",
                     agreed,
                 )
+    state.skipped += sorted(n for n in passed_over if state.step <= n < config.steps)
     if checkpoints is not None:
         checkpoints.finish()
         checkpoints.close()
@@ -162,7 +163,7 @@ class _Logs:
             "seconds": round(self._before + now - self._began, 2),
             "tokens_per_second": round(rate),
             "learning_rate": state.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": round(grad_norm, 4),
+            "grad_norm": float(f"{grad_norm:.7g}"),  # all digits that float32 has
             **{name: round(value, 6) for name, value in losses.items()},
             **{name: measured[name] for name in ("mfu", "memory_gb", "data_wait")},
             "skipped": len(state.skipped),
@@ -249,7 +250,8 @@ def take_step(
         int(is_spike(float(grad_norm), state.norms, config.skip_spikes))
     ):
         if processes.is_first:
-            logger.warning("第 %d 步的梯度范数 %.4g 远大于平常，跳过这一步。", step + 1, grad_norm)
+            what = "远大于平常" if math.isfinite(grad_norm) else "不是有限的数"
+            logger.warning("第 %d 步的梯度范数 %.4g %s，跳过这一步。", step + 1, grad_norm, what)
         state.skipped.append(step)
         check_skipped(state.skipped, step)
     else:

@@ -28,7 +28,7 @@ def recomputed_layers(
 ) -> int:
     """Return how many layers keep their input alone; with "auto" the fewest that fit.
 
-    On a CPU, and with `compile`, where the compiler decides what is kept, "auto" is 0.
+    On a CPU, and with `compile`, where the compiler decides what is kept, "auto" is 0 layers.
 
     Args:
         config: of the model.
@@ -36,17 +36,14 @@ def recomputed_layers(
         stage: 1 or 2.
         device: of this process.
         world_size: processes, or groups of them, that share a batch.
-        cards: that share one copy of the model. (With tensor parallelism a layer's inside is shared
-            as well, which is not counted: a card takes less than is predicted.)
+        cards: that share one copy of the model.
 
     Raises:
         PlugError: the card is too small; the message says what would fit.
     """
-    asked = settings.recomputation
-    least = 0 if asked == "auto" else int(asked)
     room = free_memory(device)
-    if room is None or settings.compile:
-        return least
+    if room is None:
+        return 0 if settings.recomputation == "auto" else int(settings.recomputation)
     if max(world_size, cards) > 1:  # all decide alike; what is free differs a little between cards
         room = torch.cuda.get_device_properties(device).total_memory - 2 * OVERHEAD_BYTES
     found = fewest_recomputed(config, settings, stage, room, world_size=world_size, cards=cards)
@@ -69,7 +66,7 @@ def fewest_recomputed(
     A number that the settings name is the only one.
     """
     layers = config.num_hidden_layers + (config.num_decoder_layers if stage == 2 else 0)
-    counts: Any = range(layers + 1)
+    counts: Any = [0] if settings.compile else range(layers + 1)
     overhead = OVERHEAD_BYTES
     if settings.recomputation != "auto":
         counts, overhead = [int(settings.recomputation)], 0
@@ -110,10 +107,12 @@ def trainings(
             accumulates=cards == 1 or parts > 1,
             dropout=settings.dropout > 0,
             cards=cards,
+            tensor=settings.parallel.tensor,
             offload=settings.parallel.cpu_offload,
             masked_share=settings.mlm_rate + shuffled,
             half_stream=is_half,
             fp8=settings.fp8_products,
+            compiled=settings.compile,
         )
 
 
@@ -126,7 +125,7 @@ def too_small(
     cards: int,
 ) -> str:
     """Return a sentence on what is missing, and one on what would fit."""
-    free = replace(settings, recomputation="auto")
+    free = settings if settings.compile else replace(settings, recomputation="auto")
 
     def fits(changed: RunConfig, world_size: int, cards: int) -> bool:
         found = fewest_recomputed(config, changed, stage, room, world_size=world_size, cards=cards)
@@ -155,7 +154,9 @@ def too_small(
         size = largest_part(replace(free, optimizer="adamw8bit"))
         small = f" 和 micro_batch_tokens={size}" if size != settings.micro_batch_tokens else ""
         found += [f'optimizer="adamw8bit"{small}'] if size is not None else []
-    more = next((n for n in _powers(cards) if fits(free, max(n, world_size), n)), None)
+    tensor = settings.parallel.tensor
+    counts = (tensor * n for n in _powers(cards // tensor))
+    more = next((n for n in counts if fits(free, max(n // tensor, world_size), n)), None)
     if more is not None:
         found.append(f"parallel.sharding=fsdp，{more} 张这样的卡")
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -53,6 +54,11 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
             f"长度 {longest} 超过了 {settings.preset} 的 max_position_embeddings="
             f"{config.max_position_embeddings}。"
         )
+    if settings.fp8 and not (settings.tflops or _measured(settings)):
+        raise UsageError(
+            f"{settings.preset} 在 {settings.card} 上用 FP8 训练的速度没有实测。"
+            "请用 --tflops 给出，或去掉 --fp8。"
+        )
     rate = settings.tflops * 1e12 or _rate(settings)
     layout = _find_layout(settings, config, rate)
     tokens = settings.characters / settings.characters_per_token
@@ -67,13 +73,21 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         failure_every=settings.failure_hours / settings.cards,
         restart=settings.restart_minutes / 60,
     )
+    if with_failures == math.inf:
+        every = settings.failure_hours / settings.cards
+        raise UsageError(
+            f"训练不完：{settings.cards} 张卡平均每 {every * 60:.2g} 分钟坏一次，"
+            f"恢复一次要 {settings.restart_minutes:g} 分钟，存一次检查点要"
+            f" {settings.checkpoint_seconds:g} 秒。"
+            "请减少 cards，或改 failure_hours、restart_minutes、checkpoint_seconds。"
+        )
     price = settings.price or card.price
     together = layout.examples * sum(lengths) * settings.cards
     return {
         "parameters": total(config).parameters,
         "tokens": tokens,
         "flops_per_token": each,
-        "steps": round(tokens / settings.batch_tokens),
+        "steps": math.ceil(tokens / settings.batch_tokens),
         "layout": asdict(layout),
         "accumulated": -(-settings.batch_tokens // together),
         "memory_gb": (layout.memory + OVERHEAD_BYTES) / 1e9,
@@ -86,7 +100,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         "cost": with_failures * settings.cards * price,
         "tflops": rate / 1e12,
         "price": price,
-        "measured_in": card.source if _is_measured(settings) and not settings.tflops else "",
+        "measured_in": card.source if _measured(settings) and not settings.tflops else "",
     }
 
 
@@ -94,7 +108,7 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
     """Return the plan in Chinese, what was assumed last."""
     layout = plan["layout"]
     tokens = layout["examples"] * (settings.source_length + settings.target_length)
-    card, shown = CARDS[settings.card], f"{plan['tflops']:.0f} TFLOP/s"
+    card, shown = CARDS[settings.card], f"{_short(plan['tflops'])} TFLOP/s"
     lines = [
         f"模型      {settings.preset}，{plan['parameters'] / 1e9:.1f}B 参数，"
         f"每个词元 {plan['flops_per_token'] / 1e9:.1f} GFLOP",
@@ -104,18 +118,19 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"{settings.cards} 张 {settings.card}",
         f"一张卡    一次 {tokens:,} 词元，累积 {plan['accumulated']} 次，重算"
         f" {layout['recomputed']} 层，显存 {plan['memory_gb']:.1f} / {plan['card_gb']:.0f} GB",
-        f"速度      每张卡 {plan['tflops']:.0f} 模型 TFLOP/s",
+        f"速度      每张卡 {_short(plan['tflops'])} 模型 TFLOP/s",
         f"时间      {plan['days']:.1f} 天（没有故障时 {plan['days_without_failures']:.1f} 天，"
         f"预计故障 {plan['failures']:.1f} 次）",
-        f"检查点    每 {plan['checkpoint_every_minutes']:.0f} 分钟一次（模拟出的最短总时间）",
+        f"检查点    每 {_short(plan['checkpoint_every_minutes'])} 分钟一次（模拟出的最短总时间）",
         f"费用      {plan['card_hours']:,.0f} 卡时，{plan['cost'] / 1e4:,.1f} 万元",
         "",
     ]
     if settings.tflops:
         speed = f"每张卡训练的速度 {shown}（--tflops 所给）"
     elif plan["measured_in"]:
-        lines.append(f"实测：一张卡训练 27B {card.training / 1e12:.0f} TFLOP/s（{card.source}）。")
-        speed = f"许多张卡时每张 {shown}，单卡的 {settings.scaling:g}（--scaling 或 --tflops）"
+        what = "两张卡上用 FP8 训练 27B 的 4 + 1 层，每张" if settings.fp8 else "一张卡训练 27B"
+        lines.append(f"实测：{what} {_measured(settings) / 1e12:.0f} TFLOP/s（{card.source}）。")
+        speed = f"许多张卡时每张 {shown}，实测的 {settings.scaling:g}（--scaling 或 --tflops）"
     else:
         speed = f"每张卡训练的速度 {shown}，矩阵乘的 {settings.mfu:g}（--mfu 或 --tflops）"
     assumed = [
@@ -127,18 +142,27 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"故障后 {settings.restart_minutes:g} 分钟恢复（--restart-minutes）",
         f"一卡时 {plan['price']:g} 元（--price）",
     ]
-    return [*lines, "假设，可用选项改：", *(f"  {each}；" for each in assumed)]
+    listed = [f"  {each}；" for each in assumed[:-1]]
+    return [*lines, "假设，可用选项改：", *listed, f"  {assumed[-1]}。"]
 
 
-def _is_measured(settings: PlanSettings) -> bool:
-    return bool(CARDS[settings.card].training) and settings.preset == "27b"
+def _short(number: float) -> str:
+    """Without decimals, unless it is small."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _measured(settings: PlanSettings) -> float:
+    """Model operations a second of a card while it trains this shape; 0: nobody has measured."""
+    card = CARDS[settings.card]
+    if settings.preset != "27b":
+        return 0.0
+    return card.training_fp8 if settings.fp8 else card.training
 
 
 def _rate(settings: PlanSettings) -> float:
-    card = CARDS[settings.card]
-    if _is_measured(settings):
-        return card.training * (settings.scaling if settings.cards > 1 else 1.0)
-    return card.product * settings.mfu
+    if measured := _measured(settings):
+        return measured * (settings.scaling if settings.cards > 1 else 1.0)
+    return CARDS[settings.card].product * settings.mfu
 
 
 def _find_layout(settings: PlanSettings, config: PlugConfig, rate: float) -> Layout:
@@ -190,6 +214,8 @@ def _layouts(
             dropout=False,
             cards=count,
             masked_share=MASKED_SHARE,
+            half_stream=True,
+            fp8=settings.fp8,
         )
         return training_need(config, training).total
 

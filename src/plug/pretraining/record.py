@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,40 @@ def read_rows(path: Path, required: Sequence[str] = FIELDS) -> list[dict[str, fl
     return rows
 
 
-def loss_curves(rows: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
-    """Return (millions of tokens seen, loss) by the loss's name."""
+def loss_curves(
+    rows: list[dict[str, float]], skipped: Collection[int] = ()
+) -> dict[str, list[tuple[float, float]]]:
+    """Return (millions of tokens seen, loss) by the loss's name.
+
+    Args:
+        rows: of a `log.csv`.
+        skipped: steps, from 0, whose losses are left out; others that are not finite are as well.
+    """
     others = {*FIELDS, *MORE_FIELDS}
-    names = dict.fromkeys(key for row in rows for key in row if key not in others)
-    return {name: [(r["tokens"] / 1e6, r[name]) for r in rows if name in r] for name in names}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["step"] - 1 in skipped:
+            continue
+        for name, value in row.items():
+            if name not in others and math.isfinite(value):
+                curves.setdefault(name, []).append((row["tokens"] / 1e6, value))
+    return curves
 
 
-def plot_losses(log: Path, image: Path) -> None:
+def plot_losses(log: Path, image: Path, skipped: Collection[int] = ()) -> None:
     """Draw every loss of a `log.csv` over the tokens seen.
+
+    Args:
+        log: the file.
+        image: a PNG.
+        skipped: as in `loss_curves`.
 
     Raises:
         ImportError: matplotlib is not installed (extra `train`).
     """
     rows = read_rows(log)
     figure, axes = new_figure(8, 5)
-    curves = loss_curves(rows)
+    curves = loss_curves(rows, skipped)
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
     # the first steps of a new model may be far above everything that follows: let them run out
@@ -100,7 +119,7 @@ def plot_losses(log: Path, image: Path) -> None:
     axes.set_ylim(bottom=0, top=1.1 * max(settled, default=1.0))
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats a prediction)")
-    if rows:
+    if curves:
         axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()

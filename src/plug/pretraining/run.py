@@ -30,8 +30,8 @@ from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining.adamw8bit import check_torchao
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
-from plug.pretraining.compiled import check_kernels, compile_model, keep_bf16
-from plug.pretraining.end_page import write_page
+from plug.pretraining.compiled import compile_model, keep_bf16
+from plug.pretraining.end_page import is_told, write_page
 from plug.pretraining.fp8 import check_fp8, multiply_in_fp8
 from plug.pretraining.loop import Batches, train
 from plug.pretraining.memory import need_of, recomputed_layers
@@ -105,10 +105,9 @@ def pretrain(
                     save_whole(state.model, output / MODEL, state.tokenizer, processes)
                 elif processes.is_first:
                     save(state.model, output / MODEL, tokenizer=state.tokenizer)
-            if processes.is_first:
-                _plot(output)
-                if not is_repeated:
-                    write_page(output, stage, config, state.skipped)
+            if processes.is_first and not (is_repeated and is_told(output)):
+                _plot(output, state.skipped)
+                write_page(output, stage, config, state.skipped)
 
 
 def _wait(processes: Processes) -> None:
@@ -121,9 +120,9 @@ def _tell(processes: Processes, message: str) -> None:
         print(message, file=sys.stderr)  # noqa: T201
 
 
-def _plot(output: Path) -> None:
+def _plot(output: Path, skipped: list[int]) -> None:
     try:
-        plot_losses(output / "log.csv", output / "loss.png")
+        plot_losses(output / "log.csv", output / "loss.png", skipped)
     except ImportError:
         print(f"没有画损失曲线。要画，请安装：{install('train')}", file=sys.stderr)  # noqa: T201
 
@@ -268,12 +267,6 @@ def _build_model(
             f"shapes 里的长度 {longest} 超过了 max_position_embeddings="
             f"{config.max_position_embeddings}。"
         )
-    if settings.own_kernels:
-        if is_sharded:  # bf16 by FSDP2's casts, which these kernels have not met
-            raise UsageError(
-                "own_kernels 不能与分片（parallel.sharding = fsdp）一起用。请去掉其中一个。"
-            )
-        check_kernels(config, processes.device)
     dropout = settings.dropout
     with torch.device("meta" if is_sharded else "cpu"):
         model = Plug(
@@ -310,7 +303,7 @@ def _build_model(
     if again and settings.recomputation == "auto":
         _tell(processes, f"为了放得下，反向时重算 {again} 层。")
     if settings.compile:
-        compile_model(model, own_kernels=settings.own_kernels, is_sharded=is_sharded)
+        compile_model(model, is_sharded=is_sharded)
     if is_sharded:
         shard_new(
             model,
