@@ -63,6 +63,7 @@ from plug.finetuning.kind import Collator, find_kind
 from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
 from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
+from plug.finetuning.readers import Example, text_of
 from plug.finetuning.recomputation import layers_of, recompute_cheap_parts, recompute_layers
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharded_state import check_engine
@@ -85,6 +86,8 @@ from plug.loading.memory import free_memory
 from plug.model.configuration import PlugConfig
 from plug.quantization.scheme import read_scheme
 from plug.textfiles import Notes
+from plug.tokenization import PlugTokenizer
+from plug.traditional import is_cut_into_bytes
 
 CHECKPOINTS = "checkpoints"
 PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
@@ -167,6 +170,8 @@ def _run(
         check_base(settings, directory)
     check_optimizer(settings)
     tokenizer = load_tokenizer(directory)
+    for found, told in ((examples, notes), (held_out, eval_notes)):
+        _note_traditional(found, tokenizer, told)
     cls = find_kind(task.kind)
     kind = cls(
         tokenizer,
@@ -398,6 +403,17 @@ def _case(
         on_gpu=device.type == "cuda",
         processes=processes,
     )
+
+
+def _note_traditional(examples: Sequence[Example], tokenizer: PlugTokenizer, notes: Notes) -> None:
+    """Count the examples that the model reads as bytes, and warn of them."""
+    for example in examples:
+        if is_cut_into_bytes(text_of(example), tokenizer.encode):
+            notes.add(
+                "多是繁体，而模型的词表里没有这些字，会学得差。请先转成简体（opencc -c t2s）",
+                example.place,
+            )
+    notes.log()
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
