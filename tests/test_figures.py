@@ -45,7 +45,8 @@ def card(one: str, many: str) -> list[str]:
 
 def tuned(address: str) -> list[str]:
     run = measured(f"finetune_27b.json {address}")
-    return [str(run["batch"]), f"{rounded(run['peak_gb'], 1)} GB", rounded(run["tokens_per_s"])]
+    batch = f"2 × {run['batch']}" if address.startswith("two_cards") else str(run["batch"])
+    return [batch, f"{rounded(run['peak_gb'], 1)} GB", rounded(run["tokens_per_s"])]
 
 
 # The last cells of each row. The memory of plug-mini-zh is in no file of results.
@@ -64,14 +65,14 @@ WRITING = [
     card(IN_TURN, "decode_27b.json results int4"),
     card("decode_27b.json peer", "decode_27b.json peer"),
 ]
-batch, *rest = tuned("two_cards lora")
 FINE_TUNING = [
     tuned("results full"),
     tuned("results lora"),
     tuned("results lora8"),
     tuned("results lora8_recomputed"),
     tuned("results qlora"),
-    [f"2 × {batch}", *rest],
+    tuned("two_cards whole_bf16"),
+    tuned("two_cards lora"),
     tuned("peer lora"),
     tuned("peer qlora"),
 ]

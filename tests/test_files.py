@@ -140,6 +140,12 @@ def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="other limits")
+def test_a_name_longer_than_that_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PlugError, match=r"没能写入 .*请检查路径和权限"):
+        files.refuse_used(tmp_path / ("长" * 86))
+
+
 # --- directories -----------------------------------------------------------------------------
 
 

@@ -112,10 +112,15 @@ def write_json(path: str | Path, values: object) -> None:
 
 
 def is_used(directory: Path) -> bool:
-    """Whether ``directory`` exists and holds more than what a killed process left."""
-    if not directory.is_dir():
-        return directory.exists()
-    return any(not _LEFTOVER.fullmatch(path.name) for path in directory.iterdir())
+    """Whether ``directory`` exists and holds more than what a killed process left.
+
+    Raises:
+        PlugError: it cannot be looked at, such as a name that is too long.
+    """
+    with plain_errors(directory, "请检查路径和权限"):
+        if not directory.is_dir():
+            return directory.exists()
+        return any(not _LEFTOVER.fullmatch(path.name) for path in directory.iterdir())
 
 
 def refuse_used(target: Path) -> None:

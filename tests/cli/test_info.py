@@ -86,6 +86,9 @@ def test_lengths_change_attention_s_share(run_plug: Callable) -> None:
         (["--model", "nowhere"], "nowhere"),
         (["--model", "27b", "--source-length", "2049"], "--source-length 2049 超过"),
         (["--model", "27b", "--position", "2049"], "--position 2049 超过"),
+        (["--card", "24GB"], "--card 24GB 要与 --memory 一起用"),
+        (["--cards", "2"], "--cards 2 只用于训练"),
+        (["--cards", "2", "--memory", "generate"], "--cards 2 只用于训练"),
     ],
 )
 def test_bad_input_is_status_2(run_plug: Callable, arguments: list[str], complaint: str) -> None:
@@ -93,6 +96,12 @@ def test_bad_input_is_status_2(run_plug: Callable, arguments: list[str], complai
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("错误：")
     assert complaint in ran.err
+
+
+def test_what_else_a_card_must_have_free_is_told(run_plug: Callable) -> None:
+    """0.16 GB at the peak do not fit 0.5 GB: without a word that reads as a mistake."""
+    ran = run_plug("info", "--memory", "finetune", "--card", "0.5GB")
+    assert "够：峰值之外还要空着 0.54 GB" in ran.out
 
 
 def test_ways_to_fine_tune_are_predicted_without_a_gpu(run_plug: Callable) -> None:
@@ -160,7 +169,7 @@ def test_a_larger_batch_takes_more_and_more_cards_less_each(run_plug: Callable) 
     assert all(shared[name] < usual[name] for name in shared.keys() & usual.keys())
 
 
-@pytest.mark.parametrize("card", ["24XB", "0", "much"])
+@pytest.mark.parametrize("card", ["24XB", "0", "much", "-3GB", "9" * 400])
 def test_a_card_is_a_size(card: str, run_plug: Callable) -> None:
     ran = run_plug("info", "--memory", "generate", "--card", card)
     assert (ran.status, ran.out) == (2, "")

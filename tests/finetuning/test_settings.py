@@ -82,6 +82,8 @@ def test_what_a_task_decides_is_filled_in() -> None:
         ({"task": "tnews"}, "缺少 --train、--eval、--output。"),
         ({"train": "a", "eval": "b", "output": "c"}, "缺少 任务名。"),
         (NEEDED | {"epoch": 3}, "没有选项 epoch。是否想用 epochs？"),
+        (NEEDED | {"epochs": 0}, "epochs=0 应大于 0。要用任务的默认值，请不写它"),
+        (NEEDED | {"batch_size": 0}, "batch_size=0 应大于 0"),
         (NEEDED | {"train": 3}, "train=3 应是至多 4096 个字的文字"),
     ],
 )
@@ -148,6 +150,8 @@ def test_the_documentation_has_the_table_that_the_fields_make() -> None:
         ({"shards": 2}, "没有选项 shards"),
         ("fsdp", r"parallel='fsdp' 应是一个表，如 \[parallel\]"),
         ({"sharding": "none", "cpu_offload": True}, "cpu_offload 只用于"),
+        ({"deepspeed": "zero3.json", "cpu_offload": True}, "cpu_offload 只用于"),
+        ({"tensor": 2}, "没有张量并行：请去掉 parallel.tensor=2"),
         ({"sharding": "fsdp", "deepspeed": "zero3.json"}, "只能用其中一个"),
     ],
 )

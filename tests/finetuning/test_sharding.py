@@ -304,9 +304,9 @@ def test_sharding_needs_a_launcher(
     asked = settings("classification", data("classification"), parallel=FSDP)
     with pytest.raises(UsageError, match=r"torchrun --nproc-per-node"):
         finetune(asked, device="cpu")
-    mesh = settings("classification", data("classification"), parallel={"tensor": 2})
-    with pytest.raises(UsageError, match="没有张量并行"):
-        finetune(mesh, device="cpu")
+    away = settings("classification", data("classification"), parallel={"cpu_offload": True})
+    with pytest.raises(UsageError, match=r"parallel.cpu_offload 要由 torchrun 启动"):
+        finetune(away, device="cpu")
     assert not Path(asked.output).exists()
 
 

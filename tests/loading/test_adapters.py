@@ -192,6 +192,11 @@ def test_what_is_no_adapter_of_ours_is_refused(base: Path, make: Any, tmp_path: 
     with pytest.raises(PlugError, match="lora_alpha"):
         load(base, adapter=directory)
     edit(config, **before)
+    for rank, match in ((7, r"的秩是 3，adapter_config\.json 里是 7"), ("3", "秩 '3' 不是整数")):
+        edit(config, r=rank)
+        with pytest.raises(PlugError, match=match):
+            load(base, adapter=directory)
+        edit(config, **before)
 
     tensors = load_file(weights)
     name = next(name for name in tensors if "lora_A" in name)
@@ -212,6 +217,37 @@ def test_what_is_no_adapter_of_ours_is_refused(base: Path, make: Any, tmp_path: 
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(PlugError, match="已损坏"):
         load(base, adapter=directory)
+
+
+@pytest.mark.parametrize("damage", ["none left", "too few", "not announced"])
+def test_magnitudes_that_do_not_go_with_the_rest_are_refused(
+    damage: str, base: Path, make: Any
+) -> None:
+    """One number for all rows would be taken for each of them, and change outputs silently."""
+    _, directory = make(base, use_dora=True)
+    weights = directory / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    names = [name for name in tensors if "magnitude" in name]
+    assert names
+    if damage == "not announced":
+        edit(directory / "adapter_config.json", use_dora=False)
+    elif damage == "too few":
+        save_file(tensors | {name: tensors[name][:1].clone() for name in names}, weights)
+    else:
+        save_file({name: tensors[name] for name in tensors.keys() - set(names)}, weights)
+
+    with pytest.raises(PlugError, match=r"模长（DoRA）与 adapter_config\.json 的 use_dora="):
+        load(base, adapter=directory)
+
+
+def test_ranks_may_differ_from_layer_to_layer(base: Path, make: Any) -> None:
+    adapted, directory = make(base, rank_pattern={"fc1": 5})
+
+    found = logits(load(base, adapter=directory))
+
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS, decoder_input_ids=IDS[:, :3]).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_a_layer_without_magnitudes_is_a_sum(base: Path, make: Any) -> None:

@@ -232,20 +232,19 @@ def test_the_peak_of_a_step_is_the_one_that_is_counted(
     assert training_need(CONFIG, training).total == pytest.approx(counted, rel=0.05)
 
 
+WIDE = {
+    "optimizer": "adamw8bit", "batch_size": 32, "source_length": 512, "target_length": 512,
+    "accumulates": True, "dropout": False, "masked_share": 0.15, "half_stream": True,
+}  # fmt: skip
 # On two H100s (docs/devices.md): training, layers of encoder and decoder, GB at the peak of a card.
 ON_TWO_CARDS = [
     ({"memory": "lora", "bits": 16, "recomputed": 17}, (24, 6), 43.51),
     ({"memory": "lora", "bits": 16}, (24, 6), 59.01),
     ({}, (4, 1), 44.77),
-    (
-        {
-            "optimizer": "adamw8bit", "batch_size": 32, "source_length": 512, "target_length": 512,
-            "accumulates": True, "dropout": False, "masked_share": 0.15, "half_stream": True,
-        },
-        (4, 1),
-        55.05,
-    ),
-]  # fmt: skip
+    (WIDE, (4, 1), 55.05),
+    (WIDE | {"fp8": True}, (4, 1), 51.7),
+    ({"optimizer": "adamw8bit_fused", "bits": 16, "recomputed": 30}, (24, 6), 65.16),
+]
 
 
 @pytest.mark.parametrize(("options", "layers", "measured"), ON_TWO_CARDS)

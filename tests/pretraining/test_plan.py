@@ -116,6 +116,10 @@ def test_the_speed_is_the_measured_one_unless_told() -> None:
     assert plan(preset="mini", cards=1)["tflops"] == pytest.approx(778 / 2)  # another shape
     assert plan(card="A100", mfu=0.4)["tflops"] == pytest.approx(100)
     assert plan(tflops=700.0)["tflops"] == pytest.approx(700)
+    assert plan(cards=64, fp8=True)["tflops"] == pytest.approx(794 * 0.8)
+    with pytest.raises(UsageError, match="27b 在 A100 上用 FP8 训练的速度没有实测"):
+        plan(card="A100", fp8=True)
+    assert plan(card="A100", fp8=True, tflops=300.0)["tflops"] == pytest.approx(300)
 
 
 def test_the_command() -> None:
@@ -133,6 +137,7 @@ def test_the_page_s_table_is_what_the_plan_says(name: str) -> None:
     text = (DOCS / name).read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:8|64|256) \|.*$", text, re.M)
     plans = [plan(cards=n, characters=each) for n in (8, 64, 256) for each in (3e10, 3e11)]
+    plans += [plan(cards=n, characters=3e11, fp8=True) for n in (8, 64, 256)]
     for row, found in zip(rows, plans, strict=True):
         layout, cells = found["layout"], [cell.strip() for cell in row.strip("|").split("|")]
         cells[7] = cells[7].split()[0]  # without the unit

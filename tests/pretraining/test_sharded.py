@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plug.distributed.processes import Processes, start_processes
+from plug.distributed.processes import Processes
 from plug.errors import UsageError
 from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.from_checkpoint import convert_checkpoint
@@ -145,18 +145,6 @@ def test_runs_that_die_in_a_save_go_on_with_other_processes(
     run_together(4, "pretrain", stage=1, settings=broken, resume=True)
     same_rows(tmp_path / "broken", tmp_path / "whole", "mlm", "word", "sentence", "grad_norm")
     assert not [path for path in checkpoints.iterdir() if not path.name.startswith("step-")]
-
-
-def test_kernels_of_our_own_are_for_whole_models(
-    settings: Make, tiny_tokenizer: PlugTokenizer
-) -> None:
-    made = settings(own_kernels=True, compile=True, precision="bf16")
-    cases = ((True, "own_kernels 不能与分片"), (False, r"计算能力 9.x 的显卡.*CPU"))
-    with start_processes("cpu") as processes:
-        for is_sharded, message in cases:
-            rest = (PRESETS["test"], tiny_tokenizer, "", processes, is_sharded)
-            with pytest.raises(UsageError, match=message):
-                run._build_model(1, made, *rest)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # commands look for the model before they import torch
     from plug.checkpoints.weights import TensorSpec
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 RUN_FILE = "finetuning.json"  # of a fine-tuned model or adapter: its task, settings, labels
 
 
@@ -58,6 +59,11 @@ def find_model_directory(name_or_path: str | Path | None = None) -> Path:
             f"{directory} 是原版 PLUG 的权重。请先转换：plug convert --from {directory} --to 新目录"
         )
     if not (directory / CONFIG_FILE).is_file():
+        if (directory / ADAPTER_CONFIG).is_file():
+            raise UsageError(
+                f"{directory} 是 LoRA 适配器，不是模型。请用 --adapter {directory}，"
+                f"或先合并：plug merge --adapter {directory} --to 新目录"
+            )
         raise UsageError(f"{directory} 里没有 {CONFIG_FILE}，不是 PLUG 模型目录。")
     PlugConfig.from_file(directory / CONFIG_FILE)
     return directory

@@ -60,6 +60,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
 ) -> None:
     """查看模型各部分的参数量、各精度的字节数、每词元的计算量，或各种用法要多少显存。"""
+    _check_card(memory, card, cards)
     config, num_labels = _find_config(preset or model)
     if device is not None:
         lengths = (source_length, position)
@@ -195,11 +196,23 @@ def _tell_memory(
         _print_ways(told)
 
 
+def _check_card(memory: str | None, card: str | None, cards: int) -> None:
+    """Refuse options that nothing would read."""
+    from plug.errors import UsageError
+
+    if memory is None and card is not None:
+        raise UsageError(
+            f"--card {card} 要与 --memory 一起用：请加上 --memory generate、finetune 或 pretrain。"
+        )
+    if memory not in ("finetune", "pretrain") and cards > 1:
+        raise UsageError(f"--cards {cards} 只用于训练：请加上 --memory finetune 或 pretrain。")
+
+
 def _bytes_of(text: str) -> int:
     """24GB, 24G or 24: 10^9 bytes each; 24GiB: 2^30."""
     from plug.errors import UsageError
 
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(G|GB|GIB|M|MB|MIB|)\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(G|GB|GIB|M|MB|MIB|)\s*", text.upper())
     units = {"M": 10**6, "MB": 10**6, "MIB": 2**20, "GIB": 2**30}
     if found is None or not float(found[1]):
         raise UsageError(f"--card {text} 不是显存的大小。请写如 24GB 或 80GB。")
@@ -338,6 +351,8 @@ def _print_ways(told: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from plug.loading.estimate import OVERHEAD_BYTES
+
     words = {"generate": "写作", "finetune": "微调", "pretrain": "预训练"}[told["memory"]]
     with_card = told["card_bytes"] is not None
     size = f"，{told['card_bytes'] / 1e9:g} GB 的卡" if with_card else ""
@@ -374,6 +389,8 @@ def _print_ways(told: dict[str, Any]) -> None:
             *(["是" if row["fits"] else "否"] if with_card else []),
         )
     console.print(table)
+    if with_card:
+        console.print(f"够：峰值之外还要空着 {_gigabytes(OVERHEAD_BYTES)} GB，给 CUDA 和碎片。")
     if gives_up:
         console.print("批：一次算几段×几次一步。重算：几层在反向时重算。状态：梯度和优化器。")
     for row in rows:

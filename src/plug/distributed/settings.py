@@ -61,10 +61,18 @@ class ParallelSettings:
         check_options(self)
         if self.deepspeed and self.sharding == "fsdp":
             raise UsageError("parallel.deepspeed 和 parallel.sharding=fsdp 只能用其中一个。")
-        if self.sharding == "none" and self.cpu_offload:
-            raise UsageError("parallel.cpu_offload 只用于 parallel.sharding=fsdp。")
+        if self.cpu_offload and (self.sharding == "none" or self.deepspeed):
+            raise UsageError(
+                "parallel.cpu_offload 只用于 parallel.sharding=fsdp。"
+                "请去掉它（DeepSpeed 的 offload 写在它自己的文件里），或改用 fsdp。"
+            )
         if self.tensor > 1 and (self.sharding == "none" or self.deepspeed):
             raise UsageError(
                 f"parallel.tensor={self.tensor} 与 parallel.sharding=fsdp 一起用："
                 "请去掉 sharding=none 和 deepspeed。"
             )
+
+    @property
+    def asked(self) -> str:
+        """`sharding`, where "auto" leaves a choice: another option may need shards."""
+        return "fsdp" if self.tensor > 1 or self.cpu_offload else self.sharding

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from plug.checkpoints.directory import CONFIG_FILE
+from plug.checkpoints.directory import ADAPTER_CONFIG, CONFIG_FILE
 from plug.errors import UsageError, install
 from plug.files import write_json
 from plug.finetuning.settings import FinetuneSettings
-from plug.loading.adapters import ADAPTER_CONFIG, AdaptedLinear, LowRank
+from plug.loading.adapters import AdaptedLinear, LowRank
 from plug.quantization.scheme import read_scheme
 
 _TASK_TYPES = {

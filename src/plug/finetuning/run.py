@@ -34,6 +34,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from plug.checkpoints.directory import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
     RUN_FILE,
     find_model_directory,
@@ -77,7 +78,7 @@ from plug.finetuning.tasks import Task, find_task, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
 from plug.jsonfiles import read_json
-from plug.loading.adapters import ADAPTER_CONFIG, BASE_KEY, fingerprint
+from plug.loading.adapters import BASE_KEY, fingerprint
 from plug.loading.estimate import OVERHEAD_BYTES
 from plug.loading.host_memory import free_host_memory
 from plug.loading.memory import free_memory
@@ -404,12 +405,12 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
 
     `_last_file` moves to the output last, and the checkpoints are removed after it.
     """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
     if not is_used(output):
         if resume:
             raise UsageError(f"{output} 里没有可以接着进行的训练。请去掉 --resume。")
         return
+    if not output.is_dir():
+        raise UsageError(f"{output} 是一个文件，不能作为输出目录。请换一个路径。")
     if not (output / RUN_FILE).is_file():
         raise UsageError(f"输出目录 {output} 里有别的东西，不会覆盖。请换一个目录。")
     is_finished = any((output / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG))

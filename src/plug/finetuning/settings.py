@@ -57,7 +57,8 @@ _TASK_S = ("任务的默认值", "the task's")
 class FinetuneSettings:
     """One run. Each field's metadata has its help text and its limits.
 
-    Epochs, batch size and lengths of 0 are the task's own, and are filled in.
+    Epochs, batch size and lengths of 0 are the task's own, and are filled in; a user who writes one
+    (`of`) is told that it is none.
 
     Raises:
         UsageError: a value is of another type, outside its limits, or excludes another option.
@@ -244,6 +245,11 @@ class FinetuneSettings:
         for name in _OF_TASK:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, getattr(task, name))
+        if self.parallel.tensor > 1:
+            raise UsageError(
+                f"plug finetune 没有张量并行：请去掉 parallel.tensor={self.parallel.tensor}，"
+                "用 parallel.sharding=fsdp 把模型分到几张卡上。"
+            )
         if self.r_drop and task.kind != "classification":
             raise UsageError(f"r_drop 只用于分类任务，{self.task} 不是。请去掉它。")
         if self.label_smoothing and task.kind == "reading":
@@ -300,12 +306,15 @@ class FinetuneSettings:
 
         Raises:
             UsageError: a name is unknown, one that must be given is missing, or a value is not
-                accepted.
+                accepted; a 0 for what a task decides is none.
         """
         required = [name for name, (default, _) in options_of(cls).items() if default is REQUIRED]
         if missing := [name for name in required if name not in values]:
             words = ["任务名" if name == "task" else f"--{name}" for name in missing]
             raise UsageError(f"缺少 {'、'.join(words)}。加上 `--help` 看用法。")
+        for name in _OF_TASK:
+            if values.get(name) == 0:
+                raise UsageError(f"{name}={values[name]} 应大于 0。要用任务的默认值，请不写它。")
         return merge(cls, None, values)
 
     def check_lengths(self, max_position_embeddings: int) -> None:

@@ -91,15 +91,11 @@ def find_layout(settings: FinetuneSettings, case: Case, device: torch.device) ->
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     is_launched = "LOCAL_RANK" in os.environ
-    sharding = settings.parallel.sharding
-    if settings.parallel.tensor > 1:
-        raise UsageError(
-            "plug finetune 没有张量并行：请去掉 parallel.tensor，"
-            "用 parallel.sharding=fsdp 把模型分到几张卡上。"
-        )
+    sharding = settings.parallel.asked
     if sharding == "fsdp" and not is_launched:
+        what = "sharding=fsdp" if settings.parallel.sharding == "fsdp" else "cpu_offload"
         raise UsageError(
-            "parallel.sharding=fsdp 要由 torchrun 启动："
+            f"parallel.{what} 要由 torchrun 启动："
             "torchrun --nproc-per-node 卡数 -m plug finetune …。"
         )
     if device.type == "cuda" and is_launched:

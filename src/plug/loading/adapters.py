@@ -17,13 +17,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plug.checkpoints.directory import RUN_FILE
+from plug.checkpoints.directory import ADAPTER_CONFIG, RUN_FILE
 from plug.checkpoints.headers import read_header, read_places
 from plug.checkpoints.weights import Place, finite, map_tensors, shorten
 from plug.errors import PlugError, UsageError
@@ -31,7 +31,6 @@ from plug.jsonfiles import read_json, shown
 from plug.quantization.linear import QuantizedLinear
 from plug.quantization.products import Product
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_KEY = "base"  # of `finetuning.json`: the `fingerprint` of the model that was adapted
 _PREFIX = "base_model.model."  # of every name in peft's files
@@ -156,7 +155,7 @@ def read_adapter(directory: str | Path, base: Path) -> Adapter:
                 f"{directory} 不是适配器的目录：没有 {name}。请给出 plug finetune --memory lora"
                 " 的输出目录，或 peft 的 save_pretrained 写的目录。"
             )
-    alpha, is_rank_stabilised = _read_config(directory / ADAPTER_CONFIG)
+    config = _read_config(directory / ADAPTER_CONFIG)
     _check_base(directory, base)
     places = read_header(directory / ADAPTER_WEIGHTS)
     named = dict(finite(directory, map_tensors(places)))
@@ -178,8 +177,20 @@ def read_adapter(directory: str | Path, base: Path) -> Adapter:
         a, b = tensors.get(_PARTS[0]), tensors.get(_PARTS[1])
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not 0 < len(a) == b.shape[1]:
             raise PlugError(f"{directory} 里 {layer} 的两个矩阵不全或不相配。请重新取得适配器。")
-        scale = alpha / (math.sqrt(len(a)) if is_rank_stabilised else len(a))
-        found.layers[layer] = LowRank(a, b * scale, tensors.get(_PARTS[2]))
+        if len(a) not in config.ranks:
+            raise PlugError(
+                f"{directory} 里 {layer} 的秩是 {len(a)}，{ADAPTER_CONFIG} 里是"
+                f" {'、'.join(map(str, sorted(config.ranks)))}。请重新取得适配器。"
+            )
+        magnitude = tensors.get(_PARTS[2])
+        wanted = (len(b),) if config.is_dora else None
+        if wanted != (None if magnitude is None else tuple(magnitude.shape)):
+            raise PlugError(
+                f"{directory} 里 {layer} 的模长（DoRA）与 {ADAPTER_CONFIG} 的"
+                f" use_dora={config.is_dora} 不符。请重新取得适配器。"
+            )
+        scale = config.alpha / (math.sqrt(len(a)) if config.is_rank_stabilised else len(a))
+        found.layers[layer] = LowRank(a, b * scale, magnitude)
     return found
 
 
@@ -261,8 +272,16 @@ def fingerprint(places: Mapping[str, Place]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read_config(path: Path) -> tuple[float, bool]:
-    """Alpha, and whether the scale is rsLoRA's."""
+class _Config(NamedTuple):
+    """What `adapter_config.json` says of the matrices: their ranks and what they are scaled by."""
+
+    ranks: frozenset[int]
+    alpha: float
+    is_rank_stabilised: bool
+    is_dora: bool
+
+
+def _read_config(path: Path) -> _Config:
     config: Any = read_json(path)
     if not isinstance(config, dict):
         raise PlugError(f"{path} 已损坏：不是一个 JSON 对象。请重新取得适配器。")
@@ -284,7 +303,17 @@ def _read_config(path: Path) -> tuple[float, bool]:
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
         raise PlugError(f"{path} 的 lora_alpha={shown(alpha)} 不是数。请重新取得适配器。")
-    return float(alpha), bool(config.get("use_rslora"))
+    pattern = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise PlugError(f"{path} 的秩 {shown(rank)} 不是整数。请重新取得适配器。")
+    return _Config(
+        ranks=frozenset(ranks),
+        alpha=float(alpha),
+        is_rank_stabilised=bool(config.get("use_rslora")),
+        is_dora=bool(config.get("use_dora")),
+    )
 
 
 def _check_base(directory: Path, base: Path) -> None:

@@ -284,6 +284,8 @@ class Training:
         masked_share: of pre-training: the share of the source that the masked-LM head predicts.
         half_stream: the residual stream has 16 bits beside weights in float32, as in pre-training.
         fp8: products of the layers are in FP8, which keep what they read in 8 bits.
+        compiled: layers and losses are, as in pre-training: norms keep their input as it is, and
+            heads their logits in the dtype of the product.
     """
 
     batch_size: int
@@ -303,6 +305,7 @@ class Training:
     masked_share: float = 0.0
     half_stream: bool = False
     fp8: bool = False
+    compiled: bool = False
 
     @property
     def weight(self) -> int:
@@ -320,6 +323,11 @@ class Training:
     def value(self) -> int:
         """Bytes of a value inside of a layer."""
         return 2 if self.half else self.stream
+
+    @property
+    def norm(self) -> int:
+        """Bytes of a value that a norm reads, as it is kept; it computes in its weights' dtype."""
+        return self.stream if self.compiled else self.weight
 
     @property
     def is_sharded(self) -> bool:
@@ -415,12 +423,16 @@ def training_need(config: PlugConfig, training: Training) -> Need:
         best = _larger(best, weights, optimizer, int(gradients), left, inside)
         left -= block.entry
         if training.is_sharded and training.trains_all and block.parameters:
-            # Its gradients are whole, copied to be summed, and the sums; what it kept is free.
+            # Its gradients are whole, and what it kept is free. Then it gives its weights back,
+            # and the gradients are copied to be summed.
+            whole = training.value * block.parameters
+            computed = whole + gathered + before
             copied = training.weight if training.is_fused else 4
             before = copied * block.parameters  # until the next block's are summed
             data_size = training.cards // training.tensor
             sums = 4 * block.parameters // data_size if training.accumulates else 0
-            inside = training.value * block.parameters + before + sums + gathered
+            summed = whole + before + sums + _gathered(config, training, block, 1)
+            inside = max(computed, summed)
             best = _larger(best, weights, optimizer, int(gradients), left, inside)
         if not training.accumulates:
             gradients += block.gradients * scale
@@ -513,7 +525,7 @@ def _layer_block(
     )
     attended = hidden // training.tensor  # values of a card's heads
     attentions, products = (2, 10) if crossed else (1, 6)
-    norms = (attentions + 1) * training.weight * hidden  # norms compute in their weights' dtype
+    norms = (attentions + 1) * training.norm * hidden
     results = (4 + 2 * (attentions - 1)) * value * attended + value * inner
     results += 4 * heads * attentions
     reads = (_inputs(training, 3) + _inputs(training, 1) * attentions) * hidden + value * inner
@@ -567,7 +579,7 @@ def _embedding(config: PlugConfig, training: Training, tokens: int) -> _Block:
 
     Beside adapters the embeddings are frozen and keep nothing.
     """
-    kept = training.weight
+    kept = training.norm
     if training.trains_all:
         kept += training.weight + (1 if training.dropout else 0)
     kept *= tokens * config.hidden_size
@@ -587,20 +599,26 @@ def _projection(config: PlugConfig, training: Training, tokens: int) -> _Block:
 def _masked_head(config: PlugConfig, training: Training, tokens: int) -> _Block:
     """`_head` under a dense layer, GELU and a norm: their inputs and outputs."""
     head = _head(config, training, tokens)
-    inside = tokens * config.hidden_size * (4 * training.value + training.weight)
+    inside = tokens * config.hidden_size * (4 * training.value + training.norm)
     return replace(head, kept=head.kept + inside, entry=head.entry + inside)
 
 
 def _head(config: PlugConfig, training: Training, tokens: int) -> _Block:
-    """Logits over the vocabulary, their logarithms of probabilities in float32, two gradients."""
+    """Logits over the vocabulary, their logarithms of probabilities in float32, two gradients.
+
+    A compiled loss keeps logits as the product gives them; their gradient takes their place.
+    """
     logits = tokens * config.vocab_size
     table = config.vocab_size * config.hidden_size
     copy = 2 * table if _casts(training) else 0
     gradient = table * (6 if _casts(training) else training.value) if training.trains_all else 0
+    kept, forward, backward = 4 * logits, (4 + training.value) * logits, (4 + 4) * logits
+    if training.compiled:
+        kept, forward, backward = training.value * logits, 0, 0
     return _Block(
-        kept=4 * logits + copy,
-        entry=4 * logits + copy,
-        forward=(4 + training.value) * logits,
-        backward=(4 + 4) * logits + gradient,
+        kept=kept + copy,
+        entry=kept + copy,
+        forward=forward,
+        backward=backward + gradient,
         gradients=table if training.trains_all else 0,
     )

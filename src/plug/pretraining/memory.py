@@ -28,7 +28,7 @@ def recomputed_layers(
 ) -> int:
     """Return how many layers keep their input alone; with "auto" the fewest that fit.
 
-    On a CPU, and with `compile`, where the compiler decides what is kept, "auto" is 0.
+    On a CPU, and with `compile`, where the compiler decides what is kept, "auto" is 0 layers.
 
     Args:
         config: of the model.
@@ -41,11 +41,9 @@ def recomputed_layers(
     Raises:
         PlugError: the card is too small; the message says what would fit.
     """
-    asked = settings.recomputation
-    least = 0 if asked == "auto" else int(asked)
     room = free_memory(device)
-    if room is None or settings.compile:
-        return least
+    if room is None:
+        return 0 if settings.recomputation == "auto" else int(settings.recomputation)
     if max(world_size, cards) > 1:  # all decide alike; what is free differs a little between cards
         room = torch.cuda.get_device_properties(device).total_memory - 2 * OVERHEAD_BYTES
     found = fewest_recomputed(config, settings, stage, room, world_size=world_size, cards=cards)
@@ -68,7 +66,7 @@ def fewest_recomputed(
     A number that the settings name is the only one.
     """
     layers = config.num_hidden_layers + (config.num_decoder_layers if stage == 2 else 0)
-    counts: Any = range(layers + 1)
+    counts: Any = [0] if settings.compile else range(layers + 1)
     overhead = OVERHEAD_BYTES
     if settings.recomputation != "auto":
         counts, overhead = [int(settings.recomputation)], 0
@@ -114,6 +112,7 @@ def trainings(
             masked_share=settings.mlm_rate + shuffled,
             half_stream=is_half,
             fp8=settings.fp8_products,
+            compiled=settings.compile,
         )
 
 
@@ -126,7 +125,7 @@ def too_small(
     cards: int,
 ) -> str:
     """Return a sentence on what is missing, and one on what would fit."""
-    free = replace(settings, recomputation="auto")
+    free = settings if settings.compile else replace(settings, recomputation="auto")
 
     def fits(changed: RunConfig, world_size: int, cards: int) -> bool:
         found = fewest_recomputed(config, changed, stage, room, world_size=world_size, cards=cards)

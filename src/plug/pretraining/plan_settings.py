@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plug.model.configuration import PRESETS
-from plug.options import Choice, Float, Int, check_options, option
+from plug.options import Bool, Choice, Float, Int, check_options, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +21,20 @@ class Card:
         product: operations a second of a large product in bf16.
         price: of an hour, in yuan; always an assumption.
         training: model operations a second while one card alone trains the 27B; 0: not measured.
-        source: where product and training were measured; empty: an assumption.
+        training_fp8: likewise with products in FP8, of 4 + 1 layers of the 27B on one of two cards.
+        source: where all of these were measured; empty: an assumption.
     """
 
     memory: float
     product: float
     price: float
     training: float = 0.0
+    training_fp8: float = 0.0
     source: str = ""
 
 
 CARDS = {
-    "H100": Card(83e9, 778e12, 15.0, 556e12, "docs/experiments.md"),
+    "H100": Card(83e9, 778e12, 15.0, 556e12, 794e12, "docs/experiments.md"),
     "H200": Card(149e9, 778e12, 20.0),  # the same chip with more memory
     "A100": Card(83e9, 250e12, 8.0),
     "H20": Card(95e9, 140e12, 6.0),
@@ -65,6 +67,9 @@ class PlanSettings:
     )
     optimizer: str = option(
         "adamw8bit", Choice(("adamw", "adamw8bit", "muon")), "优化器。", "the optimizer"
+    )
+    fp8: bool = option(
+        False, Bool(), "用 FP8 乘（fp8_products）。", "products in FP8 (`fp8_products`)"
     )
     tflops: float = option(
         0.0, Float(0.001, 1e5, zero=True),

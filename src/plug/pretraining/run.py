@@ -30,7 +30,7 @@ from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.pretraining.adamw8bit import check_torchao
 from plug.pretraining.batches import BatchPlan, PalmBatches, StructBertBatches
-from plug.pretraining.compiled import check_kernels, compile_model, keep_bf16
+from plug.pretraining.compiled import compile_model, keep_bf16
 from plug.pretraining.end_page import is_told, write_page
 from plug.pretraining.fp8 import check_fp8, multiply_in_fp8
 from plug.pretraining.loop import Batches, train
@@ -79,8 +79,8 @@ def pretrain(
     if config.tensorboard:
         check_board()
     check_torchao(config.optimizer)
-    sharding = config.parallel.sharding
-    with start_processes(device, joins_alone=sharding == "fsdp") as joined, ExitStack() as stack:
+    joins_alone = config.parallel.asked == "fsdp"
+    with start_processes(device, joins_alone=joins_alone) as joined, ExitStack() as stack:
         processes = dataclasses.replace(joined, tensor=config.parallel.tensor)
         if config.fp8_products:
             check_fp8(processes.device)
@@ -204,10 +204,10 @@ def is_to_be_sharded(
         UsageError: sharding is asked for without a launcher, or the mesh does not divide the model.
     """
     parallel = config.parallel
-    asked = "fsdp" if parallel.tensor > 1 else parallel.sharding
+    asked = parallel.asked
     if asked == "fsdp" and "LOCAL_RANK" not in os.environ:
         raise UsageError(
-            "parallel.sharding=fsdp 和 parallel.tensor 要由 torchrun 启动："
+            "parallel.sharding=fsdp、parallel.tensor 和 parallel.cpu_offload 要由 torchrun 启动："
             "torchrun --nproc-per-node 卡数 -m plug pretrain …。"
         )
     check_mesh(model, processes)
@@ -267,12 +267,6 @@ def _build_model(
             f"shapes 里的长度 {longest} 超过了 max_position_embeddings="
             f"{config.max_position_embeddings}。"
         )
-    if settings.own_kernels:
-        if is_sharded:  # bf16 by FSDP2's casts, which these kernels have not met
-            raise UsageError(
-                "own_kernels 不能与分片（parallel.sharding = fsdp）一起用。请去掉其中一个。"
-            )
-        check_kernels(config, processes.device)
     dropout = settings.dropout
     with torch.device("meta" if is_sharded else "cpu"):
         model = Plug(
@@ -309,7 +303,7 @@ def _build_model(
     if again and settings.recomputation == "auto":
         _tell(processes, f"为了放得下，反向时重算 {again} 层。")
     if settings.compile:
-        compile_model(model, own_kernels=settings.own_kernels, is_sharded=is_sharded)
+        compile_model(model, is_sharded=is_sharded)
     if is_sharded:
         shard_new(
             model,

@@ -81,9 +81,6 @@ class RunConfig:
     whole_sentence_share: float = 0.3  # stage 2: passages cut at a sentence boundary
     precision: str = "bf16"  # or "fp32"
     compile: bool = False  # `torch.compile` of each layer; pays on a GPU
-    # Attention and GELU's backward pass by kernels of our own, on cards of compute capability 9.x;
-    # with `compile` and precision = "bf16". Checked on a CPU alone so far; speed not measured.
-    own_kernels: bool = False
     # Products of encoder and decoder layers in FP8, forward and backward, a scale for each row; for
     # cards of compute capability 9.0 and precision = "bf16".
     fp8_products: bool = False
@@ -167,8 +164,6 @@ class RunConfig:
         if self.fp8_products and (self.precision != "bf16" or self.compile):
             asked = "compile=true" if self.compile else f"precision={self.precision}"
             raise UsageError(f"fp8_products 不能与 {asked} 一起用。请去掉其中一个。")
-        if self.own_kernels and not (self.compile and self.precision == "bf16"):
-            raise UsageError('own_kernels 要与 compile = true、precision = "bf16" 一起用。')
         if not isinstance(self.model, dict):
             raise UsageError(f"设置 model={self.model!r} 应为一个表，如 {{ hidden_size = 128 }}。")
         factors = self.domain_factors

@@ -112,10 +112,11 @@ def check_output(output: Path, *, resume: bool) -> None:
     Raises:
         UsageError: says whether --resume is needed or has to go.
     """
-    if output.exists() and not output.is_dir():
+    is_free = not is_used(output)
+    if not is_free and not output.is_dir():
         raise UsageError(f"输出目录 {output} 是一个文件。请换一个 output。")
     is_run = (output / SETTINGS_FILE).is_file() or (output / CHECKPOINT / STATE_FILE).is_file()
-    if not is_used(output):
+    if is_free:
         if resume:
             raise UsageError(
                 f"{output} 里没有可以接着训练的检查点，也没有中断的训练。请去掉 --resume。"
