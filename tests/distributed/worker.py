@@ -280,8 +280,8 @@ def pretrain(
     return {"held": held}
 
 
-def held_for_a_step(tensor: int, layers: int) -> dict[str, int]:
-    """Bytes of weights, and of what a forward pass in float32 keeps of its tokens.
+def held_for_a_step(tensor: int, layers: int, reshards: bool = True) -> dict[str, int]:
+    """Bytes of weights, before and after a forward pass in float32, and of what it keeps of tokens.
 
     The model has so many layers in either half, and reads and writes 3 rows of 11 tokens.
     """
@@ -308,7 +308,7 @@ def held_for_a_step(tensor: int, layers: int) -> dict[str, int]:
         processes = replace(alone, tensor=tensor)
         with torch.device("meta"):
             model = Plug(config).train()
-        parallel = ParallelSettings(sharding="fsdp", tensor=tensor)
+        parallel = ParallelSettings(sharding="fsdp", tensor=tensor, reshard_after_forward=reshards)
         shard_new(model, parallel, processes, seed=0, source=None, compute_dtype=None)
         weights = sum(local(x).nbytes for x in model.parameters())
         ids = torch.randint(5, 100, (3, 11))
@@ -320,7 +320,8 @@ def held_for_a_step(tensor: int, layers: int) -> dict[str, int]:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             run_forward(model, forward)
-    return {"weights": weights, "kept": sum(kept.values())}
+        after = sum(local(x).nbytes for x in model.parameters())
+    return {"weights": weights, "after": after, "kept": sum(kept.values())}
 
 
 def finetune_by_deepspeed(**options: Any) -> dict[str, Any]:

@@ -189,6 +189,24 @@ def test_what_a_layer_takes_of_two_processes_is_as_predicted(
     assert [after - before for before, after in zip(*kept, strict=True)] == [grown, grown]
 
 
+@pytest.mark.slow
+def test_layers_that_stay_gathered_are_predicted(
+    run_together: Callable[..., list[Any]],
+) -> None:
+    """`reshard_after_forward = false`, over two processes: each holds the other's half as well."""
+    asked = {"tensor": 1, "layers": 2}
+    kept, freed = (
+        run_together(2, "held_for_a_step", reshards=reshards, **asked) for reshards in (False, True)
+    )
+    grown = sum(each["after"] for each in kept) - sum(each["after"] for each in freed)
+    config = replace(PRESETS["test"], num_hidden_layers=2, num_decoder_layers=2)
+    training = estimate.Training(
+        batch_size=3, source_length=11, target_length=11, half=False, cards=2, reshards=False
+    )
+    blocks = list(estimate._blocks(config, training))
+    assert grown == sum(estimate._with_layer(x, training).kept - x.kept for x in blocks)
+
+
 def test_tensor_parallelism_takes_less_where_the_same_cards_share_data(large: Make) -> None:
     """A group of two has twice the rows of a card; a card of it takes less than for those alone."""
     config, asked = PRESETS["27b"], large(parallel={"tensor": 2}, batch_tokens=65536)

@@ -274,6 +274,7 @@ def training_of(settings: FinetuneSettings, case: Case) -> Training:
         accumulates=settings.gradient_accumulation_steps > 1,
         dropout=case.config.hidden_dropout_prob > 0,
         cards=case.cards,
+        reshards=settings.parallel.reshard_after_forward,
         offload=case.offload,
     )
     if settings.gradient_checkpointing and not settings.recomputed_layers:

@@ -280,6 +280,7 @@ class Training:
             in the dtype of the products, so that there is no autocast.
         tensor: of those cards, how many compute each layer together (tensor parallelism): each
             has some of its heads and inner values, and gathers as much of it.
+        reshards: a layer is freed after its forward pass and gathered again for the backward pass.
         offload: those shards are in the host's memory.
         masked_share: of pre-training: the share of the source that the masked-LM head predicts.
         half_stream: the residual stream has 16 bits beside weights in float32, as in pre-training.
@@ -301,6 +302,7 @@ class Training:
     dropout: bool = True
     cards: int = 1
     tensor: int = 1
+    reshards: bool = True
     offload: bool = False
     masked_share: float = 0.0
     half_stream: bool = False
@@ -332,6 +334,11 @@ class Training:
     @property
     def is_sharded(self) -> bool:
         return self.cards > 1 or self.offload
+
+    @property
+    def keeps_layers(self) -> bool:
+        """Whether gathered layers stay from their forward to their backward pass."""
+        return self.is_sharded and not self.reshards
 
     @property
     def trains_all(self) -> bool:
@@ -407,7 +414,7 @@ def training_need(config: PlugConfig, training: Training) -> Need:
             all_gradients = round(all_gradients * share)
         weights += training.weight * (by_part["embeddings"] + by_part["heads"]).parameters
 
-    blocks = list(_blocks(config, training))
+    blocks = [_with_layer(each, training) for each in _blocks(config, training)]
     scale = all_gradients / max(1, sum(block.gradients for block in blocks))
     left = sum(block.entry for block in blocks)
     best = Need(weights, optimizer=optimizer, gradients=all_gradients)
@@ -439,14 +446,25 @@ def training_need(config: PlugConfig, training: Training) -> Need:
     return best
 
 
+def _with_layer(block: _Block, training: Training) -> _Block:
+    """Return what a block keeps with its gathered parameters, where those stay."""
+    if not training.keeps_layers:
+        return block
+    size = training.weight * block.parameters
+    return replace(block, kept=block.kept + size, entry=block.entry + size)
+
+
 def _gathered(config: PlugConfig, training: Training, block: _Block, times: int) -> int:
     """Bytes of the layers that FSDP2 has gathered while a block is at work.
 
     Forward there are three of a layer: its parameters, the buffer they were copied from, and that
     of the next layer. Backward the first buffer is free. A head meets one layer, which waits.
+    Layers that stay gathered are in what blocks keep, and nothing is gathered backward.
     """
     if not training.is_sharded:
         return 0
+    if training.keeps_layers:
+        return training.weight * 2 * block.parameters if times == 3 else 0
     waiting = layer(config, attentions=2 if config.num_decoder_layers else 1).parameters
     return training.weight * (times * block.parameters or waiting // training.tensor)
 

@@ -6,13 +6,14 @@ runs while backward computes the gradients of the layers below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_ELEMENTS = 2**23  # 32 MB in float32: large enough for NVLink's full speed
+_SUMMED_AT_ONCE = 2**16
 
 
 class Gradients:
@@ -69,8 +70,7 @@ class Gradients:
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-        norms = [torch.linalg.vector_norm(bucket.flat) for bucket in self._buckets]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = norm_of([bucket.flat for bucket in self._buckets])
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for bucket in self._buckets:
             bucket.flat.mul_(scale)
@@ -93,6 +93,20 @@ class Gradients:
         if self._world_size > 1:
             for bucket in buckets:
                 bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of all values of ``tensors``, which are on one device.
+
+    On a CPU torch adds the squares of a tensor in float32 one after another: of 134M values the
+    norm is 1.4% too small. So a CPU takes them in pieces, as fast.
+    """
+    pieces = [
+        piece
+        for each in tensors
+        for piece in (each.reshape(-1).split(_SUMMED_AT_ONCE) if each.is_cpu else [each])
+    ]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))
 
 
 class _Bucket:

@@ -108,6 +108,7 @@ def trainings(
             dropout=settings.dropout > 0,
             cards=cards,
             tensor=settings.parallel.tensor,
+            reshards=settings.parallel.reshard_after_forward,
             offload=settings.parallel.cpu_offload,
             masked_share=settings.mlm_rate + shuffled,
             half_stream=is_half,

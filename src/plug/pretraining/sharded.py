@@ -31,6 +31,7 @@ from plug.jsonfiles import read_json
 from plug.loading.shards import fill, write_gathered
 from plug.model.heads import MaskedLMHead
 from plug.model.plug import Plug
+from plug.pretraining.gradients import norm_of
 from plug.tokenization import PlugTokenizer
 
 CHECKPOINTS = "checkpoints"  # of a sharded run: a directory `step-N` each
@@ -136,10 +137,7 @@ class ShardedGradients:
         for count, gradients in own.items():
             if count > 1:
                 self._equal(gradients)
-        squares = [
-            torch.stack(torch._foreach_norm(gradients)).square().sum() / count
-            for count, gradients in own.items()
-        ]
+        squares = [norm_of(gradients).square() / count for count, gradients in own.items()]
         total = torch.stack(squares).sum().to(self._processes.device)
         dist.all_reduce(total)
         norm = total.sqrt()
