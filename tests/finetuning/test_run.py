@@ -17,10 +17,13 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from plug.checkpoints.directory import find_model_directory, load_tokenizer
 from plug.errors import PlugError, UsageError
 from plug.finetuning.predict import Predictor
-from plug.finetuning.run import finetune
+from plug.finetuning.readers import ClassificationExample
+from plug.finetuning.run import _note_traditional, finetune
 from plug.finetuning.settings import FinetuneSettings
+from plug.textfiles import Notes
 
 Make = Callable[..., FinetuneSettings]
 
@@ -86,6 +89,12 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
             device="cpu",
             resume=True,
         )
+    rows = Path(broken.train).read_text(encoding="utf-8")
+    first, rest = rows.split("\n", 1)
+    Path(broken.train).write_text(f"{rest.rstrip()}\n{first}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"数据不能变：.* 的内容和开始训练时不同"):
+        finetune(broken, device="cpu", resume=True)
+    Path(broken.train).write_text(rows, encoding="utf-8")
     finetune(broken, device="cpu", resume=True)
 
     expected, actual = (load_file(f"{run.output}/model.safetensors") for run in (whole, broken))
@@ -341,3 +350,20 @@ def test_lengths_the_model_has_no_positions_for(settings: Make, data: Callable[.
     ):
         with pytest.raises(UsageError, match=r"应在 .* 到 96 之间"):
             finetune(settings(task, data(task), **changes), device="cpu")
+
+
+def test_traditional_examples_are_counted_in_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    texts = ["后来，他们决定离开这里。", "後來，他們決定離開這裡。", "這是一個句子。"]
+    examples = [
+        ClassificationExample(text_a=text, label="x", place=f"a.csv 第 {line} 行")
+        for line, text in enumerate(texts, 1)
+    ]
+    notes = Notes()
+
+    _note_traditional(examples, load_tokenizer(find_model_directory()), notes)
+
+    [line] = notes.lines()
+    assert "opencc -c t2s）：2 处（如 a.csv 第 2 行）" in line
+    assert [record.getMessage() for record in caplog.records] == [line]

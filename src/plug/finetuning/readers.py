@@ -79,6 +79,19 @@ class GenerationExample(Placed):
 Example = ClassificationExample | LabellingExample | QuestionExample | GenerationExample
 
 
+def text_of(example: Example) -> str:
+    """All text that a model reads of an example, or learns to write, in one string."""
+    match example:
+        case ClassificationExample():
+            return example.text_a + (example.text_b or "")
+        case LabellingExample():
+            return "".join(example.tokens)
+        case QuestionExample():
+            return example.question + example.context
+        case GenerationExample():
+            return "".join(example.source) + (example.target or "")
+
+
 def _text(row: Mapping[str, Any], column: str, place: str) -> str:
     """A column that must hold text.
 
