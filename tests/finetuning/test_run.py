@@ -89,6 +89,12 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
             device="cpu",
             resume=True,
         )
+    rows = Path(broken.train).read_text(encoding="utf-8")
+    first, rest = rows.split("\n", 1)
+    Path(broken.train).write_text(f"{rest.rstrip()}\n{first}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"数据不能变：.* 的内容和开始训练时不同"):
+        finetune(broken, device="cpu", resume=True)
+    Path(broken.train).write_text(rows, encoding="utf-8")
     finetune(broken, device="cpu", resume=True)
 
     expected, actual = (load_file(f"{run.output}/model.safetensors") for run in (whole, broken))

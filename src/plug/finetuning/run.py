@@ -75,7 +75,7 @@ from plug.finetuning.sharding import (
     save_model,
     write_model_configs,
 )
-from plug.finetuning.tasks import Task, find_task, read_examples
+from plug.finetuning.tasks import Task, find_task, fingerprint_of, read_examples
 from plug.finetuning.trainer import ChildTuning, FinetuneTrainer, Tell
 from plug.interrupts import Interrupts
 from plug.jsonfiles import read_json
@@ -90,6 +90,7 @@ from plug.tokenization import PlugTokenizer
 from plug.traditional import is_cut_into_bytes
 
 CHECKPOINTS = "checkpoints"
+DATA_KEY = "data"  # in `finetuning.json`: fingerprints of the training and evaluation data
 PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
 # What a resumed run may change: the examples of a step are compared, not those of a process.
 _FREE_ON_RESUME = frozenset({"parallel", "batch_size", "gradient_accumulation_steps"})
@@ -166,6 +167,9 @@ def _run(
     notes, eval_notes = Notes(), Notes()
     examples = read_examples(task, Path(settings.train), answered=True, at_least=2, notes=notes)
     held_out = read_examples(task, Path(settings.eval), answered=True, notes=eval_notes)
+    prints = {"train": fingerprint_of(examples), "eval": fingerprint_of(held_out)}
+    if resume:
+        _check_data(output, settings, prints)
     if settings.memory != "auto":
         check_base(settings, directory)
     check_optimizer(settings)
@@ -221,7 +225,7 @@ def _run(
     if is_main:
         base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
         kept = {"settings": settings.to_dict(), **_asked(asked, settings)}
-        kept[PROCESSES_KEY] = layout.processes
+        kept |= {PROCESSES_KEY: layout.processes, DATA_KEY: prints}
         write_json(output / RUN_FILE, {**kept, **kind.to_dict(), **base})
 
     def predict(model: Any) -> list[Any]:
@@ -403,6 +407,17 @@ def _case(
         on_gpu=device.type == "cuda",
         processes=processes,
     )
+
+
+def _check_data(output: Path, settings: FinetuneSettings, prints: dict[str, str]) -> None:
+    """Refuse to go on with other examples than those that the run began with."""
+    before = read_run(output).get(DATA_KEY)  # runs of earlier versions have none
+    for name, file in (("train", settings.train), ("eval", settings.eval)):
+        if isinstance(before, dict) and before.get(name) != prints[name]:
+            raise UsageError(
+                f"接着训练时数据不能变：{file} 的内容和开始训练时不同。"
+                "请用原来的文件，或换一个输出目录。"
+            )
 
 
 def _note_traditional(examples: Sequence[Example], tokenizer: PlugTokenizer, notes: Notes) -> None:
