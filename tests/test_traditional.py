@@ -7,7 +7,7 @@ import pytest
 
 from plug import traditional
 from plug.errors import UsageError
-from plug.traditional import as_read, is_cut_into_bytes, is_mostly_traditional, to_simplified
+from plug.traditional import as_read, is_mostly_traditional, to_simplified
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +70,3 @@ def test_without_opencc_the_message_says_what_to_install(monkeypatch: pytest.Mon
 
     with pytest.raises(UsageError, match=r"pip install .plug-zh\[opencc\]"):
         as_read("這是", simplify=True)
-
-
-def test_a_vocabulary_that_has_the_characters_is_not_warned_of() -> None:
-    text = "這是一個繁體中文的句子。"
-    assert is_cut_into_bytes(text, lambda each: list(each.encode()))
-    assert not is_cut_into_bytes(text, lambda each: [ord(character) for character in each])
-    assert not is_cut_into_bytes("这是一个简体中文的句子。", lambda each: list(each.encode()))

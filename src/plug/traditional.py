@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from plug.errors import UsageError, install
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 _LEAST_COUNT = 2
 _LEAST_SHARE = 0.1
 _LOOKED_AT = 1000  # characters
-_LOOKED_AT_OF_MANY = 200  # of each text of a file
 _LAST_FREQUENT_BYTE = 0xC6  # Big5's first level, the 5,401 frequent characters, ends in this row
 
 _lock = threading.Lock()  # converters of some packages keep state
@@ -66,25 +64,12 @@ def is_mostly_traditional(text: str) -> bool:
     if any("\u3041" <= character <= "\u30ff" for character in head):
         return False
     chinese = [character for character in head if "\u4e00" <= character <= "\u9fff"]
-    found = sum(map(_is_traditional_alone, chinese))
+    found = sum(map(is_traditional_alone, chinese))
     return found >= max(_LEAST_COUNT, _LEAST_SHARE * len(chinese))
 
 
-def is_cut_into_bytes(text: str, encode: Callable[[str], Sequence[int]]) -> bool:
-    """Whether a text is mostly traditional and a vocabulary lacks its characters.
-
-    Args:
-        text: its first 200 characters decide.
-        encode: cuts a text into token ids.
-    """
-    head = text[:_LOOKED_AT_OF_MANY]
-    if not is_mostly_traditional(head):
-        return False
-    return any(len(encode(each)) > 1 for each in sorted(set(head)) if _is_traditional_alone(each))
-
-
 @functools.lru_cache(maxsize=4096)
-def _is_traditional_alone(character: str) -> bool:
+def is_traditional_alone(character: str) -> bool:
     """Whether it is frequent in Taiwan's standard (Big5) and not in the mainland's (GB 2312)."""
     try:
         character.encode("gb2312")

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +22,7 @@ from plug.checkpoints.directory import find_model_directory, load_tokenizer
 from plug.errors import PlugError, UsageError
 from plug.finetuning.predict import Predictor
 from plug.finetuning.readers import ClassificationExample
-from plug.finetuning.run import _note_traditional, finetune
+from plug.finetuning.run import _note_traditional, finetune, is_cut_into_bytes
 from plug.finetuning.settings import FinetuneSettings
 from plug.textfiles import Notes
 
@@ -350,6 +351,15 @@ def test_lengths_the_model_has_no_positions_for(settings: Make, data: Callable[.
     ):
         with pytest.raises(UsageError, match=r"应在 .* 到 96 之间"):
             finetune(settings(task, data(task), **changes), device="cpu")
+
+
+def test_a_vocabulary_that_has_the_characters_is_not_warned_of() -> None:
+    text, simplified = "這是一個繁體中文的句子。", "这是一个简体中文的句子。"
+    shipped: Any = load_tokenizer(find_model_directory())
+    whole: Any = SimpleNamespace(encode=lambda each: [ord(character) for character in each])
+    assert is_cut_into_bytes(text, shipped)
+    assert not is_cut_into_bytes(text, whole)
+    assert not is_cut_into_bytes(simplified, shipped)
 
 
 def test_traditional_examples_are_counted_in_one_warning(

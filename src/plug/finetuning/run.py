@@ -87,13 +87,14 @@ from plug.model.configuration import PlugConfig
 from plug.quantization.scheme import read_scheme
 from plug.textfiles import Notes
 from plug.tokenization import PlugTokenizer
-from plug.traditional import is_cut_into_bytes
+from plug.traditional import is_mostly_traditional, is_traditional_alone
 
 CHECKPOINTS = "checkpoints"
 DATA_KEY = "data"  # in `finetuning.json`: fingerprints of the training and evaluation data
 PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
 # What a resumed run may change: the examples of a step are compared, not those of a process.
 _FREE_ON_RESUME = frozenset({"parallel", "batch_size", "gradient_accumulation_steps"})
+_LOOKED_AT = 200  # characters of a text
 _ASKED = "asked"  # of `finetuning.json`: settings as they were before `auto` decided them
 
 
@@ -423,12 +424,24 @@ def _check_data(output: Path, settings: FinetuneSettings, prints: dict[str, str]
 def _note_traditional(examples: Sequence[Example], tokenizer: PlugTokenizer, notes: Notes) -> None:
     """Count the examples that the model reads as bytes, and warn of them."""
     for example in examples:
-        if is_cut_into_bytes(text_of(example), tokenizer.encode):
+        if is_cut_into_bytes(text_of(example), tokenizer):
             notes.add(
                 "多是繁体，而模型的词表里没有这些字，会学得差。请先转成简体（opencc -c t2s）",
                 example.place,
             )
     notes.log()
+
+
+def is_cut_into_bytes(text: str, tokenizer: PlugTokenizer) -> bool:
+    """Whether a text is mostly traditional and ``tokenizer`` has no tokens for its characters.
+
+    Its first characters decide.
+    """
+    head = text[:_LOOKED_AT]
+    if not is_mostly_traditional(head):
+        return False
+    alone = filter(is_traditional_alone, sorted(set(head)))
+    return any(len(tokenizer.encode(each)) > 1 for each in alone)
 
 
 def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> None:
