@@ -305,9 +305,9 @@ def _offloaded(config: PlugConfig, mode: Mode, training: Training, room: int) ->
 def _pretraining(
     config: PlugConfig, batch_size: int, source: int, target: int, room: int | None, cards: int
 ) -> list[dict[str, Any]]:
-    """For each optimizer, and with FP8, the fewest recomputed layers that fit.
+    """For each optimizer, with FP8, and compiled, the fewest recomputed layers that fit.
 
-    Where none does, or no card is named: no layer and all layers.
+    Where none does, or no card is named: no layer and all layers. Compiled ones are not recomputed.
     """
     from dataclasses import replace
 
@@ -315,8 +315,8 @@ def _pretraining(
     from plug.loading.estimate import OVERHEAD_BYTES, Training, training_need
 
     rows = []
-    ways = [("adamw", False), ("adamw8bit", False), ("adamw8bit", True), ("muon", False)]
-    for optimizer, fp8 in ways:
+    for name in ("adamw", "adamw8bit", "adamw8bit fp8", "muon", "muon compile"):
+        optimizer, _, setting = name.partition(" ")
         training = Training(
             batch_size=batch_size,
             source_length=source,
@@ -327,12 +327,13 @@ def _pretraining(
             dropout=False,
             masked_share=0.15,
             half_stream=True,
-            fp8=fp8,
+            fp8=setting == "fp8",
+            compiled=setting == "compile",
         )
         layers = layers_in(config, training)
         needs = {
             count: training_need(config, replace(training, recomputed=count))
-            for count in range(layers + 1)
+            for count in ([0] if training.compiled else range(layers + 1))
         }
         fitting = (
             count
@@ -340,9 +341,9 @@ def _pretraining(
             if room is not None and need.total + OVERHEAD_BYTES <= room
         )
         fewest = next(fitting, None)
-        for count in sorted({0, layers}) if fewest is None else [fewest]:
+        for count in sorted({0, max(needs)}) if fewest is None else [fewest]:
             given_up = {"batch_size": batch_size, "accumulated": 1, "recomputed_layers": count}
-            rows.append(_row(f"{optimizer} fp8" if fp8 else optimizer, needs[count], **given_up))
+            rows.append(_row(name, needs[count], **given_up))
     return rows
 
 
