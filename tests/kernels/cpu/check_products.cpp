@@ -25,7 +25,7 @@ struct Case {
   Case(int64_t bits, int64_t rows, int64_t out, int64_t in) : bits(bits), rows(rows), out(out), in(in), weight(out * in) {
     for (int64_t i = 0; i < rows * in; ++i) x.push_back(normal());
     for (int64_t o = 0; o < out; ++o) bias.push_back(normal());
-    const int64_t blocks = rounded_up(out, LANES), width = rounded_up(in, 2);
+    const int64_t blocks = rounded_up(out, LANES), width = rounded_up(in, PAIRED);
     single.resize(blocks * in);
     pairs.resize(blocks * width);
     eight.resize(out * in);
@@ -46,7 +46,7 @@ struct Case {
       exact = single[(o / LANES * in + i) * LANES + o % LANES] = value;
     } else if (bits == 16) {
       const uint16_t half = to_bfloat16(value);
-      pairs[((o / LANES * (rounded_up(in, 2) / 2) + i / 2) * LANES + o % LANES) * 2 + i % 2] = half;
+      pairs[((o / LANES * (rounded_up(in, PAIRED) / 2) + i / 2) * LANES + o % LANES) * 2 + i % 2] = half;
       exact = from_bfloat16(half);
     } else if (bits == 8) {
       const int integer = o == 0 ? (i % 2 ? 127 : -127) : std::clamp(static_cast<int>(value * 40), -127, 127);
@@ -160,10 +160,10 @@ int check(Pool& pool, int64_t bits, int64_t rows, int64_t out, int64_t in) {
 }  // namespace
 
 int main() {
-  std::printf("instructions %d\n", INSTRUCTIONS);
+  std::printf("instructions %d%s\n", INSTRUCTIONS, has_amx() ? " and AMX" : "");
   Pool pool(2);
   int wrong = 0;
-  for (int64_t rows : {1, 2, 4, 7, 13, 66}) {
+  for (int64_t rows : {1, 2, 3, 7, 13, 20, 66}) {
     for (int64_t bits : {32, 16, 8, 4}) {
       wrong += check(pool, bits, rows, 70, 384);
       wrong += check(pool, bits, rows, 17, 2176);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +107,28 @@ def test_a_target_that_no_compiler_knows_is_said(
     assert library() is None
     assert "no-such-processor" in caplog.text
     assert not list(own_cache.glob("*.so"))
+
+
+WITHOUT_TILES = """
+import ctypes, sys
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)  # too small to keep the registers in: Linux refuses
+stack = Stack(ctypes.addressof(memory), 0, len(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+library = ctypes.CDLL(sys.argv[1])
+print(library.plug_instructions(), library.plug_self_test())
+"""
+
+
+@pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+def test_where_linux_refuses_the_registers_of_amx_the_other_products_serve() -> None:
+    found = library()
+    assert found is not None
+    if found.plug_instructions() != 1024:
+        pytest.skip("needs AMX")
+
+    command = [sys.executable, "-c", WITHOUT_TILES, str(library_file())]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert run.stdout == "512 0\n"

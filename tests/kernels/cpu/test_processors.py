@@ -31,14 +31,15 @@ def processor_has(*names: str) -> bool:
 @pytest.mark.parametrize(
     ("architecture", "needs", "instructions"),
     [
-        ("x86-64", (), 0),
-        ("x86-64-v3", ("avx2", "fma"), 256),
-        ("alderlake", ("avx2", "fma", "avx_vnni"), 256),
-        ("icelake-server", ("avx512_vnni", "avx512bw", "avx512ifma", "avx512_vbmi2"), 512),
+        ("x86-64", (), "0"),
+        ("x86-64-v3", ("avx2", "fma"), "256"),
+        ("alderlake", ("avx2", "fma", "avx_vnni"), "256"),
+        ("icelake-server", ("avx512_vnni", "avx512bw", "avx512ifma", "avx512_vbmi2"), "512"),
+        ("sapphirerapids", ("amx_int8", "amx_bf16", "avx512_fp16"), "512 and AMX"),
     ],
 )
 def test_products_on_x86(
-    architecture: str, needs: tuple[str, ...], instructions: int, tmp_path: Path
+    architecture: str, needs: tuple[str, ...], instructions: str, tmp_path: Path
 ) -> None:
     if not IS_X86 or shutil.which("g++") is None or not processor_has(*needs):
         pytest.skip(f"needs g++ and a processor with {needs}")

@@ -63,8 +63,11 @@ def test_a_product_is_that_of_float64(bits: int, out: int, inputs: int, rows: in
     )  # 16 bits: rows are rounded only where pairs of bfloat16 are multiplied
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-@pytest.mark.parametrize("inputs", [384, 2176, 6400])  # 3, 17 and 50 groups
+@pytest.mark.parametrize(
+    ("bits", "inputs"),
+    [(bits, inputs) for bits in (32, 16, 8, 4) for inputs in (384, 2176, 6400)]  # 3, 17, 50 groups
+    + [(bits, 1000) for bits in (32, 16, 8)],
+)
 def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_there_are(
     bits: int, inputs: int
 ) -> None:
@@ -75,7 +78,7 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_other_rows_there_are(
 
     together = multiply(x)
 
-    for size in (1, 2, 4, 7):
+    for size in (1, 2, 3, 4, 7, 33):
         parts = torch.cat([multiply(part) for part in x.split(size)])
         assert torch.equal(parts, together)
 

@@ -27,7 +27,7 @@ from plug.files import BusyError, new_file
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("step.cpp", "products.h", "adapters.h", "lanes.h", "functions.h", "pool.h")
+_SOURCES = ("step.cpp", "products.h", "adapters.h", "amx.h", "lanes.h", "functions.h", "pool.h")
 _COMPILERS = ("c++", "g++", "clang++")
 # Sums must not be contracted differently in tiles of one row and of four: equal rows, equal bits.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -75,8 +75,8 @@ def instructions() -> str:
     found = library()
     if found is None:
         return "PyTorch 的乘法（没有 C++ 编译器，或没能编译）"
-    names = {512: "AVX-512 VNNI", 256: "AVX2", 128: "Arm 点积", 0: "普通循环"}
-    return f"{names[found.plug_instructions()]}（为这台机器编译）"
+    names = {1024: "AMX、AVX-512 VNNI", 512: "AVX-512 VNNI", 256: "AVX2", 128: "Arm 点积"}
+    return f"{names.get(found.plug_instructions(), '普通循环')}（为这台机器编译）"
 
 
 def library_file() -> Path:

@@ -57,6 +57,7 @@ using Bytes = __m512i;
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats all(float value) { return _mm512_set1_ps(value); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats load_words(const uint32_t* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
@@ -123,6 +124,13 @@ inline void transpose(__m512i (&a)[16]) {
   }
 }
 
+inline void transpose(uint32_t (&square)[LANES][LANES]) {
+  __m512i a[16];
+  UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(square[i]);
+  transpose(a);
+  UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(square[i], a[i]);
+}
+
 // Words of 4 bytes, turned: to[word][row] = from[row * stride + 4 * word]. `rows` of 16 and `bytes` of 64 are read.
 inline void transpose(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, uint32_t (*to)[LANES]) {
   const __mmask64 mask = bytes < 64 ? (uint64_t{1} << bytes) - 1 : ~uint64_t{0};
@@ -154,7 +162,10 @@ inline __m512i nibble_sums(const uint8_t* packed, __m512i first, __m512i second)
 inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
   const __m512i first = load_bytes(q), second = load_bytes(q + GROUP / 2);
   __m512i sums[16];
-  UNROLL for (int i = 0; i < 16; ++i) sums[i] = nibble_sums(packed + i * stride, first, second);
+  UNROLL for (int i = 0; i < 16; ++i) {
+    sums[i] = nibble_sums(packed + i * stride, first, second);
+    _mm_prefetch(packed + i * stride + 256, _MM_HINT_T0);
+  }
   return sums_of_lanes(sums);
 }
 inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) {

@@ -4,13 +4,14 @@
 //
 // 32 bits: float32 everywhere.
 // 16 bits: bfloat16 weights, float32 sums; where the processor multiplies pairs of bfloat16, the row is rounded to it.
+//          AMX adds in an order of its own, so there one row uses it too.
 // 8 bits:  the row is rounded to int8 by its own largest value; sums are exact in int32.
 // 4 bits:  each group of 128 inputs of the row is rounded so; sums of a group are exact, groups are added in float32.
 //
 // Weights in 8 and 4 bits are read as the model's files hold them (docs/quantization.md), so they may stay mapped: one row
-// streams them, several rows share a tile that is turned so that outputs lie side by side. Weights in 32 and 16 bits
-// are copies that lie so from the start (`products.py`). What a row becomes depends on that row alone, to the last bit: one
-// row and many add in the same order.
+// streams them, several rows share a tile that is turned so that outputs lie side by side; for AMX the rows are turned
+// instead. Weights in 32 and 16 bits are copies that lie so from the start (`products.py`). What a row becomes depends on
+// that row alone, to the last bit: one row and many add in the same order.
 //
 // Names: R rows and V vectors of 16 outputs of a tile; G groups of a row.
 
@@ -20,16 +21,16 @@
 #include <vector>
 
 #include "adapters.h"
+#include "amx.h"
 #include "lanes.h"
 #include "pool.h"
 
 namespace plug {
 
 constexpr int64_t ROWS_TOGETHER = 64;    // that share a tile of integers
-#ifndef STREAMS
-#define STREAMS 8
-#endif
+constexpr int64_t PAIRED = 32;           // 16 bits: inputs are a multiple of it, zeros added
 constexpr int64_t ROWS_ONE_BY_ONE = 3;   // up to so many, turning a tile costs more than reading its weights again
+constexpr int64_t ROWS_FOR_AMX = 3;      // from so many, AMX is faster than that
 constexpr int INTEGER_ROWS = TILE == 16 ? 8 : 4, INTEGER_VECTORS = TILE / INTEGER_ROWS;
 constexpr int64_t TILE_OUTPUTS = INTEGER_VECTORS * LANES;
 
@@ -82,6 +83,7 @@ inline uint16_t to_bfloat16(float value) {
 }
 
 inline int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+inline int64_t blocks_of(int64_t count) { return (count + LANES - 1) / LANES; }
 
 struct Rows {  // made ready for the products with weights of some bits
   std::vector<float> x;        // 32, 16 bits: with one zero more where the inputs are odd
@@ -90,6 +92,9 @@ struct Rows {  // made ready for the products with weights of some bits
   std::vector<float> scale;    // a row (8 bits) or a row and group (4 bits)
   std::vector<float> summed;   // 4 bits: scale times the sum of the group's integers
   std::vector<int32_t> sum;    // 8 bits: the sum of the row's integers
+  // For AMX, of each 16 rows: q as squares of 64 inputs; of 4 bits also scale and summed, 16 rows of a group side by side.
+  std::vector<Square> turned;
+  std::vector<float> turned_scale, turned_summed;
 };
 
 // --- tiles -------------------------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ inline void outputs_float(const Product& p, const Weight* weight, const Input* x
 template <typename Weight, typename Input>
 void outputs_float(const Product& p, const Input* x, float* y, int64_t rows, int64_t from, int64_t to) {
   const Weight* weight = static_cast<const Weight*>(p.weight);
-  const int64_t in = sizeof(Weight) == 2 ? rounded_up(p.in, 2) : p.in;
+  const int64_t in = sizeof(Weight) == 2 ? rounded_up(p.in, PAIRED) : p.in;
   by_rows<TILE == 16 ? 8 : 4>(rows, [&]<int R>(int64_t r) {
     constexpr int V = std::min(4, TILE / R);
     int64_t o = from;
@@ -384,13 +389,154 @@ inline void many_rows_4(const Product& p, const Rows& x, float* y, int64_t rows,
     }
 }
 
+#ifdef PLUG_AMX
+// The outputs from o on of up to 16 rows.
+inline void put_rows(const Square& sums, const Product& p, float* y, int64_t rows, int64_t first, int64_t o, int64_t outputs) {
+  const int64_t count = std::min<int64_t>(LANES, rows - first);
+  y += first * p.out + o;
+  if (outputs == LANES) {
+    for (int64_t i = 0; i < count; ++i) put(y + i * p.out, load_words(sums.word[i]), p.bias ? p.bias + o : nullptr, LANES);
+  } else {
+    for (int64_t i = 0; i < count; ++i) put(y + i * p.out, load_words(sums.word[i]), p.bias ? p.bias + o : nullptr, outputs);
+  }
+}
+
+// Outputs [from, to) of any number of rows in bfloat16: sums have another order than without AMX.
+inline void outputs_pairs(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
+  const int64_t squares = rounded_up(p.in, PAIRED) / PAIRED;
+  const Square* weight = static_cast<const Square*>(p.weight) + from / LANES * squares;
+  const Registers registers;
+  by_rows<2>(blocks_of(rows), [&]<int M>(int64_t block) {
+    by_rows<M>(blocks_of(to - from), [&]<int N>(int64_t column) {
+      Square sums[M][N];
+      Blocks inputs = squares_at(x.turned.data() + block * squares, squares);
+      if (rows == 1) inputs.row = 0;  // the row 16 times: fewer lines are read
+      multiply_blocks<uint16_t>(inputs, squares_at(weight + column * squares, squares), squares, sums);
+      for (int n = 0; n < N; ++n) {
+        const int64_t o = from + (column + n) * LANES, outputs = std::min<int64_t>(LANES, to - o);
+        for (int m = 0; m < M; ++m) put_rows(sums[m][n], p, y, rows, (block + m) * LANES, o, outputs);
+      }
+    });
+  });
+}
+
+// Whole blocks of 16 outputs; the weights are read as they lie.
+inline void blocks_8(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
+  const int64_t squares = p.in / 64;
+  const Registers registers;
+  by_rows<2>(blocks_of(rows), [&]<int N>(int64_t block) {
+    by_rows<N == 1 ? 4 : 2>((to - from) / LANES, [&]<int M>(int64_t column) {
+      const int64_t first = block * LANES, begin = from + column * LANES;
+      Square sums[M][N];
+      const Blocks weights{static_cast<const int8_t*>(p.weight) + begin * p.in, p.in, 64, LANES * p.in};
+      multiply_blocks<int8_t>(weights, squares_at(x.turned.data() + block * squares, squares), squares, sums);
+      for (int m = 0; m < M; ++m) {
+        const int64_t o = begin + m * LANES;
+        const Floats scale = load(static_cast<const float*>(p.scale) + o), bias = p.bias ? load(p.bias + o) : zero();
+        for (int n = 0; n < N; ++n) {
+          transpose(sums[m][n].word);
+          for (int64_t i = 0, row; i < LANES && (row = first + n * LANES + i) < rows; ++i) {
+            const Floats sum = to_floats(load_bytes(sums[m][n].word[i]));
+            store(y + row * p.out + o, add(multiply(sum, multiply(all(x.scale[row]), scale)), bias));
+          }
+        }
+      }
+    });
+  });
+}
+
+// One group of 16 outputs: the low halves, then the high ones.
+inline void unpack(const uint8_t* packed, int64_t stride, Square (&weights)[2]) {
+  UNROLL for (int i = 0; i < LANES; ++i) {
+    const Bytes bytes = load_bytes(packed + i * stride), low = _mm512_set1_epi8(15);
+    _mm512_store_si512(weights[0].word[i], _mm512_and_si512(bytes, low));
+    _mm512_store_si512(weights[1].word[i], _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+  }
+}
+
+struct Scratch4 {  // of a thread
+  Turned scales, centers;
+  Square weights[2][2], dots[2][2];  // of a group and its neighbour
+  alignas(64) float shifts[2 * LANES][LANES];
+  // Sums of groups g, g + 16, …: outputs by rows.
+  alignas(64) float sums[LANES][2][LANES][LANES];
+};
+
+template <int N>
+inline void block_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t block, int64_t o) {
+  const int64_t G = p.in / GROUP, stride = G * (GROUP / 2);
+  static thread_local Scratch4 own;
+  Scratch4& s = own;
+  const uint8_t* weight = static_cast<const uint8_t*>(p.weight) + o * stride;
+  const auto add_up = [&](int64_t g) {
+    const int64_t at = g % (2 * LANES);
+    for (int n = 0; n < N; ++n) {
+      const int64_t row = ((block + n) * G + g) * LANES;
+      const Floats row_scale = load(x.turned_scale.data() + row), summed = load(x.turned_summed.data() + row);
+      UNROLL for (int i = 0; i < LANES; ++i) {
+        float* to = s.sums[g % LANES][n][i];
+        Floats sum = g < LANES ? zero() : load(to);
+        add_group(sum, to_floats(load_bytes(s.dots[g % 2][n].word[i])), all(s.scales[at][i]), all(s.shifts[at][i]), row_scale, summed);
+        store(to, sum);
+      }
+    }
+  };
+  // The registers multiply a group while the group before is added up and the one behind is unpacked.
+  unpack(weight, stride, s.weights[0]);
+  for (int64_t g = 0; g < G; ++g) {
+    stores_end();
+    load_register<4>(&s.weights[g % 2][0], 64);
+    load_register<5>(&s.weights[g % 2][1], 64);
+    each<N>([&]<int I>() {
+      const Square* inputs = x.turned.data() + ((block + I) * G + g) * 2;
+      clear_register<I>();
+      load_register<6>(inputs, 64);
+      multiply_registers<int8_t, I, 4, 6>();
+      load_register<7>(inputs + 1, 64);
+      multiply_registers<int8_t, I, 5, 7>();
+    });
+    if (g) add_up(g - 1);
+    if (g + 1 < G) unpack(weight + (g + 1) * (GROUP / 2), stride, s.weights[(g + 1) % 2]);
+    const int64_t at = g % (2 * LANES);
+    if (at == 0) {
+      turn(s.scales, p.scale, G, o, g, LANES);
+      turn(s.centers, p.center, G, o, g, LANES);
+    }
+    store(s.shifts[at], shift_of(load(s.centers[at]), load(s.scales[at])));
+    each<N>([&]<int I>() { store_register<I>(s.dots[g % 2][I]); });
+  }
+  add_up(G - 1);
+  for (int n = 0; n < N; ++n) {
+    fold(std::min<int64_t>(G, LANES), [&](int64_t to, int64_t from) {
+      UNROLL for (int i = 0; i < LANES; ++i) store(s.sums[to][n][i], add(load(s.sums[to][n][i]), load(s.sums[from][n][i])));
+    });
+    Square& turned = s.dots[0][n];
+    std::memcpy(&turned, s.sums[0][n], sizeof turned);
+    transpose(turned.word);
+    put_rows(turned, p, y, rows, (block + n) * LANES, o, LANES);
+  }
+}
+
+inline void blocks_4(const Product& p, const Rows& x, float* y, int64_t rows, int64_t from, int64_t to) {
+  const Registers registers;
+  by_rows<2>(blocks_of(rows), [&]<int N>(int64_t block) {
+    for (int64_t o = from; o < to; o += LANES) block_4<N>(p, x, y, rows, block, o);
+  });
+}
+#endif
+
 // --- products ----------------------------------------------------------------------------------------------------------
 
 inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r, int64_t in) {
   if (bits == 16) {
-    const int64_t width = rounded_up(in, 2);
+    const int64_t width = rounded_up(in, PAIRED);
 #ifdef PLUG_PAIRS
-    for (int64_t i = 0; i < in; ++i) ready.half[r * width + i] = to_bfloat16(x[i]);
+    uint16_t* half = ready.half.data() + r * width;
+    for (int64_t i = 0; i < in; ++i) half[i] = to_bfloat16(x[i]);
+    std::fill_n(half + in, width - in, 0);
+    if (has_amx())
+      for (int64_t k = 0; k < width / PAIRED; ++k)
+        std::memcpy(ready.turned[r / LANES * (width / PAIRED) + k].word[r % LANES], half + k * PAIRED, 64);
 #else
     std::copy_n(x, in, ready.x.data() + r * width);
 #endif
@@ -409,15 +555,19 @@ inline void make_row_ready(Rows& ready, int64_t bits, const float* x, int64_t r,
   }
 }
 
+// Whether AMX multiplies rows of integers: several, of whole squares.
+inline bool is_turned(int64_t bits, int64_t rows, int64_t in) {
+  return bits < 16 && rows >= ROWS_FOR_AMX && in % 64 == 0 && has_amx();
+}
+
 // Room for rows that products with weights of `bits` multiply; whether there is something to be done for each row.
 inline bool make_room(Rows& ready, int64_t bits, int64_t rows, int64_t in) {
   if (bits == 32) return false;
   if (bits == 16) {
-    const int64_t width = rounded_up(in, 2);
+    const int64_t width = rounded_up(in, PAIRED);
 #ifdef PLUG_PAIRS
     ready.half.resize(rows * width);
-    if (width > in)
-      for (int64_t r = 0; r < rows; ++r) ready.half[r * width + in] = 0;
+    if (has_amx()) ready.turned.resize(blocks_of(rows) * (width / PAIRED));
 #else
     if (width == in) return false;  // `x` itself is read
     ready.x.assign(rows * width, 0);
@@ -432,19 +582,39 @@ inline bool make_room(Rows& ready, int64_t bits, int64_t rows, int64_t in) {
     ready.scale.resize(groups);
     ready.summed.resize(groups);
   }
+  if (is_turned(bits, rows, in)) {
+    ready.turned.resize(blocks_of(rows) * (in / 64));
+    ready.turned_scale.resize(rounded_up(rows, LANES) * (in / GROUP));
+    ready.turned_summed.resize(ready.turned_scale.size());
+  }
   return true;
+}
+
+// Rows [first, first + count) of a block, for AMX.
+inline void turn_rows(Rows& ready, int64_t bits, int64_t first, int64_t count, int64_t in) {
+  const int64_t squares = in / 64, width = rounded_up(in, GROUP), G = in / GROUP;
+  const uint8_t* q = reinterpret_cast<const uint8_t*>(ready.q.data()) + first * width;
+  for (int64_t k = 0; k < squares; ++k) transpose(q + 64 * k, width, count, 64, ready.turned[first / LANES * squares + k].word);
+  for (int64_t r = 0; bits == 4 && r < count; ++r)
+    for (int64_t g = 0; g < G; ++g) {
+      const int64_t to = (first / LANES * G + g) * LANES + r;
+      ready.turned_scale[to] = ready.scale[(first + r) * G + g];
+      ready.turned_summed[to] = ready.summed[(first + r) * G + g];
+    }
 }
 
 // The rows that products multiply, made ready once for several weights of the same `bits`, and read by `added`.
 inline void make_ready(Pool& pool, Rows& ready, int64_t bits, const float* x, int64_t rows, int64_t in, Added& added) {
   const bool changes = make_room(ready, bits, rows, in);
   if (!rows || (!changes && added.is_nothing())) return;
-  const int64_t at_once = rows < 4 ? rows : (rows + 15) / 16;
+  const bool turned = is_turned(bits, rows, in);
+  const int64_t at_once = rows < 4 ? rows : turned ? LANES : (rows + 15) / 16;
   pool.run((rows + at_once - 1) / at_once, [&](int64_t chunk) {
     for (int64_t r = chunk * at_once; r < std::min(rows, (chunk + 1) * at_once); ++r) {
       if (changes) make_row_ready(ready, bits, x + r * in, r, in);
       if (!added.is_nothing()) added.read(r, x + r * in);
     }
+    if (turned) turn_rows(ready, bits, chunk * LANES, std::min<int64_t>(LANES, rows - chunk * LANES), in);
   });
 }
 
@@ -453,15 +623,24 @@ inline void outputs(const Product& p, const Rows& ready, const float* x, float* 
   if (p.bits == 32) {
     outputs_float<float>(p, x, y, rows, from, to);
   } else if (p.bits == 16) {
+#ifdef PLUG_AMX
+    if (has_amx()) return outputs_pairs(p, ready, y, rows, from, to);
+#endif
 #ifdef PLUG_PAIRS
     outputs_float<uint16_t>(p, ready.half.data(), y, rows, from, to);
 #else
-    outputs_float<uint16_t>(p, p.in % 2 ? ready.x.data() : x, y, rows, from, to);
+    outputs_float<uint16_t>(p, p.in % PAIRED ? ready.x.data() : x, y, rows, from, to);
 #endif
-  } else if (rows <= ROWS_ONE_BY_ONE) {
-    for (int64_t r = 0; r < rows; ++r) (p.bits == 8 ? one_row_8 : one_row_4)(p, ready, r, y + r * p.out, from, to);
   } else {
-    (p.bits == 8 ? many_rows_8 : many_rows_4)(p, ready, y, rows, from, to);
+#ifdef PLUG_AMX
+    if (is_turned(p.bits, rows, p.in)) {
+      const int64_t whole = from + (to - from) / LANES * LANES;
+      (p.bits == 8 ? blocks_8 : blocks_4)(p, ready, y, rows, from, whole);
+      from = whole;
+    }
+#endif
+    if (rows > ROWS_ONE_BY_ONE) return (p.bits == 8 ? many_rows_8 : many_rows_4)(p, ready, y, rows, from, to);
+    for (int64_t r = 0; r < rows; ++r) (p.bits == 8 ? one_row_8 : one_row_4)(p, ready, r, y + r * p.out, from, to);
   }
 }
 

@@ -34,7 +34,7 @@ class CpuProduct:
         bits = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}[weight.dtype]
         self.out, self.inputs = len(weight), weight.shape[1] * (2 if bits == 4 else 1)
         if weight.is_floating_point():
-            weight = _side_by_side(weight, 2 if bits == 16 else 1)
+            weight = _side_by_side(weight, 2 if bits == 16 else 1, 32 if bits == 16 else 1)
         self._kept = [
             None if each is None else each.detach().contiguous()
             for each in (weight, scale, center, bias)
@@ -60,10 +60,13 @@ class CpuProduct:
         return y.view(*x.shape[:-1], self.out)
 
 
-def _side_by_side(weight: Tensor, inputs: int) -> Tensor:
-    """Put 16 outputs side by side: (out / 16, in / ``inputs``, 16, ``inputs``), zeros added."""
+def _side_by_side(weight: Tensor, inputs: int, multiple: int) -> Tensor:
+    """Put 16 outputs side by side: (out / 16, in / ``inputs``, 16, ``inputs``).
+
+    Zeros are added, so that there are a ``multiple`` of inputs.
+    """
     rows, columns = weight.shape
-    padded = nn.functional.pad(weight.detach(), (0, -columns % inputs, 0, -rows % 16))
+    padded = nn.functional.pad(weight.detach(), (0, -columns % multiple, 0, -rows % 16))
     return padded.view(-(-rows // 16), 16, -1, inputs).transpose(1, 2).contiguous()
 
 

@@ -169,8 +169,8 @@ plug::Pool& pool_of(int threads) {
 
 extern "C" {
 
-// 512: AVX-512 with VNNI. 256: AVX2. 128: Arm with dot products. 0: what the compiler made of plain loops.
-int plug_instructions() { return plug::INSTRUCTIONS; }
+// 1024: AMX and AVX-512. 512: AVX-512 with VNNI. 256: AVX2. 128: Arm with dot products. 0: what the compiler made of loops.
+int plug_instructions() { return plug::has_amx() ? 1024 : plug::INSTRUCTIONS; }
 
 // x (rows, in) and y (rows, out), float32, contiguous; `low_rank`, of all rows, may be null.
 void plug_multiply(int threads, const plug::Product* product, const float* x, float* y, int64_t rows,
