@@ -34,6 +34,7 @@ from plug.generation.sequence import Sequence
 from plug.generation.settings import GenerationSettings
 from plug.generation.window import PlugRules
 from plug.kernels.cpu.products import CpuProduct
+from plug.loading.estimate import Room
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantized_names
@@ -76,7 +77,7 @@ def measure_directory(folder: Path) -> dict[str, float]:
     """Memory, speed and share of the bandwidth of the model in ``folder``."""
     bandwidth = read_bandwidth()
     began = time.perf_counter()
-    model = plug.load(folder)
+    model = plug.load(folder, room=Room(1, SOURCE, TARGET))
     prepared = PreparedModel(model)
     found = {"load_s": round(time.perf_counter() - began, 1)} | measure(prepared)
     step_bytes = step_weight_bytes(model)

@@ -53,6 +53,14 @@ def _left_by_group(group: Path, limit: str, usage: str, reclaimable: str) -> Ite
         yield allowed - used + (int(found[1]) if found else 0)
 
 
+def limits_addresses() -> bool:
+    """Whether the address space has a limit (`ulimit -v`), which mapped files count for."""
+    if sys.platform == "win32":
+        return False
+    else:  # noqa: RET505 (mypy skips it there)
+        return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
 def _left_by_limit(root: Path) -> Iterator[int]:
     if sys.platform == "win32":
         yield from ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from plug.checkpoints.weights import DTYPES, Place, TensorSpec, check_finite, fi
 from plug.distributed import tensor_parallel
 from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
+from plug.loading import huge_pages
 from plug.loading.adapters import attach, read_adapter
 from plug.loading.estimate import STREAMED_AT_ONCE, Room
 from plug.loading.memory import check_dtype, check_host_memory, check_memory
@@ -45,14 +47,15 @@ def load(
     """A model in eval mode, its weights read straight onto ``device``.
 
     Host memory holds no second copy: on the CPU, weights of the wanted dtype stay views of the
-    mapped file; elsewhere they pass through a few buffers (`transfer.py`).
+    mapped file, or are read into huge pages (`huge_pages.py`); elsewhere they pass through a few
+    buffers (`transfer.py`).
 
     Args:
         name_or_path: as in `find_model_directory`.
         device: "cpu", "cuda", "cuda:1", …
         dtype: of all weights but those of quantised layers; None is float32 on the CPU and each
             tensor's saved dtype elsewhere.
-        room: what must be free on ``device`` besides the weights; None is nothing.
+        room: what must be free on ``device`` besides the weights, to write; None is nothing.
         processes: of several, each reads and gets its shard of the model
             (`plug.distributed.tensor_parallel`), to write with; it cannot be trained or saved.
         device_map: where layers of the encoder are kept that ``device`` has no memory for, until
@@ -104,8 +107,11 @@ def load(
         if dtype == torch.float32:
             check_host_memory(model.config, _saved_bits(model, places), room)
         read_ahead(place.file for place in places.values())
-        mapped = ((name, x.to(specs[name].dtype)) for name, x in map_tensors(places))
-        weights = dict(finite(directory, mapped))
+        by_steps = {} if room is None else huge_pages.read_by_steps(places)
+        rest = {name: place for name, place in places.items() if name not in by_steps}
+        copied = ((name, huge_pages.read(place)) for name, place in by_steps.items())
+        mapped = ((name, x.to(specs[name].dtype)) for name, x in map_tensors(rest))
+        weights = dict(finite(directory, chain(copied, mapped)))
         model.load_state_dict(weights, assign=True)
     else:
         here = {name: spec for name, spec in specs.items() if not is_elsewhere(name, kept)}
