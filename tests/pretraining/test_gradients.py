@@ -11,7 +11,7 @@ import torch
 from plug.model.configuration import PRESETS
 from plug.model.plug import Plug
 from plug.pretraining import gradients as module
-from plug.pretraining.gradients import Gradients, norm_of
+from plug.pretraining.gradients import Gradients
 
 
 def loss(model: Plug, seed: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_gradients_and_clipping_are_those_of_torch(
     gradients = Gradients(tiny_model.named_parameters(), world_size=1)
     for _ in range(2):
         for seed in (0, 1):
-            gradients.is_last = seed == 1
+            gradients.begin(is_last=seed == 1)
             loss(tiny_model, seed).backward()
         actual_norm = gradients.finish(max_norm)
         torch.testing.assert_close(actual_norm, norm)
@@ -48,9 +48,7 @@ def test_gradients_and_clipping_are_those_of_torch(
         assert not any("head" in name for name in ours)
         torch.testing.assert_close(ours, expected)
         gradients.clear()
-    for parameter in tiny_model.parameters():
-        assert parameter.grad is not None
-        assert not parameter.grad.any()
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
 
 
 def test_frozen_weights_have_no_gradient(tiny_model: Plug) -> None:
@@ -69,10 +67,3 @@ def test_nothing_is_kept_in_memory_after_the_end() -> None:
     del model, gradients
     gc.collect()
     assert alive() is None
-
-
-def test_the_norm_of_many_values_is_exact_on_a_cpu() -> None:
-    """Torch's own is 1.8e-4 too small here."""
-    many = torch.randn(3, 2**21, generator=torch.Generator().manual_seed(0))
-    found = norm_of([many.T, torch.zeros(0), torch.ones(5)])
-    assert float(found) == pytest.approx(float(many.double().square().sum() + 5) ** 0.5, rel=1e-6)

@@ -69,6 +69,7 @@ def test_the_end_page(settings: Settings, tmp_path: Path) -> None:
     assert "# 预训练第 1 阶段" in page
     assert "| loss_mlm |" in page
     assert "| learning_rate | 0.001 |" in page
+    assert "跳过的步" not in page  # there was none
     pictures = {path.name for path in (tmp_path / "run" / "report").glob("*.png")}
     assert {"loss.png", "grad_norm.png", "tokens_per_second.png"} <= pictures
     assert "mfu.png" not in pictures  # nothing to show on a CPU

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from plug.distributed.fully_sharded import is_fully_sharded
+from plug.distributed.norms import clip_shards, norm_of
 from plug.errors import PlugError
 from plug.finetuning import sharded_state
 from plug.finetuning.fused_backward import FusedAdafactor, FusedAdamW8bit
@@ -73,10 +74,17 @@ class FinetuneTrainer(Trainer):
         return LengthGroupedSampler(together, dataset=self.train_dataset, generator=self.order)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if not self.is_sharded:
+        """As `Trainer`'s; on a CPU, and of shards there, torch's own norm would be too small."""
+        most, device = self.args.max_grad_norm, self.args.device
+        if not self.is_sharded and (device.type != "cpu" or self.is_deepspeed_enabled):
             return super()._clip_grad_norm(model)
-        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        return norm.full_tensor()
+        parameters = [each for each in model.parameters() if each.grad is not None]
+        gradients: list[Any] = [each.grad for each in parameters]
+        if self.is_sharded:
+            return clip_shards({1: [each.to_local() for each in gradients]}, most, device)
+        norm = norm_of(gradients)
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; of a sharded model each process writes what it trains."""

@@ -6,18 +6,23 @@ runs while backward computes the gradients of the layers below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plug.distributed.norms import norm_of
+
 BUCKET_ELEMENTS = 2**23  # 32 MB in float32: large enough for NVLink's full speed
-_SUMMED_AT_ONCE = 2**16
 
 
 class Gradients:
-    """Make ``parameter.grad`` views into flat buffers, and sum these over the processes.
+    """Put gradients into flat buffers, and sum these over the processes.
+
+    Autograd makes a gradient of its own for each weight. A bucket whose weights all have theirs
+    copies them at once, and they become views of it: to have autograd add to views from the start
+    would cost two operations a weight, which a GPU waits for.
 
     All processes sum the buckets in one order. That is the order in which backward fills them:
     layers from the last to the first, then what heads and both inputs share.
@@ -32,7 +37,7 @@ class Gradients:
         layers = [p for name, p in named if ".layers." in name]
         others = [p for name, p in named if ".layers." not in name]
         self._world_size = world_size
-        self.is_last = True  # whether this backward pass is the last before the step
+        self._is_last = True
         self._filled: set[nn.Parameter] = set()
         self._buckets = [_Bucket(each) for each in _parted([*reversed(layers), *reversed(others)])]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
@@ -43,15 +48,20 @@ class Gradients:
         self.clear()
 
     def clear(self) -> None:
-        """Set all gradients to zero, and give every weight its view again."""
+        """Forget all gradients."""
+        for parameter in self._bucket_of:
+            parameter.grad = None
         for bucket in self._buckets:
-            bucket.flat.zero_()
-            for parameter, view in bucket.views.items():
-                parameter.grad = view
-            bucket.missing, bucket.work = len(bucket.views), None
+            bucket.work = None
         self._filled.clear()
         self._next = 0
-        self.is_last = True
+        self.begin(is_last=True)
+
+    def begin(self, *, is_last: bool) -> None:
+        """Make ready for a backward pass; the sums over the processes begin in the last one."""
+        self._is_last = is_last
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.views)
 
     def close(self) -> None:
         """Let go of the weights: hooks would keep them in memory, since nothing collects those."""
@@ -66,6 +76,10 @@ class Gradients:
         Weights that no loss depended on have ``grad`` None until `clear`, so that optimisers pass
         them over.
         """
+        for bucket in self._buckets[self._next :]:
+            bucket.take()
+            for parameter in bucket.views.keys() - self._filled:
+                bucket.views[parameter].zero_()
         self._sum(self._buckets[self._next :])
         for bucket in self._buckets:
             if bucket.work is not None:
@@ -74,15 +88,17 @@ class Gradients:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for bucket in self._buckets:
             bucket.flat.mul_(scale)
-        for parameter in self._bucket_of.keys() - self._filled:
-            parameter.grad = None
         return norm
 
     def _note(self, parameter: nn.Parameter) -> None:
         self._filled.add(parameter)
-        if not self.is_last:
+        bucket = self._bucket_of[parameter]
+        bucket.missing -= 1
+        if bucket.missing:
             return
-        self._bucket_of[parameter].missing -= 1
+        bucket.take()
+        if not self._is_last:
+            return
         ready = self._next
         while ready < len(self._buckets) and not self._buckets[ready].missing:
             ready += 1
@@ -95,20 +111,6 @@ class Gradients:
                 bucket.work = dist.all_reduce(bucket.flat, async_op=True)
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all values of ``tensors``, which are on one device.
-
-    On a CPU torch adds the squares of a tensor in float32 one after another: of 134M values the
-    norm is 1.4% too small (pytorch issue 169237). So a CPU takes them in pieces, as fast.
-    """
-    pieces = [
-        piece
-        for each in tensors
-        for piece in (each.reshape(-1).split(_SUMMED_AT_ONCE) if each.is_cpu else [each])
-    ]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))
-
-
 class _Bucket:
     """Weights whose gradients lie one after another in ``flat``."""
 
@@ -117,8 +119,21 @@ class _Bucket:
         self.flat = parameters[0].new_zeros(sum(sizes))
         pieces = self.flat.split(sizes)
         self.views = {p: piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)}
-        self.missing = len(parameters)
+        self.missing = len(parameters)  # gradients, in this backward pass
         self.work: dist.Work | None = None
+
+    def take(self) -> None:
+        """Have the gradients that autograd made in ``flat``."""
+        new = [
+            (parameter, view, parameter.grad)
+            for parameter, view in self.views.items()
+            if parameter.grad is not None and parameter.grad is not view
+        ]
+        if new:
+            parameters, views, gradients = zip(*new, strict=True)
+            torch._foreach_copy_(views, gradients)
+            for parameter, view in zip(parameters, views, strict=True):
+                parameter.grad = view
 
 
 def _parted(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -239,7 +239,7 @@ def take_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=casts):
             part_sums = run_forward(state.model, partial(losses, state.model, part))
         together = torch.stack([part_sums[name] for name in names])
-        gradients.is_last = number == len(parts)
+        gradients.begin(is_last=number == len(parts))
         # FSDP2 takes the mean over the shares where `Gradients` takes the sum.
         factor = processes.data_size if is_sharded else 1
         ((together / counts).sum() * factor).backward()

@@ -23,6 +23,7 @@ from plug.checkpoints.directory import write_configs
 from plug.checkpoints.sharded import METADATA_FILE, Copier, Writing, begin_sharded, read_sharded
 from plug.checkpoints.weights import TensorSpec
 from plug.distributed.fully_sharded import as_shard, copies, own_region, shard
+from plug.distributed.norms import clip_shards
 from plug.distributed.processes import Processes
 from plug.distributed.settings import ParallelSettings
 from plug.errors import PlugError
@@ -31,7 +32,6 @@ from plug.jsonfiles import read_json
 from plug.loading.shards import fill, write_gathered
 from plug.model.heads import MaskedLMHead
 from plug.model.plug import Plug
-from plug.pretraining.gradients import norm_of
 from plug.tokenization import PlugTokenizer
 
 CHECKPOINTS = "checkpoints"  # of a sharded run: a directory `step-N` each
@@ -112,7 +112,9 @@ class ShardedGradients:
         meshes = (each.device_mesh for each in self._parameters)
         mesh = next((each for each in meshes if each.ndim == 2), None)
         self._group = None if mesh is None else mesh.get_group("tensor")
-        self.is_last = True  # all parts of a batch are summed at once: shards are kept alone
+
+    def begin(self, *, is_last: bool) -> None:
+        """Nothing: each part of a batch is summed at once, so that shards alone are kept."""
 
     def clear(self) -> None:
         """Free all gradients."""
@@ -126,8 +128,7 @@ class ShardedGradients:
     def finish(self, max_norm: float) -> Tensor:
         """Clip the gradients' norm to ``max_norm``, and return the norm before that.
 
-        Values that several processes hold count once. `nn.utils.clip_grad_norm_` takes no
-        parameters on several meshes.
+        Values that several processes hold count once.
         """
         own: dict[int, list[Tensor]] = {}  # this process's gradients, by the number of their copies
         for parameter in self._parameters:
@@ -137,14 +138,7 @@ class ShardedGradients:
         for count, gradients in own.items():
             if count > 1:
                 self._equal(gradients)
-        squares = [norm_of(gradients).square() / count for count, gradients in own.items()]
-        total = torch.stack(squares).sum().to(self._processes.device)
-        dist.all_reduce(total)
-        norm = total.sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradients in own.values():
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device))
-        return norm
+        return clip_shards(own, max_norm, self._processes.device)
 
     def _equal(self, gradients: list[Tensor]) -> None:
         """Give copies of a gradient their mean, so that rounding cannot part the weights."""
