@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,39 @@ def test_a_step_encodes_no_more_than_so_many_tokens(
 
     assert joined == [1, *groups, len(texts)]
     assert [each.text for each in results[1:]] == [each.text for each in expected]
+
+
+def test_texts_that_come_one_by_one_wait_for_each_other_while_others_run(
+    engine: AsyncEngine,
+) -> None:
+    """As on a GPU, where each encoding takes the host long. The engine's own thread sleeps here."""
+    running: Any = SimpleNamespace(running=[object()])
+    idle: Any = SimpleNamespace(running=[])
+
+    def comes(seconds_ago: float = 0.0, tokens: int = 4) -> None:
+        source, began = [0] * tokens, time.perf_counter() - seconds_ago
+        work: Any = SimpleNamespace(sequence=SimpleNamespace(source=source), began=began)
+        engine._waiting.append(work)
+
+    assert not engine._gathers(running)
+    engine._gather_seconds, engine._encoded_at_once = 60.0, 100
+    comes()
+    assert engine._gathers(running)  # more may come
+    assert not engine._gathers(running)  # nobody came
+    engine._seen = 0
+    assert not engine._gathers(idle)  # nothing runs meanwhile
+    engine._seen = 0
+    comes()
+    assert not engine._gathers(running)  # both slots that are free are taken
+    engine._waiting.clear()
+    engine._seen = 0
+    comes(tokens=100)
+    assert not engine._gathers(running)  # as much as is encoded at once
+    engine._waiting.clear()
+    engine._seen = 0
+    comes(seconds_ago=61)
+    assert not engine._gathers(running)  # it has waited long enough
+    engine._waiting.clear()
 
 
 def test_too_many_waiting_are_refused_and_the_others_go_on(

@@ -157,9 +157,10 @@ class FusedModel:
         for decoder_layer in self._decoder_layers:
             projected = decoder_layer.source_key_value(hidden)
             shaped = projected.view(-1, 2, self._heads, self._head_dim).permute(1, 2, 0, 3)
-            for index, part in enumerate(shaped.split(lengths, 2)):
-                key, value = part[:, :, kept[index]].unbind(0)
-                found[index].append((key, value))
+            keys, values = (part.split(lengths, 1) for part in shaped.unbind(0))
+            for pairs, key, value, where in zip(found, keys, values, kept, strict=True):
+                is_whole = isinstance(where, slice)
+                pairs.append((key, value) if is_whole else (key[:, where], value[:, where]))
         return found
 
     def _attend_sources(self, query_key_value: Tensor, sources: Sequence[Sequence[int]]) -> Tensor:

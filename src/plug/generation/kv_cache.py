@@ -56,16 +56,27 @@ class DecoderCache:
         return sum(buffer.nbytes for pair in (*self.own, *self.sources) for buffer in pair)
 
     def put_sources(self, rows: Sequence[int], sources: Sequence[Sequence[KeyValue]]) -> None:
-        """Store each row's source: a pair a layer, each (heads, positions, head_dim)."""
-        for row, key_values in zip(rows, sources, strict=True):
-            length = key_values[0][0].shape[1]
-            for kept, new in zip(self.sources, key_values, strict=True):
-                for buffer, states in zip(kept, new, strict=True):
-                    buffer[row, :, :length] = states
+        """Store each row's source: a pair a layer, each (heads, positions, head_dim).
+
+        The host's work hardly grows with the rows: while it is at it, a GPU waits.
+        """
+        device, lengths = self._slots.device, [each[0][0].shape[1] for each in sources]
+        counts = torch.tensor(lengths)
+        row_of = torch.tensor(rows).repeat_interleave(counts)
+        firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        place_of = torch.arange(len(row_of)) - firsts
+        where = tuple(send(torch.stack([row_of, place_of]), device, torch.long))
+        for layer, pair in enumerate(self.sources):
+            for part, buffer in enumerate(pair):
+                if len(rows) == 1:  # a third faster on a CPU
+                    buffer[rows[0], :, : lengths[0]] = sources[0][layer][part]
+                else:
+                    states = torch.cat([source[layer][part] for source in sources], 1)
+                    buffer.transpose(1, 2)[where] = states.transpose(0, 1)
+        for row, length in zip(rows, lengths, strict=True):
             self._lengths[row] = length
-        device = self._slots.device
-        lengths = send([self._lengths[row] for row in rows], device, torch.int32)
-        self.source_lengths.index_copy_(0, send(rows, device, torch.long), lengths)
+        index = send(rows, device, torch.long)
+        self.source_lengths.index_copy_(0, index, send(lengths, device, torch.int32))
 
     def encoder_view(self, rows: int, granularity: int = 1) -> tuple[list[KeyValue], Tensor | None]:
         """Return cross-attention keys and values of the first ``rows``, and their mask (rows, src).
@@ -116,36 +127,35 @@ class DecoderCache:
         rows, length = self._rows, self._length
         return keys[:rows, :, :length], values[:rows, :, :length]
 
-    def take(self, rows: Sequence[int], length: int, *, sources: bool) -> None:
+    def take(
+        self, rows: Sequence[int], length: int, *, sources: bool, into: Sequence[int] | None = None
+    ) -> None:
         """Make row i what row ``rows[i]`` was, in the first ``length`` positions.
 
         Args:
             rows: numbers of rows; may repeat.
             length: positions that hold something.
             sources: copy the sources too. Beams of one text share a source and need no copy.
+            into: the rows that become so, in place of the first ones.
         """
-        index = send(rows, self._slots.device, torch.long)
+        into = range(len(rows)) if into is None else into
+        changes = [(row, target) for row, target in zip(rows, into, strict=True) if row != target]
+        if not changes:
+            return
+        index, targets = send(list(zip(*changes, strict=True)), self._slots.device, torch.long)
         for keys, values in self.own:
             for buffer in (keys, values):
-                buffer[: len(rows), :, :length] = buffer[index, :, :length]
-        if sources:
-            self._take_sources(slice(len(rows)), index)
-            self._lengths[: len(rows)] = [self._lengths[row] for row in rows]
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Make row ``target`` what row ``source`` is."""
-        for keys, values in self.own:
-            for buffer in (keys, values):
-                buffer[target, :, :length] = buffer[source, :, :length]
-        self._take_sources(target, source)
-        self._lengths[target] = self._lengths[source]
-
-    def _take_sources(self, target: slice | int, source: Tensor | int) -> None:
+                buffer[targets, :, :length] = buffer[index, :, :length]
+        if not sources:
+            return
         longest = max(self._lengths)
         for keys, values in self.sources:
             for buffer in (keys, values):
-                buffer[target, :, :longest] = buffer[source, :, :longest]
-        self.source_lengths[target] = self.source_lengths[source]
+                buffer[targets, :, :longest] = buffer[index, :, :longest]
+        self.source_lengths[targets] = self.source_lengths[index]
+        lengths = [self._lengths[row] for row, _ in changes]
+        for (_, target), known in zip(changes, lengths, strict=True):
+            self._lengths[target] = known
 
 
 def _round_up(length: int, granularity: int, limit: int) -> int:

@@ -257,10 +257,12 @@ class ModelRunner:
             target_slots = send([move.target for move in plan.moves], device, torch.long)
             for state in (self._tokens, self._positions):
                 copy_rows(state, source_slots, target_slots)
-        for move in plan.moves:
-            if move.length:  # else the cache is filled anew
-                assert self.cache is not None, "it has a past"
-                self.cache.move(move.source, move.target, move.length)
+        past = [move for move in plan.moves if move.length]  # others are filled anew
+        if past:
+            assert self.cache is not None, "they have a past"
+            slots, into = [move.source for move in past], [move.target for move in past]
+            length = max(move.length for move in past)
+            self.cache.take(slots, length, sources=True, into=into)
         if plan.joined:
             self._sampler.join([self._joining(slot, plan.sequences[slot]) for slot in plan.joined])
         if plan.due:

@@ -8,7 +8,8 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from plug.errors import PlugError, UsageError
 from plug.generation.async_engine import AsyncEngine, EngineStats, Progress
-from plug.generation.generator import GenerationResult, Generator
+from plug.generation.generator import Generator
+from plug.generation.result import GenerationResult
 from plug.generation.settings import GenerationSettings
 from plug.serving.jobs import Alternative, End, Handle, Listener, Piece
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from plug.errors import PlugError, UsageError
 from plug.serving.record import log_event
-from plug.serving.server import listen, set_up_logs
+from plug.serving.server import freeze_heap, listen, set_up_logs
 from plug.serving.settings import ServeSettings
 
 _APPLICATION = _DEPLOYMENT = "plug"
@@ -70,6 +70,7 @@ class Replica:
         )
         self._app = create_app(loaded, settings, loader)
         set_up_logs()  # into the files that Ray keeps of each process
+        freeze_heap()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray's name for what answers requests."""
