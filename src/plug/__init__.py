@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from plug.finetuning.run import finetune as finetune
     from plug.finetuning.settings import FinetuneSettings as FinetuneSettings
     from plug.generation.async_engine import AsyncEngine as AsyncEngine
-    from plug.generation.generator import GenerationResult as GenerationResult
     from plug.generation.generator import Generator as Generator
     from plug.generation.generator import generate as generate
     from plug.generation.pipeline import pipeline as pipeline
+    from plug.generation.result import GenerationResult as GenerationResult
     from plug.generation.settings import GenerationSettings as GenerationSettings
     from plug.hf import (
         PlugForConditionalGeneration as PlugForConditionalGeneration,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {  # public name -> the module it lives in
     "AsyncEngine": "plug.generation.async_engine",
     "FinetuneSettings": "plug.finetuning.settings",
-    "GenerationResult": "plug.generation.generator",
+    "GenerationResult": "plug.generation.result",
     "GenerationSettings": "plug.generation.settings",
     "Generator": "plug.generation.generator",
     "PRESETS": "plug.model.configuration",

@@ -14,8 +14,9 @@ import torch
 import plug
 from plug.errors import UsageError
 from plug.generation.async_engine import AsyncEngine
-from plug.generation.generator import GenerationResult, Generator, generate
+from plug.generation.generator import Generator, generate
 from plug.generation.pipeline import TextGenerationPipeline
+from plug.generation.result import GenerationResult
 from plug.generation.settings import GenerationSettings
 from plug.loading.save import save
 from plug.model.plug import Plug

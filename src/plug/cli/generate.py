@@ -19,7 +19,7 @@ from plug.shipped import SHIPPED_MODEL
 from plug.textfiles import Notes, read_lines, trim
 
 if TYPE_CHECKING:
-    from plug.generation.generator import GenerationResult
+    from plug.generation.result import GenerationResult
 
 
 @options_from(GenerationSettings)

@@ -13,7 +13,8 @@ from modelscope.pipelines.builder import PIPELINES
 from plug.checkpoints.directory import RUN_FILE
 from plug.checkpoints.weights import DTYPES
 from plug.errors import UsageError
-from plug.generation.generator import Generator, Piece
+from plug.generation.generator import Generator
+from plug.generation.result import Piece
 from plug.generation.settings import GenerationSettings
 from plug.integrations.modelscope.base import PlugPipeline, device_of
 
