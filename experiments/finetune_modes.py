@@ -31,6 +31,7 @@ from plug.finetuning.tasks import TASKS
 MODES: dict[str, dict[str, Any]] = {
     "adamw": {"memory": "full"},
     "adafactor": {"memory": "full", "optimizer": "adafactor"},
+    "adamw8bit": {"memory": "full", "optimizer": "adamw8bit"},
     "adamw8bit_fused": {"memory": "full", "optimizer": "adamw8bit_fused"},
     "lora": {"memory": "lora", "learning_rate": 2e-3},
     "qlora8": {"memory": "qlora", "learning_rate": 2e-3, "bits": 8},
@@ -39,6 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
 NAMES = {
     "adamw": "every weight, AdamW",
     "adafactor": "every weight, `--optimizer adafactor`",
+    "adamw8bit": "every weight, `--optimizer adamw8bit`",
     "adamw8bit_fused": "every weight, `--optimizer adamw8bit_fused`",
     "lora": "`--memory lora`",
     "qlora8": "`--memory qlora`, 8 bits",

@@ -7,7 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from plug.checkpoints.weights import TensorSpec, WeightWriter, check_names_and_shapes
+from plug.checkpoints.weights import (
+    TensorSpec,
+    WeightWriter,
+    check_finite,
+    check_names_and_shapes,
+)
 from plug.errors import PlugError
 
 SPECS = {
@@ -67,3 +72,14 @@ def test_a_fine_tuned_classifier_is_called_so(tmp_path: Path) -> None:
     found = {"encoder.a": (2,), "classifier.weight": (3, 2)}
     with pytest.raises(PlugError, match="plug predict"):
         check_names_and_shapes(tmp_path, found, {"encoder.a": (2,), "decoder.a": (2,)})
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own, when it is imported
+def test_what_a_moment_in_8_bits_is_made_of_is_checked() -> None:
+    """torchao's tensor has no least value; its scales have."""
+    kind = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
+    moment = kind.zeros((2, 256), True, 256)
+    check_finite("run", [("moment", moment)])
+    moment.scale[1] = float("nan")
+    with pytest.raises(PlugError, match=r"run 里有 NaN 或无穷大：.*moment"):
+        check_finite("run", [("moment", moment)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,3 +139,33 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     with pytest.raises(UsageError, match=r"没有 finetuning\.json"):
         merge_directory(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_labels_that_do_not_fit_the_head_are_refused(
+    task: str, base: Path, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """When it is merged and when it is loaded; the head has 3 rows, or there is none."""
+    adapter = train(task, base, epochs=1.0)
+    file = adapter / "finetuning.json"
+    run = json.loads(file.read_text(encoding="utf-8"))
+    cases: list[tuple[str, list[str], str]] = [("classification", ["好", "坏"], "行，而.* 要 2 行")]
+    if task == "classification":
+        cases += [
+            ("classification", ["好"], r"有 3 行，而它的 finetuning\.json 要 1 行"),
+            ("classification", ["好", "坏", "中", "差"], "有 3 行，而.* 要 4 行"),
+            ("classification", ["好", "坏", "好"], "labels 有重复"),
+            ("classification", [], "labels 有重复，或与任务"),
+            ("reading", [], "有 3 行，而.* 要 2 行"),
+            ("generation", [], "有 3 行，而.* 要 0 行"),
+        ]
+        with pytest.raises(PlugError, match=r"输出层.*不能写作"):
+            load(base, adapter=adapter)
+    for named, labels, says in cases:
+        run["settings"]["task"] = named
+        file.write_text(json.dumps(run | {"labels": labels, "label_names": {}}), encoding="utf-8")
+        with pytest.raises(PlugError, match=says):
+            merge_directory(base, adapter, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        with pytest.raises(PlugError, match="不能写作" if named == "generation" else says):
+            Predictor(None, "cpu", adapter=adapter)

@@ -52,7 +52,10 @@ def test_one_two_and_four_processes_learn_as_one_that_holds_all(
     run_together: Together,
     tmp_path: Path,
 ) -> None:
-    """Losses, gradient norms and scores of every epoch; then each tensor that is saved."""
+    """Losses, gradient norms and scores of every epoch; then each tensor that is saved.
+
+    Four alone of those that classify: they differ in their head.
+    """
     if memory == "lora":
         pytest.importorskip("peft")
     options = {"epochs": 2.0, "memory": memory, "num_beams": 2, "clip_grad_norm": 0.5}
@@ -61,7 +64,7 @@ def test_one_two_and_four_processes_learn_as_one_that_holds_all(
     expected = finetune(one, device="cpu")
     name = "model.safetensors" if memory == "full" else "adapter_model.safetensors"
     weights = load_file(f"{one.output}/{name}")
-    for count in (1, 2, 4):
+    for count in (1, 2, 4) if task == "generation" else (4,):
         output = f"{tmp_path}/{count}"
         shared = settings(
             task, data(task), batch_size=4 // count, output=output, parallel=FSDP, **options
@@ -190,7 +193,7 @@ def test_layers_in_bfloat16_learn_as_in_float32(
     tmp_path: Path,
 ) -> None:
     """What a GPU runs: frozen weights in bfloat16 beside adapters in float32, our own passes."""
-    options = {"epochs": 2.0, "target_length": 6, "parallel": FSDP} | options
+    options = {"epochs": 1.0, "target_length": 6, "parallel": FSDP} | options
     found = {}
     for count, in_half in ((1, False), (1, True), (2, True)):
         output = f"{tmp_path}/{count}{in_half}"
@@ -249,7 +252,10 @@ def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
     run_together: Together,
     tmp_path: Path,
 ) -> None:
-    """Two processes die while the second epoch's checkpoint is written; one or four go on."""
+    """Two processes die while the second epoch's checkpoint is written; one or four go on.
+
+    That one goes on from two, of steps in the backward pass, is tried bit for bit above.
+    """
     if memory == "lora":
         pytest.importorskip("peft")
     options = {"epochs": 3.0, "memory": memory, "lora_dropout": 0.0, "parallel": FSDP}
@@ -259,12 +265,12 @@ def test_a_run_that_is_killed_in_a_save_goes_on_with_other_processes(
         output = f"{tmp_path}/{name}"
         return settings(task, data(task), batch_size=batch_size, output=output, **options)
 
-    run_together(2, "finetune", settings=asdict(of("whole", 2)))
+    run_together(1, "finetune", settings=asdict(of("whole", 4)))
     run_together(2, "finetune", dies=True, settings=asdict(of("broken", 2)), kill_at=4)
     broken, kept = tmp_path / "broken", tmp_path / "kept"
     assert not (broken / "config.json").exists()
     shutil.copytree(broken, kept)
-    for count in (1, 4):
+    for count in (1, 4) if optimizer == "adamw" else (4,):
         with pytest.raises(UsageError, match="原来是 4，现在是 3（batch_size 3"):
             finetune(of("broken", 3), device="cpu", resume=True)
         run_together(count, "finetune", settings=asdict(of("broken", 4 // count)), resume=True)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
+from plug.distributed.settings import ParallelSettings
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
 
@@ -60,13 +63,14 @@ def test_two_processes_learn_as_one_and_go_on_after_a_kill(
     settings: Callable[..., FinetuneSettings],
     data: Callable[..., Path],
     kill_tree: Callable[[int], None],
+    run_together: Callable[..., list[Any]],
     tmp_path: Path,
 ) -> None:
     if memory == "lora":
         pytest.importorskip("peft")
     if device == "cpu" and (memory, precision) != ("full", "fp32"):
         pytest.skip("test_sharding.py has LoRA, bfloat16 and kills in a save on a CPU")
-    options = {"epochs": 6.0, "memory": memory, "lora_dropout": 0.0, "precision": precision}
+    options = {"epochs": 4.0, "memory": memory, "lora_dropout": 0.0, "precision": precision}
     train = data("generation")
     one = settings("generation", train, batch_size=4, output=f"{tmp_path}/one", **options)
     finetune(one, device=device)
@@ -80,13 +84,17 @@ def test_two_processes_learn_as_one_and_go_on_after_a_kill(
     kill_tree(process.pid)
     process.communicate()
     assert not (tmp_path / "two" / "predictions.jsonl").exists()
-    resumed = start(two, device, "--resume")
-    try:
-        _, errors = resumed.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        kill_tree(resumed.pid)
-        raise
-    assert resumed.returncode == 0, errors
+    if device == "cpu":  # pre-training has `--resume` under torchrun: test_processes.py
+        shared = replace(two, parallel=ParallelSettings(sharding="fsdp"))
+        run_together(2, "finetune", settings=asdict(shared), resume=True)
+    else:
+        resumed = start(two, device, "--resume")
+        try:
+            _, errors = resumed.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            kill_tree(resumed.pid)
+            raise
+        assert resumed.returncode == 0, errors
     # Products are in TF32 on a GPU; in bfloat16 the steps of a tiny model part further.
     apart = {"cpu": 1e-5, "cuda": 5e-3}[device] if precision == "fp32" else 5e-2
     assert losses(two.output) == pytest.approx(losses(one.output), abs=apart)

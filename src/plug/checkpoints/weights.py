@@ -211,9 +211,10 @@ def finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tu
     """
     names, extremes = [], []
     for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel():
-            names.append(name)
-            extremes.append(torch.stack(torch.aminmax(tensor.detach())).float())
+        for part in _parts(tensor.detach()):
+            if part.is_floating_point() and part.numel():
+                names.append(name)
+                extremes.append(torch.stack(torch.aminmax(part)).float())
         yield name, tensor
     if not extremes:
         return
@@ -223,6 +224,15 @@ def finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tu
             f"{source} 里有 NaN 或无穷大：{shorten(wrong)}。权重已损坏，或超出了所用精度的范围。"
             "请重新取得模型，或换一种 dtype。"
         )
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor is made of, such as a moment's codes and scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def check_finite(source: object, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -34,7 +34,7 @@ from plug.checkpoints.weights import (
 from plug.errors import UsageError
 from plug.files import new_directory, refuse_used, write_json
 from plug.finetuning.kind import Kind
-from plug.finetuning.plain import UNREAD, load_classifier
+from plug.finetuning.plain import UNREAD, check_head, load_classifier, num_outputs
 from plug.finetuning.predict import kind_of, read_run
 from plug.finetuning.tasks import KindName, find_task
 from plug.jsonfiles import read_json
@@ -93,7 +93,8 @@ def merge_directory(
 
     Raises:
         UsageError: the adapter is of another model, 4 bits are not possible, or ``target`` is used.
-        PlugError: a file is damaged, or the disk is full.
+        PlugError: a file is damaged, the adapter's head does not fit its labels, or the disk is
+            full.
     """
     refuse_used(target)
     base = find_model_directory(model)
@@ -107,6 +108,8 @@ def merge_directory(
     config = PlugConfig.from_file(base / CONFIG_FILE)
     tokenizer = load_tokenizer(base)
     kind = kind_of(base, adapter=adapter) if has_run else None
+    if kind is not None:
+        check_head(added, num_outputs(kind))
     scheme = None if bits is None else Scheme.of(bits)
     merging = _Merging(base, config, added, scheme)
     entry = None if scheme is None else scheme.to_dict()
@@ -213,7 +216,7 @@ class _Merging:
 def _model(config: PlugConfig, added: Adapter) -> nn.Module:
     """The modules of the merged model: with a head, no decoder."""
     if added.has_classifier:
-        return EncoderClassifier(config, len(added.head["classifier.bias"]))
+        return EncoderClassifier(config, added.num_outputs)
     return Plug(config)
 
 
@@ -247,7 +250,7 @@ def _outputs(
     """Logits for `TEXTS`, (positions, tokens or labels), in float32 on the CPU."""
     model: Any
     if added.has_classifier:
-        model = load_classifier(directory, len(added.head["classifier.bias"]), adapter)
+        model = load_classifier(directory, added.num_outputs, adapter)
     else:
         model = load(directory, dtype=torch.float32, adapter=adapter)
     model.requires_grad_(False)  # but not in inference mode, where layers in integers round inputs

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plug.checkpoints.directory import CONFIG_FILE
+from plug.checkpoints.directory import CONFIG_FILE, RUN_FILE
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.weights import check_names_and_shapes, finite, map_tensors
 from plug.errors import PlugError
 from plug.finetuning.kind import Kind
-from plug.loading.adapters import attach, read_adapter
+from plug.loading.adapters import Adapter, attach, read_adapter
 from plug.loading.estimate import Room, weight_bytes
 from plug.loading.load import load
 from plug.loading.memory import free_memory
@@ -42,14 +42,30 @@ def load_plain(
 
     Raises:
         UsageError: the adapter is of another model.
-        PlugError: weights are missing, damaged, NaN or infinite, or do not fit `config.json`.
+        PlugError: weights are missing, damaged, NaN or infinite, or do not fit `config.json`; or
+            the adapter's head does not fit its labels.
     """
-    if kind.model_class == "PlugForConditionalGeneration":
+    if not num_outputs(kind):
         dtype = _float32_if_it_fits(directory, device)
         return load(directory, device=device, dtype=dtype, adapter=adapter)
-    num_labels = len(kind.labels) or 2  # question answering has the two ends of an answer
-    classifier = load_classifier(directory, num_labels, adapter)
+    classifier = load_classifier(directory, num_outputs(kind), adapter)
     return _Predicting(classifier, kind.model_class).to(device)
+
+
+def num_outputs(kind: Kind[Any, Any]) -> int:
+    """Return the rows of the head that a kind's models have; 0: they write, and have none."""
+    if kind.model_class == "PlugForConditionalGeneration":
+        return 0
+    return len(kind.labels) or 2  # question answering has the two ends of an answer
+
+
+def check_head(adapter: Adapter, rows: int) -> None:
+    """Raise a `PlugError` unless an adapter's head has so many rows; 0: it has none."""
+    if adapter.num_outputs != rows:
+        raise PlugError(
+            f"适配器 {adapter.directory} 的输出层有 {adapter.num_outputs} 行，而它的 {RUN_FILE}"
+            f" 要 {rows} 行（每个标签一行；写作没有输出层）。请重新微调，或从备份恢复。"
+        )
 
 
 def _float32_if_it_fits(directory: Path, device: torch.device) -> torch.dtype | None:
@@ -98,6 +114,8 @@ def load_classifier(
 ) -> EncoderClassifier:
     """The encoder and its head in float32, with an adapter if there is one (as `load_plain`)."""
     added = None if adapter is None else read_adapter(adapter, directory)
+    if added is not None:
+        check_head(added, num_labels)
     with torch.device("meta"):
         model = EncoderClassifier(PlugConfig.from_file(directory / CONFIG_FILE), num_labels)
         if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:

@@ -86,6 +86,11 @@ class Adapter:
         """Whether it makes a classifier of its model, which then needs no decoder."""
         return "classifier.bias" in self.head
 
+    @property
+    def num_outputs(self) -> int:
+        """Rows of that classifier; 0: there is none."""
+        return len(self.head["classifier.bias"]) if self.has_classifier else 0
+
 
 class AdaptedLinear(nn.Module):
     """A linear layer with the product of two small matrices beside it, for inference.
