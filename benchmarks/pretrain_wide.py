@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--recomputation", default="auto", help="layers, or auto")
     parser.add_argument("--optimizer", default="adamw8bit")
     parser.add_argument("--steps", type=int, default=5, help="timed")
+    parser.add_argument("--tensor", type=int, default=1, help="cards that share each layer")
     parser.add_argument("--profile", type=Path, help="write where a step's time goes, to here")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
     parser.add_argument("--output", type=Path, help="write the result here as well")
@@ -74,7 +75,8 @@ def main() -> None:
         arguments.tokens, arguments.micro, arguments.length = 512, 256, 32
     line: Found = {"wide": {}, "layers": arguments.layers, "tokens": arguments.tokens}
     line |= {"torch": torch.__version__, "device": "cpu"}
-    with start_processes("cpu" if arguments.tiny else None) as processes:
+    with start_processes("cpu" if arguments.tiny else None) as joined:
+        processes = replace(joined, tensor=arguments.tensor)
         line["cards"] = processes.world_size
         if processes.device.type == "cuda":
             line["device"] = torch.cuda.get_device_name()
@@ -123,7 +125,7 @@ def measure(arguments: argparse.Namespace, mode: str, processes: Processes, line
     if processes.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: [step() for _ in range(arguments.steps)], processes) / arguments.steps
-    flops = batch_flops(config, batches[0])
+    flops = batch_flops(config, batches[0]) / processes.tensor
     found: Found = {
         "model_tflops": round(flops / seconds / 1e12, 1),
         "tokens_per_s": round(run.batch_tokens / seconds),
@@ -134,7 +136,8 @@ def measure(arguments: argparse.Namespace, mode: str, processes: Processes, line
     if processes.device.type == "cuda":
         peak = most(torch.cuda.max_memory_allocated() / 1e9, processes)
         cards = processes.world_size
-        predicted = need_of(config, run, 2, cards, cards, int(run.recomputation)) / 1e9
+        again = int(run.recomputation)
+        predicted = need_of(config, run, 2, processes.data_size, cards, again) / 1e9
         found |= {"peak_gb": round(peak, 2), "predicted_gb": round(predicted, 2)}
     if processes.is_first:  # the rest may take longer than there is time
         print(json.dumps({mode: found}), flush=True)
@@ -162,7 +165,7 @@ def settings_of(arguments: argparse.Namespace, mode: str, processes: Processes) 
         precision="bf16",
         fp8_products=mode == "fp8",
         recomputation=asked if asked == "auto" else int(asked),
-        parallel=ParallelSettings(sharding="fsdp"),
+        parallel=ParallelSettings(sharding="fsdp", tensor=processes.tensor),
     )
 
 
@@ -171,8 +174,14 @@ def build(config: PlugConfig, run: RunConfig, processes: Processes) -> State:
 
     Its settings have the number of layers that are recomputed.
     """
-    cards = processes.world_size
-    again = recomputed_layers(config, run, 2, processes.device, world_size=cards, cards=cards)
+    again = recomputed_layers(
+        config,
+        run,
+        2,
+        processes.device,
+        world_size=processes.data_size,
+        cards=processes.world_size,
+    )
     run = replace(run, recomputation=again)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     with torch.device("meta"):
@@ -211,10 +220,10 @@ def drawn_on(device: torch.device) -> Callable[..., Tensor]:
 
 def random_batch(config: PlugConfig, run: RunConfig, processes: Processes, seed: int) -> Batch:
     """This process's share of a batch of stage 2; 15% of the source are predicted."""
-    generator = torch.Generator().manual_seed(seed * 1000 + processes.rank)
+    generator = torch.Generator().manual_seed(seed * 1000 + processes.data_rank)
     ((shape, _),) = run.parsed_shapes(dimensions=2)
     source, target = shape
-    rows = run.batch_tokens // processes.world_size // (source + target)
+    rows = run.batch_tokens // processes.data_size // (source + target)
     predicted = round(source * run.mlm_rate)
 
     def ids(length: int) -> Tensor:

@@ -89,6 +89,9 @@ def test_lengths_change_attention_s_share(run_plug: Callable) -> None:
         (["--card", "24GB"], "--card 24GB 要与 --memory 一起用"),
         (["--cards", "2"], "--cards 2 只用于训练"),
         (["--cards", "2", "--memory", "generate"], "--cards 2 只用于训练"),
+        (["--tensor", "2", "--memory", "finetune"], "--tensor 2 只用于预训练"),
+        (["--tensor", "3", "--memory", "pretrain", "--cards", "8"], "不能整除进程数 8"),
+        (["--tensor", "3", "--memory", "pretrain", "--cards", "9"], "不能被 parallel.tensor=3"),
     ],
 )
 def test_bad_input_is_status_2(run_plug: Callable, arguments: list[str], complaint: str) -> None:
@@ -225,3 +228,20 @@ def test_pre_training_on_a_card_recomputes_as_few_layers_as_fit(run_plug: Callab
     assert rows[0]["recomputed_layers"] > rows[1]["recomputed_layers"] > 0
     assert rows[2]["recomputed_layers"] == 0  # what products read takes half
     assert rows[0]["bytes"]["optimizer"] > 3.9 * rows[1]["bytes"]["optimizer"]
+
+
+def test_cards_that_compute_a_layer_together_take_less_each(run_plug: Callable) -> None:
+    """As `[parallel] tensor` has it; compiled layers are not split."""
+    command = ("info", "--memory", "pretrain", "--model", "27b", "--cards", "64")
+    whole, split = (
+        {row["name"]: row["bytes"] for row in json.loads(ran.out)["ways"]}
+        for ran in (run_plug(*command, "--json", *more) for more in ((), ("--tensor", "8")))
+    )
+    assert split.keys() == whole.keys() - {"muon compile"}
+    for name, found in split.items():
+        assert found["optimizer"] == whole[name]["optimizer"]  # each value is on one card
+        assert found["activations"] + found["workspace"] < 0.7 * (
+            whole[name]["activations"] + whole[name]["workspace"]
+        )
+    shown = run_plug(*command, "--tensor", "8", "--card", "80GB").out
+    assert "64 张（张量并行 8），每张" in shown

@@ -50,6 +50,10 @@ def info(
         typer.Option(help="显卡的显存，如 24GB：说明哪些方式放得下。", show_default=False),
     ] = None,
     cards: Annotated[int, typer.Option(min=1, help="几张这样的卡一起训练（FSDP2）。")] = 1,
+    tensor: Annotated[
+        int,
+        typer.Option(min=1, help="预训练：其中几张合算每一层（张量并行，即 parallel.tensor）。"),
+    ] = 1,
     device: Annotated[
         Literal["cpu"] | None,
         typer.Option(
@@ -60,7 +64,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="输出 JSON。")] = False,
 ) -> None:
     """查看模型各部分的参数量、各精度的字节数、每词元的计算量，或各种用法要多少显存。"""
-    _check_card(memory, card, cards)
+    _check_card(memory, card, cards, tensor)
     config, num_labels = _find_config(preset or model)
     if device is not None:
         lengths = (source_length, position)
@@ -68,7 +72,8 @@ def info(
         return
     if memory is not None:
         lengths = (source_length, position if memory == "generate" else target_length)
-        _tell_memory(preset or model, config, memory, batch_size, lengths, card, cards, as_json)
+        shared = (cards, tensor)
+        _tell_memory(preset or model, config, memory, batch_size, lengths, card, shared, as_json)
         return
     batch_size = batch_size or 1
     source_length = _length("--source-length", source_length, 512, config)
@@ -162,10 +167,22 @@ def _tell_memory(
     batch_size: int | None,
     lengths: tuple[int | None, int | None],
     card: str | None,
-    cards: int,
+    shared: tuple[int, int],
     as_json: bool,
 ) -> None:
-    """Print what each way of a use takes at its peak, and whether it fits the card."""
+    """Print what each way of a use takes at its peak, and whether it fits the card.
+
+    Args:
+        model: as it was named.
+        config: of the model.
+        use: of `--memory`.
+        batch_size: in examples; None: the use's own.
+        lengths: of source and target; None: the use's own.
+        card: its memory, as typed.
+        shared: cards, and how many of them compute each layer together.
+        as_json: print JSON.
+    """
+    cards, tensor = shared
     room = None if card is None else _bytes_of(card)
     source = _length("--source-length", lengths[0], 512 if use == "generate" else 384, config)
     target = _length("--target-length", lengths[1], 128, config)
@@ -175,7 +192,7 @@ def _tell_memory(
     elif use == "finetune":
         rows = _finetuning(config, size, source, target, room, cards)
     else:
-        rows = _pretraining(config, size, source, target, room, cards)
+        rows = _pretraining(config, size, source, target, room, cards, tensor)
     for row in rows:
         if room is not None and row["peak_bytes"] is not None:
             row["fits"] = row["peak_bytes"] + row.pop("overhead_bytes") <= room
@@ -188,6 +205,7 @@ def _tell_memory(
         "target_length": target,
         "card_bytes": room,
         "cards": cards,
+        "tensor": tensor,
         "ways": rows,
     }
     if as_json:
@@ -196,7 +214,7 @@ def _tell_memory(
         _print_ways(told)
 
 
-def _check_card(memory: str | None, card: str | None, cards: int) -> None:
+def _check_card(memory: str | None, card: str | None, cards: int, tensor: int) -> None:
     """Refuse options that nothing would read."""
     from plug.errors import UsageError
 
@@ -206,6 +224,8 @@ def _check_card(memory: str | None, card: str | None, cards: int) -> None:
         )
     if memory not in ("finetune", "pretrain") and cards > 1:
         raise UsageError(f"--cards {cards} 只用于训练：请加上 --memory finetune 或 pretrain。")
+    if memory != "pretrain" and tensor > 1:
+        raise UsageError(f"--tensor {tensor} 只用于预训练：请加上 --memory pretrain。")
 
 
 def _bytes_of(text: str) -> int:
@@ -303,26 +323,46 @@ def _offloaded(config: PlugConfig, mode: Mode, training: Training, room: int) ->
 
 
 def _pretraining(
-    config: PlugConfig, batch_size: int, source: int, target: int, room: int | None, cards: int
+    config: PlugConfig,
+    batch_size: int,
+    source: int,
+    target: int,
+    room: int | None,
+    cards: int,
+    tensor: int,
 ) -> list[dict[str, Any]]:
     """For each optimizer, with FP8, and compiled, the fewest recomputed layers that fit.
 
-    Where none does, or no card is named: no layer and all layers. Compiled ones are not recomputed.
+    Where none does, or no card is named: no layer and all layers. Compiled ones are not recomputed,
+    and not split over cards.
+
+    Raises:
+        UsageError: so many cards cannot split the layers.
     """
     from dataclasses import replace
 
     from plug.finetuning.memory import layers_in
     from plug.loading.estimate import OVERHEAD_BYTES, Training, training_need
 
+    if tensor > 1:
+        import torch
+
+        from plug.distributed.parallel_layers import check_mesh
+        from plug.distributed.processes import Processes
+
+        check_mesh(config, Processes(0, cards, torch.device("cpu"), tensor=tensor))
     rows = []
     for name in ("adamw", "adamw8bit", "adamw8bit fp8", "muon", "muon compile"):
         optimizer, _, setting = name.partition(" ")
+        if setting == "compile" and tensor > 1:
+            continue
         training = Training(
             batch_size=batch_size,
             source_length=source,
             target_length=target,
             optimizer=optimizer,
             cards=cards,
+            tensor=tensor,
             accumulates=True,
             dropout=False,
             masked_share=0.15,
@@ -358,7 +398,8 @@ def _print_ways(told: dict[str, Any]) -> None:
     with_card = told["card_bytes"] is not None
     size = f"，{told['card_bytes'] / 1e9:g} GB 的卡" if with_card else ""
     if told["cards"] > 1:
-        size += f" {told['cards']} 张，每张"
+        together = f"（张量并行 {told['tensor']}）" if told["tensor"] > 1 else ""
+        size += f" {told['cards']} 张{together}，每张"
     console = Console()
     console.print(
         f"[bold]{told['model']} {words}的显存峰值（预测，GB）：一批 {told['batch_size']} 段，"
