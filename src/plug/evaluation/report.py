@@ -70,7 +70,8 @@ def write_report(
         title: the heading.
         command: what made it, so that it can be made again.
         facts: settings and circumstances by name.
-        evaluation: the results. Its plots are left out, with a warning, without matplotlib.
+        evaluation: the results. Tables without rows are left out, and without matplotlib, with a
+            warning, the plots.
 
     Raises:
         PlugError: the directory cannot be written.
@@ -78,6 +79,7 @@ def write_report(
     metrics = Table("结果", ("指标", "值"), list(evaluation.metrics.items()))
     circumstances = Table("条件", ("项", "值"), [(key, str(value)) for key, value in facts.items()])
     tables = [metrics, *evaluation.tables, evaluation.samples, circumstances]
+    tables = [table for table in tables if table.rows]
     with plain_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         plots = evaluation.plots if find_spec("matplotlib") else []
