@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -41,12 +42,18 @@ from plug.model.plug import Plug
 from plug.tokenization import BYTE_TOKENS, SPECIAL_TOKENS, PlugTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository
+WORKER = Path(__file__).parent / "distributed" / "worker.py"  # what processes of `run_together` run
+PRELOADED = [  # what those processes need, and take seconds to import
+    *("plug.generation.generator", "plug.finetuning.run", "plug.pretraining.run"),
+    *("matplotlib.figure", "torch.distributed.fsdp", "accelerate.accelerator"),
+]
 
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start
 
 
 _WORKER_BYTES = 3 * 2**30  # of a process that runs tests, with those that it starts
@@ -98,6 +105,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
             item.add_marker(no_gpus)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported by now: a look at all that takes a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end of the process all is collected again, or libraries tell of leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -202,10 +220,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if "drawn" in request.fixturenames or importlib.util.find_spec("matplotlib") is None:
         return
 
-    def save(_figure: Any, file: Any, **_options: Any) -> None:
-        content = b"\x89PNG, not drawn"
-        file.write(content) if hasattr(file, "write") else Path(file).write_bytes(content)
-
+    save = runpy.run_path(str(WORKER))["save_undrawn"]
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
     monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda _figure: None)
 
@@ -396,9 +411,6 @@ def kill_tree() -> Callable[[int], None]:
     return kill
 
 
-WORKER = Path(__file__).parent / "distributed" / "worker.py"  # what each process runs
-
-
 @pytest.fixture(scope="session")
 def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """`run_together(2, "write", …)`: what each of two processes answers (see `worker.py`).
@@ -407,9 +419,7 @@ def run_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     them are to end with an error.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["plug.generation.generator", "plug.finetuning.run"]
-    )  # once for all
+    context.set_forkserver_preload(PRELOADED)  # once for all
 
     def run(count: int, function: str, dies: bool = False, **options: Any) -> list[Any]:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agent's

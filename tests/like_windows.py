@@ -1,5 +1,7 @@
 """`python like_windows.py ARGUMENTS`: `plug ARGUMENTS` on a system that lacks what Windows lacks.
 
+Further commands may follow, each after `then`; the exit status is that of the first that fails.
+
 It is Linux all the same: other libraries are imported first, then what is of POSIX alone goes away,
 and open files can be neither removed nor replaced. What Windows does beyond that is not tried here.
 """
@@ -100,4 +102,10 @@ if __name__ == "__main__":
     become_windows()
     from plug.cli import main
 
-    sys.exit(main())
+    words = sys.argv[1:]
+    while words:
+        end = words.index("then") if "then" in words else len(words)
+        sys.argv = ["plug", *words[:end]]
+        words = words[end + 1 :]
+        if status := main():
+            sys.exit(status)

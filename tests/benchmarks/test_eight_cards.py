@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ pytest.importorskip("psutil")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from eight_cards import compare  # noqa: E402
+from eight_cards import compare, main  # noqa: E402
 
 
 def test_texts_that_part_are_told_with_the_lead_they_parted_at() -> None:
@@ -30,12 +29,13 @@ def test_texts_that_part_are_told_with_the_lead_they_parted_at() -> None:
 
 
 @pytest.mark.slow
-def test_the_parts_run_with_two_processes(tmp_path: Path) -> None:
+def test_the_parts_run_with_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "eight.json"
     parts = ["write", "finetune:full", "pretrain"]
     options = ["--tiny", "--cards", "2", "--parts", *parts, "--batches", "1", "--bits", "16"]
     options += ["--steps", "2", "--limit", "300", "--output", str(output)]
-    subprocess.run([sys.executable, BENCHMARKS / "eight_cards.py", *options], check=True)
+    monkeypatch.setattr("sys.argv", ["eight_cards.py", *options])
+    main()
 
     found = json.loads(output.read_text(encoding="utf-8"))["cards"]["2"]
     assert list(found) == parts

@@ -11,7 +11,7 @@ from plug.generation.sampling import NO_TOKEN, candidates, draw
 from plug.kernels.sampling import draw_of_likeliest, keep
 
 
-@pytest.mark.parametrize(("rows", "vocab", "count"), [(4, 50, 1), (16, 50, 5), (3, 1100, 20)])
+@pytest.mark.parametrize(("rows", "vocab", "count"), [(4, 50, 1), (6, 50, 5), (3, 1100, 20)])
 @torch.inference_mode()
 def test_it_draws_what_pytorch_draws(
     rows: int, vocab: int, count: int, generator: torch.Generator
