@@ -75,7 +75,8 @@ def test_nothing_is_read_where_addresses_are_limited(
     assert not huge_pages.read_by_steps(places)
 
 
-def test_a_copy_is_equal_and_small_ones_are_not_made(quantized: tuple[Plug, Path]) -> None:
+@pytest.mark.usefixtures("quantized")
+def test_a_copy_is_equal_and_small_ones_are_not_made() -> None:
     large, small = torch.arange(600).view(3, 200), torch.arange(60)
     copied = huge_pages.copy(large)
     assert torch.equal(copied, large)

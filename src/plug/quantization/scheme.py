@@ -90,7 +90,7 @@ class Scheme:
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """`tensors` of a weight (out, in) of any float dtype; works on some rows at a time."""
         rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
-        # Not parts to be joined at the end: between those, the memory that was used would stay taken.
+        # Not parts to be joined at the end: what was used between those would stay taken.
         found = {
             name: torch.empty(shape, dtype=dtype, device=weight.device)
             for name, (dtype, shape) in self.tensors(*weight.shape).items()
