@@ -308,9 +308,10 @@ inline void turn(Turned& turned, const void* of, int64_t G, int64_t o, int64_t g
 }
 
 // Into the second cache, `AHEAD` groups before it is read, a group of 16 outputs, or of the 16 behind. Their rows are often
-// 4 KB apart: the first cache keeps eight of those.
+// 4 KB apart: the first cache keeps eight of those. Short rows are fetched by the processor itself.
 inline void fetch_ahead(const uint8_t* weight, int64_t stride, int64_t g, int64_t G) {
   constexpr int64_t AHEAD = 16;
+  if (G <= AHEAD) return;
   const uint8_t* at = weight + (g + AHEAD) * (GROUP / 2) + (g + AHEAD < G ? 0 : (LANES - 1) * stride);
   UNROLL for (int i = 0; i < LANES; ++i) __builtin_prefetch(at + i * stride, 0, 2);
 }
