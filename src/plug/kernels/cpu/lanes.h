@@ -153,20 +153,31 @@ inline Ints sums_of_lanes(__m512i (&a)[16]) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(d[0], d[1], 0x88), _mm512_shuffle_i32x4(d[0], d[1], 0xdd));
 }
 
-// found[i] = (the group of output i at `packed` + i `stride`) . q, for 16 outputs.
+// (the group at `packed`) . q, in each lane the sum of eight products: at most 15240.
 inline __m512i nibble_sums(const uint8_t* packed, __m512i first, __m512i second) {
   const __m512i low = _mm512_set1_epi8(15), bytes = load_bytes(packed);
   const __m512i half = dot(zero_ints(), _mm512_and_si512(bytes, low), first);
   return dot(half, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), second);
 }
-inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
-  const __m512i first = load_bytes(q), second = load_bytes(q + GROUP / 2);
-  __m512i sums[16];
-  UNROLL for (int i = 0; i < 16; ++i) {
-    sums[i] = nibble_sums(packed + i * stride, first, second);
-    _mm_prefetch(packed + i * stride + 256, _MM_HINT_T0);
+// Of each quarter, neighbours of a are added, then those of b. What is added fits 16 bits.
+inline __m512i add_neighbours(__m512i a, __m512i b) { return _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1)); }
+inline __m512i add_quarters(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+// Of `N` outputs; sums are added as soon as there are two, so that they stay in registers.
+template <int N>
+inline __m512i nibble_tree(const uint8_t* packed, int64_t stride, __m512i first, __m512i second) {
+  if constexpr (N == 1) {
+    return nibble_sums(packed, first, second);
+  } else {
+    const __m512i a = nibble_tree<N / 2>(packed, stride, first, second);
+    const __m512i b = nibble_tree<N / 2>(packed + N / 2 * stride, stride, first, second);
+    return N <= 4 ? add_neighbours(a, b) : add_quarters(a, b);
   }
-  return sums_of_lanes(sums);
+}
+// found[i] = (the group of output i at `packed` + i `stride`) . q, for 16 outputs.
+inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
+  return nibble_tree<16>(packed, stride, load_bytes(q), load_bytes(q + GROUP / 2));
 }
 inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) {
   return _mm512_reduce_add_epi32(nibble_sums(packed, load_bytes(q), load_bytes(q + GROUP / 2)));
