@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,11 @@ from plug.errors import PlugError, UsageError
 from plug.generation.async_engine import AsyncEngine, Progress, Request
 from plug.generation.generator import Generator, generate
 from plug.generation.settings import GenerationSettings
+from plug.loading.load import load
+from plug.loading.save import save
+from plug.model.plug import Plug
+from plug.quantization.convert import quantize_directory
+from plug.tokenization import PlugTokenizer
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("山上有座庙", {"do_sample": False, "out_length": 30}),
@@ -468,3 +474,41 @@ def test_a_listener_hears_that_its_request_was_cancelled(generator: Generator) -
             time.sleep(0.001)
 
     assert "已取消" in str(heard[-1].error)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_texts_at_random_with_cancellations_are_what_they_are_alone(
+    is_quantized: bool, lively_model: Plug, tiny_tokenizer: PlugTokenizer, tmp_path: Path
+) -> None:
+    model = lively_model
+    if is_quantized:
+        save(model, tmp_path / "whole", tokenizer=None)
+        quantize_directory(tmp_path / "whole", tmp_path / "small", bits=8)
+        model = load(tmp_path / "small")
+    generator = Generator(model, tiny_tokenizer)
+    draw = random.Random(5)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (
+            "".join(draw.choices("山上有座庙今天我们去公园看花", k=draw.randint(1, 40))),
+            {"seed": draw.randrange(1000), "out_length": draw.randint(1, 16), "window": 9},
+        )
+        for _ in range(60)
+    ]
+
+    with AsyncEngine(generator, rows=5, max_waiting=len(cases)) as engine:
+        engine._gather_seconds = 0.05  # as on a GPU
+        requests = [engine.submit(text, **options) for text, options in cases]
+        for request in draw.sample(requests, 12):
+            request.cancel()
+        finished = 0
+        for request, (text, options) in zip(requests, cases, strict=True):
+            try:
+                result = request.result(60)
+            except PlugError as error:
+                if "取消" not in str(error):
+                    raise
+                continue
+            finished += 1
+            assert result.token_ids == generate(text, model=generator, **options).token_ids
+
+    assert finished >= len(cases) - 12

@@ -137,6 +137,21 @@ def test_a_wrong_field_is_named(client: Any, fields: dict[str, Any], param: str 
 
 
 @pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"seed": 10**40}, "seed 应小于 9223372036854775808。"),
+        ({"prompt": [-1]}, "prompt 的类型或值不对，请看文档里它可取的值。"),
+    ],
+)
+def test_a_value_out_of_range_is_explained(
+    client: Any, fields: dict[str, Any], sentence: str
+) -> None:
+    _, answer, _ = client.post(COMPLETIONS, {"prompt": "花", **fields})
+
+    assert answer["error"]["message"] == sentence
+
+
+@pytest.mark.parametrize(
     "messages",
     [
         [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Depends, Request
@@ -29,6 +30,10 @@ _SENTENCES = {  # pydantic's kind of error -> what the field should be
     "model_type": "应是对象",
     "model_attributes_type": "应是对象",
 }
+
+
+# What pydantic names between a field and its items.
+_TYPE = re.compile(r"function-after|str$|list\[")
 
 
 def body_of(model: type[M]) -> Any:
@@ -115,7 +120,7 @@ def validate(model: type[M], value: dict[str, Any]) -> M:
         return model.model_validate({key: each for key, each in value.items() if each is not None})
     except ValidationError as error:
         [first, *_] = error.errors(include_url=False, include_context=True, include_input=False)
-        place = [str(part) for part in first["loc"] if part != "function-after"]
+        place = [part for part in map(str, first["loc"]) if not _TYPE.match(part)]
         param = place[0] if place else None
         shown = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).lstrip(".")
         kinds = {each["type"] for each in error.errors() if each["loc"][:1] == first["loc"][:1]}
@@ -124,7 +129,7 @@ def validate(model: type[M], value: dict[str, Any]) -> M:
 
 def _sentence(error: Any, alternatives: int) -> str:
     if alternatives > 1:  # of a union: its parts complain one by one
-        return "的类型不对，请看文档里它可取的值"
+        return "的类型或值不对，请看文档里它可取的值"
     limits = error.get("ctx", {})
     match error["type"]:
         case "literal_error":
@@ -133,6 +138,8 @@ def _sentence(error: Any, alternatives: int) -> str:
             return f"应不小于 {limits['ge']}"
         case "less_than_equal":
             return f"应不大于 {limits['le']}"
+        case "less_than":
+            return f"应小于 {limits['lt']}"
         case "too_long" | "string_too_long":
             return f"太长，至多 {limits['max_length']}"
         case "too_short" | "string_too_short":
