@@ -373,6 +373,30 @@ def kept_bytes() -> Callable[..., int]:
     return measure
 
 
+class _Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def count_operations() -> Callable[[Callable[[], object]], int]:
+    """`count_operations(action)`: how many of PyTorch's operations an action takes."""
+
+    def count(action: Callable[[], object]) -> int:
+        with _Operations() as operations:
+            action()
+        return operations.count
+
+    return count
+
+
 class Ran(NamedTuple):
     status: int
     out: str

@@ -8,31 +8,42 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
+# A `plug` that has its command carried out by the test, which has imported all that it takes.
+ASKS = """#!/usr/bin/env bash
+asked=$(mktemp -d "$ASKED/XXXXXX")
+printf '%s\\0' "$@" >"$asked/arguments"
+touch "$asked/ready"
+until [[ -e $asked/status ]]; do sleep 0.02; done
+cat "$asked/out"
+cat "$asked/err" >&2
+exit "$(<"$asked/status")"
+"""
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the examples, and an environment in which they find this Python."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
+    programs = Path(sys.executable).parent  # where `plug` and `python` are this environment's
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent / "src"), prepend=os.pathsep)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     return tmp_path
 
 
 def run(place: Path, *command: str) -> str:
-    programs = Path(sys.executable).parent  # where `plug` and `python` are this environment's
-    sources = EXAMPLES.parent / "src"
-    environment = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{sources}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "HTTP_PROXY": "http://127.0.0.1:9",  # nobody listens there
-        "http_proxy": "http://127.0.0.1:9",
-    }
-    ran = subprocess.run(
-        command, cwd=place, env=environment, capture_output=True, text=True, timeout=300
-    )
+    ran = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -65,9 +76,36 @@ def test_serve_client(place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_convert_and_quantize(place: Path) -> None:
-    printed = run(place, "bash", "examples/convert_and_quantize.sh")
+def test_convert_and_quantize(
+    place: Path, run_plug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("bin", "asked"):
+        (place / folder).mkdir()
+    (place / "bin" / "plug").write_text(ASKS, encoding="utf-8")
+    (place / "bin" / "plug").chmod(0o755)
+    monkeypatch.setenv("PATH", str(place / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("ASKED", str(place / "asked"))
+    monkeypatch.chdir(place)
+    commands = []
+    with subprocess.Popen(
+        ["bash", "examples/convert_and_quantize.sh"], stdout=subprocess.PIPE, text=True
+    ) as script:
+        while script.poll() is None:
+            for ready in place.glob("asked/*/ready"):
+                ready.unlink()
+                arguments = (ready.parent / "arguments").read_text(encoding="utf-8").split("\0")
+                commands.append(arguments[0])
+                ran = run_plug(*arguments[:-1])
+                ready.with_name("out").write_text(ran.out, encoding="utf-8")
+                ready.with_name("err").write_text(ran.err, encoding="utf-8")
+                ready.with_name("written").write_text(str(ran.status), encoding="utf-8")
+                ready.with_name("written").rename(ready.with_name("status"))  # ends the wait
+            time.sleep(0.01)
+        assert script.stdout is not None
+        printed = script.stdout.read()
 
+    assert script.returncode == 0
+    assert commands == ["convert"] * 2 + ["quantize"] * 2 + ["generate"] * 3
     assert printed.count("\n== ") + printed.startswith("== ") == 3
     assert (place / "runs/convert-example/int4/model.safetensors").is_file()
 

@@ -96,6 +96,19 @@ def test_figures_of_the_readme_are_the_measured_ones(page: str) -> None:
         assert [row[-len(cells) :] for row, cells in zip(rows, expected, strict=True)] == expected
 
 
+@pytest.mark.parametrize("ending", ["md", "zh-CN.md"])
+def test_figures_of_the_guides_are_those_of_the_readme(ending: str) -> None:
+    """Those of the first processor and of the card."""
+    [rows] = [table for table in tables(f"docs/guides/no-gpu.{ending}") if len(table) == 11]
+    ours = [row for row in WRITING[:8] if row != WRITING[3]]  # without `transformers`
+    one_text = [row[-2] for row in ours]
+    assert [rows[row][3] for row in (0, 1, 2, 8, 9, 10)] == one_text[:3] + one_text[4:]
+    memory = [row[0] for row in WRITING[4:8]]
+    assert [rows[row][2] for row in (3, 8, 9, 10)] == memory
+    [rows] = [table for table in tables(f"docs/guides/27b.{ending}") if table[0][0] == "bf16"]
+    assert [row[1:3] for row in rows] == [row[:2] for row in WRITING[5:8]]
+
+
 def test_figures_of_the_page_on_speed_are_the_measured_ones() -> None:
     rows = tables("docs/performance.md")[0]
     for row, kind in zip(rows, ("bf16", "8bit", "int4"), strict=False):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,10 @@ pytest.importorskip("psutil")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import eight_cards  # noqa: E402
+import pretrain  # noqa: E402
 from eight_cards import compare, main  # noqa: E402
+from launching import torchrun  # noqa: E402
 
 
 def test_texts_that_part_are_told_with_the_lead_they_parted_at() -> None:
@@ -29,7 +34,26 @@ def test_texts_that_part_are_told_with_the_lead_they_parted_at() -> None:
 
 
 @pytest.mark.slow
-def test_the_parts_run_with_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_run_with_two_processes(
+    run_together: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part by `torchrun`, the others by processes in which all is imported."""
+    run_part = eight_cards.run_part
+
+    def call(command: list[str], *_: object) -> str:
+        launcher = torchrun(2)
+        assert command[: len(launcher)] == launcher
+        run_together(2, "program", command=command[len(launcher) :])
+        return ""
+
+    def run_part_here(name: str, command: list[str], limit: float) -> dict[str, Any]:
+        if name == "write on 2":
+            return run_part(name, command, limit)
+        call([*command, "--output", f"{tmp_path}/part.json"])
+        return json.loads((tmp_path / "part.json").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(eight_cards, "run_part", run_part_here)
+    monkeypatch.setattr(pretrain, "call", call)
     output = tmp_path / "eight.json"
     parts = ["write", "finetune:full", "pretrain"]
     options = ["--tiny", "--cards", "2", "--parts", *parts, "--batches", "1", "--bits", "16"]

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
@@ -46,6 +47,25 @@ def write(model: str, settings: dict[str, dict[str, Any]], fused: bool = False) 
             for name, options in settings.items()
         }
         return {"written": written, "held": held}
+
+
+def program(command: list[str]) -> None:
+    """Run a file, or a module after "-m", as `python` would with these arguments.
+
+    Raises:
+        SystemExit: it ended with another status than 0.
+    """
+    warnings.resetwarnings()
+    sys.argv = command[1:] if command[0] == "-m" else list(command)
+    try:
+        if command[0] == "-m":
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(command[0]).parent))
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def command(

@@ -75,6 +75,17 @@ def test_nothing_is_read_where_addresses_are_limited(
     assert not huge_pages.read_by_steps(places)
 
 
+@pytest.mark.usefixtures("quantized")
+def test_a_copy_is_equal_and_small_ones_are_not_made() -> None:
+    large, small = torch.arange(600).view(3, 200), torch.arange(60)
+    copied = huge_pages.copy(large)
+    assert torch.equal(copied, large)
+    assert copied.data_ptr() != large.data_ptr()
+    assert huge_pages.copy(small) is small
+    huge_pages._LENT.unlink()
+    assert huge_pages.copy(large) is large
+
+
 @pytest.mark.parametrize("told", ["always madvise [never]\n", None])
 def test_nothing_is_read_where_linux_has_no_huge_pages(
     told: str | None, quantized: tuple[Plug, Path]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +51,23 @@ def test_gradients_and_clipping_are_those_of_torch(
         torch.testing.assert_close(ours, expected)
         gradients.clear()
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
+
+
+def test_many_weights_take_no_more_operations_than_few(
+    count_operations: Callable[[Callable[[], object]], int],
+) -> None:
+    """Beside those of the backward pass itself, of which every operation is waited for."""
+    added = []
+    for layers in (1, 3):
+        model = Plug(replace(PRESETS["test"], num_hidden_layers=layers)).eval()
+        alone = count_operations(loss(model, 0).backward)
+        for parameter in model.parameters():
+            parameter.grad = None
+        gradients = Gradients(model.named_parameters(), world_size=1)
+        gradients.begin(is_last=True)
+        added.append(count_operations(loss(model, 0).backward) - alone)
+        added[-1] += count_operations(lambda: gradients.finish(1.0))  # noqa: B023
+    assert added[0] == added[1]
 
 
 def test_frozen_weights_have_no_gradient(tiny_model: Plug) -> None:

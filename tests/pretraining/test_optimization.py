@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -122,3 +123,18 @@ def test_a_step_of_adamw_by_hand() -> None:
         weight -= 0.1 * 0.3 * weight
         weight -= 0.1 * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)) ** 0.5 + 1e-8)
         assert model.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_step_of_adamw_takes_as_many_operations_for_many_weights(
+    count_operations: Callable[[Callable[[], object]], int],
+) -> None:
+    """Their number is that of the groups: matrices and vectors."""
+    counts = []
+    for layers in (1, 20):
+        model = nn.Sequential(*(nn.Linear(3, 2) for _ in range(layers)))
+        (optimizer,) = build(model, "adamw")
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # makes the states
+        counts.append(count_operations(optimizer.step))
+    assert counts[0] == counts[1]

@@ -315,6 +315,18 @@ def test_a_checkpoint_of_something_else(checkpointed: RunConfig) -> None:
         pretrain(1, checkpointed, resume=True, device="cpu")
 
 
+def test_a_checkpoint_whose_adamw_was_not_fused_is_resumed(checkpointed: RunConfig) -> None:
+    """As earlier versions wrote them on a CPU."""
+    path = Path(checkpointed.output) / "checkpoint" / "training_state.pt"
+    values = torch.load(path)
+    for group in values["optimizers"][0]["param_groups"]:
+        assert group["fused"]
+        group["fused"] = False
+    torch.save(values, path)
+    pretrain(1, checkpointed, resume=True, device="cpu")
+    assert log(checkpointed)[-1]["step"] == checkpointed.steps
+
+
 # --- what a machine may lack -----------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from plug.generation.plain_model import PlainModel, with_products
 from plug.kernels.cpu import build
 from plug.kernels.cpu.build import Adapters, Layer, LowRank, Norm, Shape, library
 from plug.kernels.cpu.products import CpuProduct, in_blocks
-from plug.loading import adapters
+from plug.loading import adapters, huge_pages
 from plug.loading.adapters import AdaptedLinear
 from plug.model.attention import Attention
 from plug.model.layers import DecoderLayer, LayerNorm
@@ -247,6 +247,8 @@ class CpuModel(PlainModel):
         if scheme_of(model) is None:
             found = plain_product(table, None)
         else:
-            found = CpuProduct(bias=None, **Scheme.of(8).quantize(table))
+            parts = Scheme.of(8).quantize(table)
+            parts["weight"] = huge_pages.copy(parts["weight"])
+            found = CpuProduct(bias=None, **parts)
         self._kept.append(found)
         return found.product

@@ -72,6 +72,15 @@ def read(place: Place) -> Tensor:
     return found.view(shape)
 
 
+def copy(tensor: Tensor) -> Tensor:
+    """A copy in huge pages; where the system has none, ``tensor`` itself."""
+    if sys.platform != "linux" or not _are_lent() or tensor.nbytes < _LEAST:
+        return tensor
+    memory = _new(tensor.nbytes)
+    found = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel())
+    return found.view(tensor.shape).copy_(tensor)
+
+
 def _are_lent() -> bool:
     """Whether Linux gives huge pages to who asks."""
     try:

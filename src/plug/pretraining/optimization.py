@@ -87,9 +87,9 @@ def build_optimizers(
         {"params": together[key], "weight_decay": 0.0 if key[0] else weight_decay}
         for key in sorted(together, key=lambda each: each[0])
     ]
-    fused = all(p.is_cuda for p in rest)
+    # Fused: one pass over the memory in place of eight, on a CPU too.
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+        torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
     ]
     if name == "adamw8bit":
         eight = [{"params": matrices, "weight_decay": weight_decay}]

@@ -293,7 +293,14 @@ def _wanted(optimizer: Optimizer, parameter: Tensor, name: Any) -> tuple[torch.S
 
 
 def _settings(groups: Any) -> str:
-    """Return the settings of parameter groups as text, without the rate, which every step sets."""
+    """Return the settings of parameter groups as text.
+
+    They are without the rate, which every step sets, and without `fused`, which says how a step is
+    computed: on a CPU earlier versions had it False.
+    """
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return ""
-    return repr([sorted((str(k), v) for k, v in group.items() if k != "lr") for group in groups])
+    passed_over = ("lr", "fused")
+    return repr(
+        [sorted((str(k), v) for k, v in group.items() if k not in passed_over) for group in groups]
+    )

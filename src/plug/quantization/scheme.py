@@ -90,8 +90,15 @@ class Scheme:
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """`tensors` of a weight (out, in) of any float dtype; works on some rows at a time."""
         rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
-        parts = [self._quantize_rows(part.float()) for part in weight.split(rows)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # Not parts to be joined at the end: what was used between those would stay taken.
+        found = {
+            name: torch.empty(shape, dtype=dtype, device=weight.device)
+            for name, (dtype, shape) in self.tensors(*weight.shape).items()
+        }
+        for begin in range(0, len(weight), rows):
+            for name, part in self._quantize_rows(weight[begin : begin + rows].float()).items():
+                found[name][begin : begin + rows] = part
+        return found
 
     def _quantize_rows(self, weight: Tensor) -> dict[str, Tensor]:
         if self.group_size is None:

@@ -88,6 +88,9 @@ inline Bytes all_fours(const int8_t* four) {
   std::memcpy(&bits, four, 4);
   return _mm512_set1_epi32(bits);
 }
+inline Bytes flipped(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(FLIP))); }
+inline Bytes low_halves(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline Bytes high_halves(Bytes bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
 // sum += weights . inputs, in each lane four products; weights with FLIP. Not by the intrinsic: GCC 12 copies the sum before
 // and after it, and then has too few registers.
 inline Ints dot(Ints sum, Bytes weights, Bytes inputs) {
@@ -133,10 +136,13 @@ inline void transpose(uint32_t (&square)[LANES][LANES]) {
 
 // Words of 4 bytes, turned: to[word][row] = from[row * stride + 4 * word]. `rows` of 16 and `bytes` of 64 are read.
 inline void transpose(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, uint32_t (*to)[LANES]) {
-  const __mmask64 mask = bytes < 64 ? (uint64_t{1} << bytes) - 1 : ~uint64_t{0};
   __m512i a[16];
-  UNROLL for (int row = 0; row < 16; ++row)
-    a[row] = _mm512_maskz_loadu_epi8(row < rows ? mask : 0, from + row * stride);
+  if (rows == 16 && bytes >= 64) {
+    UNROLL for (int row = 0; row < 16; ++row) a[row] = load_bytes(from + row * stride);
+  } else {
+    const __mmask64 mask = bytes < 64 ? (uint64_t{1} << bytes) - 1 : ~uint64_t{0};
+    UNROLL for (int row = 0; row < 16; ++row) a[row] = _mm512_maskz_loadu_epi8(row < rows ? mask : 0, from + row * stride);
+  }
   transpose(a);
   UNROLL for (int word = 0; word < 16; ++word) _mm512_storeu_si512(to[word], a[word]);
 }
@@ -153,20 +159,30 @@ inline Ints sums_of_lanes(__m512i (&a)[16]) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(d[0], d[1], 0x88), _mm512_shuffle_i32x4(d[0], d[1], 0xdd));
 }
 
-// found[i] = (the group of output i at `packed` + i `stride`) . q, for 16 outputs.
+// (the group at `packed`) . q, in each lane the sum of eight products: at most 15240.
 inline __m512i nibble_sums(const uint8_t* packed, __m512i first, __m512i second) {
-  const __m512i low = _mm512_set1_epi8(15), bytes = load_bytes(packed);
-  const __m512i half = dot(zero_ints(), _mm512_and_si512(bytes, low), first);
-  return dot(half, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), second);
+  const __m512i bytes = load_bytes(packed);
+  return dot(dot(zero_ints(), low_halves(bytes), first), high_halves(bytes), second);
 }
-inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
-  const __m512i first = load_bytes(q), second = load_bytes(q + GROUP / 2);
-  __m512i sums[16];
-  UNROLL for (int i = 0; i < 16; ++i) {
-    sums[i] = nibble_sums(packed + i * stride, first, second);
-    _mm_prefetch(packed + i * stride + 256, _MM_HINT_T0);
+// Of each quarter, neighbours of a are added, then those of b. What is added fits 16 bits.
+inline __m512i add_neighbours(__m512i a, __m512i b) { return _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1)); }
+inline __m512i add_quarters(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+// Of `N` outputs; sums are added as soon as there are two, so that they stay in registers.
+template <int N>
+inline __m512i nibble_tree(const uint8_t* packed, int64_t stride, __m512i first, __m512i second) {
+  if constexpr (N == 1) {
+    return nibble_sums(packed, first, second);
+  } else {
+    const __m512i a = nibble_tree<N / 2>(packed, stride, first, second);
+    const __m512i b = nibble_tree<N / 2>(packed + N / 2 * stride, stride, first, second);
+    return N <= 4 ? add_neighbours(a, b) : add_quarters(a, b);
   }
-  return sums_of_lanes(sums);
+}
+// found[i] = (the group of output i at `packed` + i `stride`) . q, for 16 outputs.
+inline Ints nibble_dots(const uint8_t* packed, int64_t stride, const int8_t* q) {
+  return nibble_tree<16>(packed, stride, load_bytes(q), load_bytes(q + GROUP / 2));
 }
 inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) {
   return _mm512_reduce_add_epi32(nibble_sums(packed, load_bytes(q), load_bytes(q + GROUP / 2)));
@@ -174,27 +190,25 @@ inline int32_t nibble_dot(const uint8_t* packed, const int8_t* q) {
 
 // found[i] = (weights of output i, with FLIP) . q, for 16 outputs; q is padded with zeros to whole GROUPs.
 inline void byte_dots(const int8_t* weights, const int8_t* q, int64_t count, int32_t* found) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(FLIP));
   const int64_t whole = count & ~int64_t{63};
   __m512i sums[16];
   UNROLL for (auto& sum : sums) sum = zero_ints();
   for (int64_t k = 0; k < whole; k += 64) {
     const __m512i inputs = load_bytes(q + k);
-    UNROLL for (int i = 0; i < 16; ++i) sums[i] = dot(sums[i], _mm512_xor_si512(load_bytes(weights + i * count + k), flip), inputs);
+    UNROLL for (int i = 0; i < 16; ++i) sums[i] = dot(sums[i], flipped(load_bytes(weights + i * count + k)), inputs);
   }
   if (whole < count) {
     const __mmask64 mask = (uint64_t{1} << (count - whole)) - 1;
     UNROLL for (int i = 0; i < 16; ++i)
-      sums[i] = dot(sums[i], _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, weights + i * count + whole), flip), load_bytes(q + whole));
+      sums[i] = dot(sums[i], flipped(_mm512_maskz_loadu_epi8(mask, weights + i * count + whole)), load_bytes(q + whole));
   }
   store_ints(found, sums_of_lanes(sums));
 }
 inline int32_t byte_dot(const int8_t* weights, const int8_t* q, int64_t count) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(FLIP));
   __m512i sum = zero_ints();
   for (int64_t k = 0; k < count; k += 64) {
     const __mmask64 mask = count - k < 64 ? (uint64_t{1} << (count - k)) - 1 : ~uint64_t{0};
-    sum = dot(sum, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, weights + k), flip), load_bytes(q + k));
+    sum = dot(sum, flipped(_mm512_maskz_loadu_epi8(mask, weights + k)), load_bytes(q + k));
   }
   return _mm512_reduce_add_epi32(sum);
 }
