@@ -29,6 +29,7 @@ from machine import processor
 
 import plug
 from plug.generation.model_runner import ModelRunner, PreparedModel, Size
+from plug.loading.estimate import Room
 from plug.model.configuration import PRESETS, PlugConfig
 
 ENCODER_LAYERS = 4
@@ -77,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 def compare(ours: Path, theirs: Path, arguments: argparse.Namespace) -> dict[str, object]:
     """Seconds of a step of each, in turn, and the ratio of bytes a second pair by pair."""
-    model = plug.load(ours)
+    model = plug.load(ours, room=Room(1, SOURCE, SOURCE))
     step_of_ours, bytes_of_ours = _ours(model), step_weight_bytes(model)
     with _llama(theirs, model.config, arguments.threads) as step_of_theirs:
         bytes_of_theirs = _step_bytes(theirs)

@@ -293,6 +293,8 @@ def pretrain(
     if settings["compile"]:  # traced, with autograd; code for the processor takes minutes
         warnings.simplefilter("ignore")  # torch's compiler imports what torch deprecates
         torch.compile = partial(torch.compile, backend="aot_eager")
+        # Else each trace begins anew where a float (a rate of dropout) cannot stay a symbol.
+        torch._dynamo.config.specialize_float = True
     if emulates:
         run.check_fp8 = lambda _: None
     loop.take_step = watched  # type: ignore[assignment]

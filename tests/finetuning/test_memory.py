@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from plug.errors import PlugError, UsageError
 from plug.finetuning import run
@@ -269,6 +270,30 @@ def test_a_run_does_what_auto_picked_and_goes_on_with_it(
     assert kept["asked"]["batch_size"] == 10
     assert "为了放得下：一步的 10 个例子分" in capsys.readouterr().err
     assert run._as_before(Path(asked.output), asked, True).to_dict() == kept["settings"]
+
+
+def test_what_auto_picked_is_kept_however_often_a_run_is_resumed(
+    settings: Callable[..., FinetuneSettings],
+    data: Callable[..., Path],
+    tight: Callable[[int], None],
+) -> None:
+    """By the same command, and by one that names what was picked."""
+    asked = settings("classification", data("classification"), precision="fp32", epochs=4.0)
+    tight(smallest(asked))
+    told = []
+    for resume, again in ((False, asked), (True, asked), (True, asked), (True, None)):
+        named = again or FinetuneSettings(**told[-1]["settings"])
+        with pytest.raises(KeyboardInterrupt):
+            run.finetune(named, device="cpu", resume=resume, callbacks=[StopAtCheckpoint()])
+        told.append(json.loads((Path(asked.output) / "finetuning.json").read_text()))
+    assert all(each["settings"] == told[0]["settings"] for each in told)
+    assert told[0]["settings"] != asked.to_dict()
+    assert told[0] == told[1] == told[2]
+
+
+class StopAtCheckpoint(TrainerCallback):
+    def on_save(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
 
 def smallest(asked: FinetuneSettings) -> int:

@@ -114,6 +114,68 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
     assert logs[0] == logs[1] != []
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_resumed_run_computes_as_many_examples_at_once_as_it_is_told(
+    processes: str,
+    settings: Make,
+    data: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """`--memory auto`, begun by one or by two processes that had 10 examples a step together."""
+    whole = settings("classification", data("classification"), epochs=3.0)
+    finetune(whole, device="cpu")
+    broken = replace(whole, output=f"{tmp_path}/2")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken, device="cpu", callbacks=[StopAfterEpoch(1)])
+    file = tmp_path / "2" / "finetuning.json"
+    run = json.loads(file.read_text(encoding="utf-8"))
+    run["processes"] = int(processes)
+    run["settings"]["batch_size"] //= int(processes)
+    file.write_text(json.dumps(run), encoding="utf-8")
+
+    (tmp_path / "2").rename(tmp_path / "moved")
+    changed = {"output": f"{tmp_path}/moved", "batch_size": 10, "gradient_accumulation_steps": 1}
+    if processes == "1":
+        changed |= {"batch_size": 5, "gradient_accumulation_steps": 2}
+    moved = finetune(replace(broken, **changed), device="cpu", resume=True).directory
+
+    kept = json.loads((moved / "finetuning.json").read_text(encoding="utf-8"))
+    assert {name: kept["settings"][name] for name in changed} == changed
+    assert kept["processes"] == 1
+    expected, actual = (
+        load_file(directory / "model.safetensors") for directory in (Path(whole.output), moved)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, "--batch-size 5 --set gradient_accumulation_steps=2 --resume。"),
+        (
+            {"batch_size": 5, "gradient_accumulation_steps": 2},
+            "--batch-size 1 --set gradient_accumulation_steps=10 --resume。",
+        ),
+        ({"batch_size": 1}, "再加 --resume 接着训练。"),
+        ({"optimizer": "adafactor", "precision": "fp32"}, "再加 --resume 接着训练。"),
+    ],
+)
+def test_too_little_memory_in_the_middle_of_a_run_is_one_sentence(
+    changes: dict[str, Any],
+    advice: str,
+    settings: Make,
+    data: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exhaust(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("plug.finetuning.trainer.FinetuneTrainer.training_step", exhaust)
+    with pytest.raises(PlugError, match="显存用完了") as caught:
+        finetune(settings("classification", data("classification"), **changes), device="cpu")
+    assert str(caught.value).endswith(advice)
+
+
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_checkpoint_that_was_cut_off_is_passed_over(
     epoch: int, settings: Make, data: Callable[..., Path], tmp_path: Path

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,40 @@ def test_what_does_not_fit_is_refused(lively_model: Plug, tiny_tokenizer: PlugTo
     assert not stack.adapters
     with pytest.raises(UsageError, match="takes_adapters"):
         Generator(lively_model, tiny_tokenizer).add_adapter(good)
+
+
+def test_the_last_adapter_that_goes_leaves_no_memory(
+    lively_model: Plug, adapters: list[Adapter]
+) -> None:
+    stack = AdapterStack(lively_model)
+    PlainModel(lively_model, adapters=stack)
+
+    def held() -> int:
+        return sum(
+            value.nbytes
+            for added in stack._added.values()
+            for value in vars(added).values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    number = stack.add(adapters[0])
+    assert held() > 0
+    stack.remove(number)
+
+    assert held() == 0
+
+
+def test_an_adapter_that_was_used_is_freed_when_it_goes(
+    shared: Generator, adapters: list[Adapter]
+) -> None:
+    stack = shared.prepared.adapters
+    assert stack is not None
+    number = shared.add_adapter(copy.deepcopy(adapters[0]))
+    kept = [weakref.ref(each.a) for each in stack.adapters[number].layers.values()]
+    shared(TEXTS[0], adapter=number, out_length=2)
+    shared.remove_adapter(number)
+    shared(TEXTS[0], out_length=2)
+    gc.collect()
+
+    assert kept
+    assert not any(each() is not None for each in kept)

@@ -280,6 +280,31 @@ def test_peft_adapts_and_merges_for_every_task(
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
+def test_a_tuned_prefix_is_in_what_generate_writes(directory: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = PlugForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    config = peft.PrefixTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_layers=model.config.num_decoder_layers
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+    written = adapted.generate(
+        **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+
+    with torch.inference_mode():
+        expected = adapted(**inputs, decoder_input_ids=written.sequences[:, :-1]).logits
+    logits = torch.stack(written.logits, 1)  # up to 40
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
 @pytest.mark.parametrize("how", ["lora", "copied"])
 def test_an_adapter_of_the_word_table_moves_inputs_and_outputs_as_merging_does(
     how: str, directory: Path, tmp_path: Path

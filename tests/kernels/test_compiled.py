@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,6 @@ pytest.importorskip("triton", reason="needs triton, which PyTorch for CUDA bring
 
 # The interpreter lets a name have one shape before a loop and another in it; the compiler does not.
 PROGRAM = """
-import warnings
-warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -46,31 +45,7 @@ for kernel, constants in {
     print(kernel.__name__)
 """
 
-
-@pytest.mark.slow
-def test_kernels_of_fused_steps_compile() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.stdout.split() == [
-        "_squares",
-        "_moments",
-        "_weighted_square",
-        "_apply",
-        "_vector",
-        "_squares",
-        "_apply",
-    ], ran.stderr
-
-
 TRAINING = """
-import warnings
-warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -103,26 +78,7 @@ for rank in (16, 255):
         print(name, rank, compiled.metadata.shared)
 """
 
-
-@pytest.mark.slow
-def test_training_s_kernels_compile_and_fit_a_card_up_to_their_largest_rank() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    ran = subprocess.run(
-        [sys.executable, "-c", TRAINING],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    rows = [line.split() for line in ran.stdout.splitlines()]
-    assert len(rows) == 10, ran.stderr
-    for name, rank, shared in rows:
-        assert int(shared) <= 232_448, (name, rank)  # bytes that a block of an H100 may have
-
-
 COLUMNS = """
-import warnings
-warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -144,16 +100,61 @@ for kernel in (training._largest, training._quantize_columns):
         print(kernel.__name__, of_x)
 """
 
+# One process for all: the compiler takes seconds to import.
+ALL = """
+import contextlib, io, json, sys, traceback, warnings
+warnings.simplefilter("ignore")
+printed = {}
+for name, program in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            exec(program, {})
+        except Exception:
+            print(traceback.format_exc())  # the test of this program shows it
+    printed[name] = out.getvalue().splitlines()
+print(json.dumps(printed))
+"""
 
-@pytest.mark.slow
-def test_the_kernels_of_columns_in_fp8_compile() -> None:
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[str]]:
+    """What each program printed."""
+    programs = {"fused steps": PROGRAM, "training": TRAINING, "columns": COLUMNS}
     ran = subprocess.run(
-        [sys.executable, "-c", COLUMNS],
+        [sys.executable, "-c", ALL, json.dumps(programs)],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.slow
+def test_kernels_of_fused_steps_compile(printed: dict[str, list[str]]) -> None:
+    assert printed["fused steps"] == [
+        "_squares",
+        "_moments",
+        "_weighted_square",
+        "_apply",
+        "_vector",
+        "_squares",
+        "_apply",
+    ]
+
+
+@pytest.mark.slow
+def test_training_s_kernels_compile_and_fit_a_card_up_to_their_largest_rank(
+    printed: dict[str, list[str]],
+) -> None:
+    rows = [line.split() for line in printed["training"]]
+    assert len(rows) == 10
+    for name, rank, shared in rows:
+        assert int(shared) <= 232_448, (name, rank)  # bytes that a block of an H100 may have
+
+
+@pytest.mark.slow
+def test_the_kernels_of_columns_in_fp8_compile(printed: dict[str, list[str]]) -> None:
     names = ("_largest", "_quantize_columns")
     expected = [f"{name} {kind}" for name in names for kind in ("*bf16", "*fp32")]
-    assert ran.stdout.splitlines() == expected, ran.stderr
+    assert printed["columns"] == expected

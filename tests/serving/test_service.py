@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +282,40 @@ def test_a_unix_socket(
         assert path.stat().st_mode & 0o777 == 0o660
 
     assert not path.exists()
+
+
+def test_a_model_that_is_unloaded_ends_its_texts_and_gives_its_name_away(
+    scripted_model: Callable[..., Any], serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whoever found the old one, and was slow, is told that there is no such model."""
+    (tmp_path / "other").mkdir()
+    old, new = (scripted_model("other", seconds=0.01) for _ in range(2))
+    closed = threading.Event()
+    old.on_close = closed.set
+    left = [new, old]
+    with serving([scripted_model()], models_dir=str(tmp_path)) as client:
+        client.service._loader = lambda _name, _directory: left.pop()
+        text = {**LONG, "model": "other"}
+        assert client.post("/v1/models/load", {"name": "other"})[0] == 200
+        first = open_stream(client, text)
+        client.wait_until(lambda: old.engine.running)
+        unloading = threading.Thread(
+            target=client.post, args=("/v1/models/unload", {"name": "other"})
+        )
+        unloading.start()
+        client.wait_until(lambda: "other" not in client.service.models)
+        client.service.models["late"] = old  # as `find` gave it before
+        late = client.post("/v1/completions", {**text, "model": "late"})
+        del client.service.models["late"]
+        assert client.post("/v1/models/load", {"name": "other"})[0] == 200
+        second = open_stream(client, text)
+        client.wait_until(lambda: new.engine.running)
+        was_closed = closed.is_set()
+        first.close()
+        assert closed.wait(20), "the new model's texts are not the old one's"
+        second.close()
+        unloading.join()
+
+    assert not was_closed
+    assert late[0] == 404
+    assert "没有模型 other" in late[1]["error"]["message"]

@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ CHECKPOINTS = "checkpoints"
 DATA_KEY = "data"  # in `finetuning.json`: fingerprints of the training and evaluation data
 PROCESSES_KEY = "processes"  # in `finetuning.json`: how many took each step together
 # What a resumed run may change: the examples of a step are compared, not those of a process.
-_FREE_ON_RESUME = frozenset({"parallel", "batch_size", "gradient_accumulation_steps"})
+_SHARING = ("parallel", "batch_size", "gradient_accumulation_steps")
+_FREE_ON_RESUME = frozenset({"output", *_SHARING})
 _LOOKED_AT = 200  # characters of a text
 _ASKED = "asked"  # of `finetuning.json`: settings as they were before `auto` decided them
 
@@ -135,30 +137,34 @@ def finetune(
         UsageError: data, settings or output make no sense; nothing was trained.
         PlugError: a file is broken, or the disk is full.
     """
-    output = Path(settings.output)
+    output, asked = Path(settings.output), settings
     if os.environ.get("RANK", "0") != "0":  # of several processes, one writes
-        settings = _as_before(output, settings, resume)
+        settings = _as_before(output, asked, resume)
         return _finished(output, settings, resume) or _run(
-            settings, device, resume, resumable, callbacks
+            settings, asked, device, resume, resumable, callbacks
         )
-    _check_output(output, settings, resume)
+    _check_output(output, asked, resume)
     with hold(output):
-        _check_output(output, settings, resume)  # again: another process may have been at work
-        settings = _as_before(output, settings, resume)
+        _check_output(output, asked, resume)  # again: another process may have been at work
+        settings = _as_before(output, asked, resume)
         if (result := _finished(output, settings, resume)) is not None:
             remove_directory(output / CHECKPOINTS)
             return result
-        return _run(settings, device, resume, resumable, callbacks)
+        return _run(settings, asked, device, resume, resumable, callbacks)
 
 
 def _run(
     settings: FinetuneSettings,
+    asked: FinetuneSettings,
     device: str | None,
     resume: bool,
     resumable: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneResult:
-    """What `finetune` does once the output is this process's own."""
+    """What `finetune` does once the output is this process's own.
+
+    ``asked`` are the user's settings; ``settings`` are those of before, if the run is resumed.
+    """
     began = time.perf_counter()
     task, output = find_task(settings.task), Path(settings.output)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -195,7 +201,6 @@ def _run(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
     features = kind.features(examples)
-    asked = settings
     case = _case(config, directory, task, features, chosen)
     layout = find_layout(settings, case, chosen)
     is_sharded = layout.is_sharded
@@ -284,7 +289,7 @@ def _run(
     )
     trainer.remove_callback(PrinterCallback)
     advice = "请检查磁盘空间和权限，再加 --resume 从上一个检查点继续"
-    with interrupts, plain_errors(output, advice), writing_errors():
+    with interrupts, plain_errors(output, advice), writing_errors(), _enough_memory(settings):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.accelerator.wait_for_everyone()  # all have read the best weights
     is_best = best.step == trainer.state.best_global_step  # it is not after a resumption
@@ -381,10 +386,42 @@ def _asked(asked: FinetuneSettings, decided: FinetuneSettings) -> dict[str, Any]
 
 
 def _as_before(output: Path, settings: FinetuneSettings, resume: bool) -> FinetuneSettings:
-    """Return the settings that the run went on with so far, whatever the card has free now."""
+    """Return the settings that the run went on with so far, whatever the card has free now.
+
+    What a resumed run may change is as it is asked for now: another number of processes takes other
+    numbers of examples at once.
+    """
     if not resume or settings.memory != "auto" or not (output / RUN_FILE).is_file():
         return settings
-    return FinetuneSettings(**read_run(output)["settings"])
+    run = read_run(output)
+    before = replace(FinetuneSettings(**run["settings"]), output=settings.output)
+    asked, now = run["settings"] | run.get(_ASKED, {}), settings.to_dict()
+    if run.get(PROCESSES_KEY) == _process_count() and all(
+        asked.get(name) == now[name] for name in _SHARING
+    ):
+        return before
+    return replace(before, **{name: getattr(settings, name) for name in _SHARING})
+
+
+def _process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _enough_memory(settings: FinetuneSettings) -> Iterator[None]:
+    """Raise a `PlugError` where a device's memory does not do after all."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        size, steps = settings.batch_size, settings.gradient_accumulation_steps
+        advice = "请关掉占着显存的别的程序，再加 --resume 接着训练"
+        if size > 1 and not settings.is_fused:
+            smaller = size // 2 if size % 2 == 0 else 1
+            advice += (
+                f"；或加 --batch-size {smaller} --set gradient_accumulation_steps="
+                f"{steps * size // smaller} --resume"
+            )
+        raise PlugError(f"显存用完了（一批 {size} 个例子）。{advice}。") from None
 
 
 def _case(
@@ -392,7 +429,7 @@ def _case(
 ) -> Case:
     """What decides how a run fits its device."""
     room = free_memory(device)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _process_count()
     if room is not None and processes > 1:
         # All processes have to decide alike, and what is free differs a little between cards.
         total = torch.cuda.get_device_properties(device).total_memory
@@ -462,12 +499,13 @@ def _check_output(output: Path, settings: FinetuneSettings, resume: bool) -> Non
         raise UsageError(f"{output} 里已有一次完成的训练。请换一个目录，或先删去它。")
     if not resume:
         raise UsageError(f"{output} 里有一次没有完成的训练。请加 --resume 接着进行，或换一个目录。")
-    run = read_run(output)
-    before = run["settings"] | run.get(_ASKED, {})
-    now = settings.to_dict()
-    if now["memory"] == "auto" and _ASKED not in run:  # one that asked for what `auto` took
+    run, now, processes = read_run(output), settings.to_dict(), _process_count()
+    asked = run.get(_ASKED, {})
+    before = run["settings"] | asked
+    if now["memory"] == "auto":  # it takes what was taken
         before["memory"] = "auto"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    elif asked.get("memory") == "auto":  # what `auto` took is asked for by name
+        before = run["settings"]
     together = before["batch_size"] * before.get("gradient_accumulation_steps", 1)
     together *= run.get(PROCESSES_KEY, 1)
     step = settings.batch_size * settings.gradient_accumulation_steps * processes

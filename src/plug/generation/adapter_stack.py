@@ -201,6 +201,8 @@ class Added:
             self._a = torch.cat(above)  # (rank, in)
             self._b = torch.cat(beside, 1)  # (out, rank)
             stack.table(self._parts, self._rank)
+        else:  # the memory of the last adapter is free
+            self._a = self._b = torch.empty(0)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y`` (rows, …, out), the product with ``x`` (rows, …, in), with all added."""

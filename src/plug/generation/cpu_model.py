@@ -113,6 +113,7 @@ class CpuModel(PlainModel):
         self._own_parts = self._parts_of_layers(model.decoder)
         self._parts: ctypes.Array[LowRank] | None = None
         self._parts_version = 0
+        self._matrices: list[Tensor] = []  # what `_parts` points to
         self._final_norm = self._norm(model.decoder.final_norm)
         self._head_product = self._head(model)
         self._layers_of: WeakKeyDictionary[DecoderCache, ctypes.Array[Layer]] = WeakKeyDictionary()
@@ -155,11 +156,15 @@ class CpuModel(PlainModel):
             assert stack is None, "adapters are stacked beside a model without any"
             self._numbers = torch.zeros(rows, dtype=torch.long)
             return byref(Adapters(self._own_parts, self._numbers.data_ptr(), 1))
-        if stack is None or not stack.is_used:
+        if stack is None:
+            return None
+        if self._parts_version != stack.version:  # the memory of an adapter that is gone is free
+            self._parts, self._matrices = None, []
+            self._parts_version = stack.version
+        if not stack.is_used:
             return None
         count = stack.count
-        if self._parts is None or self._parts_version != stack.version:
-            self._matrices: list[Tensor] = []
+        if self._parts is None:
             self._parts = (LowRank * (len(self._layers) * len(_PRODUCTS) * count))()
             for index in range(len(self._layers)):
                 for product, name in enumerate(_PRODUCTS):
@@ -168,7 +173,6 @@ class CpuModel(PlainModel):
                         if found is not None:
                             place = (index * len(_PRODUCTS) + product) * count + number
                             self._parts[place] = self._low_rank(found, self._matrices)
-            self._parts_version = stack.version
         choice = stack.choice
         numbers = torch.full((rows,), choice) if isinstance(choice, int) else choice.contiguous()
         self._numbers = numbers  # kept while the step runs

@@ -92,9 +92,13 @@ class _Seq2Seq(PlugPreTrainedModel):
     ) -> EncoderDecoderCache | None:
         """The one that is given, under either name; else a new one, if one is wanted.
 
+        peft hands a tuned prefix over as ``past_key_values`` at each step, beside the ``cache`` of
+        `generate`; it counts as long as that one is empty.
         As with BART, one is wanted unless ``use_cache`` or the config says no; but not in training.
         """
-        given = cache if cache is not None else past_key_values
+        given = cache
+        if cache is None or (past_key_values is not None and not cache.get_seq_length()):
+            given = past_key_values
         if given is not None:
             return given
         if use_cache is None:

@@ -77,12 +77,7 @@ class Service:
         elif name in self.models:
             model = self.models[name]
         else:
-            raise ApiError(
-                404,
-                f"没有模型 {name[:100]}。可用的有：{'、'.join(self.models)}。",
-                code="model_not_found",
-                param="model",
-            )
+            raise self._not_found(name)
         if capability not in model.capabilities:
             raise bad_request(
                 f"模型 {model.name} 不能做 {capability}，它能做 {'、'.join(model.capabilities)}。",
@@ -91,6 +86,14 @@ class Service:
             )
         record.model = model.name
         return model
+
+    def _not_found(self, name: str) -> ApiError:
+        return ApiError(
+            404,
+            f"没有模型 {name[:100]}。可用的有：{'、'.join(self.models)}。",
+            code="model_not_found",
+            param="model",
+        )
 
     async def load(self, name: str) -> ServedModel:
         """Load a subdirectory of `models_dir`.
@@ -138,7 +141,9 @@ class Service:
             )
         self._loaded.discard(name)
         model = self.models.pop(name)
-        while any(record.model == name for record in self.jobs.values()):
+        # Another model may have the name by the time that these are done.
+        left = {job for job, record in self.jobs.items() if record.model == name}
+        while left & self.jobs.keys():
             await asyncio.sleep(0.05)
         await asyncio.get_running_loop().run_in_executor(self._threads, model.close)
 
@@ -190,8 +195,10 @@ class Service:
         """Have prompts continued, each with its seed.
 
         Raises:
-            ApiError: there is no room, or the engine refuses.
+            ApiError: there is no room, the engine refuses, or the model was unloaded meanwhile.
         """
+        if self.models.get(model.name) is not model:
+            raise self._not_found(model.name)
         if self._bridge is None:
             self._bridge = Bridge(asyncio.get_running_loop())
         choices = [Choice(index, ids, seed) for index, (ids, seed) in enumerate(prompts)]
