@@ -36,6 +36,16 @@ inline float from_bfloat16(uint16_t bits) {
   return value;
 }
 
+// Into the second cache, before they are read: `bytes` of each of N rows, or at the end of rows of the N behind. Rows of the
+// 27B in 4 bits are 4 KB apart, and the first cache keeps eight lines at such a distance.
+template <int N>
+inline void fetch_ahead(const void* rows, int64_t stride, int64_t at, int64_t bytes) {
+  constexpr int64_t AHEAD = 1024;
+  const uint8_t* from = static_cast<const uint8_t*>(rows) + at + AHEAD + (at + AHEAD < stride ? 0 : (N - 1) * stride);
+  for (int i = 0; i < N; ++i)
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + i * stride + line, 0, 2);
+}
+
 #if defined(PLUG_AVX512) || defined(PLUG_AVX2)
 inline float sum_of_four(__m128 four) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -195,6 +205,7 @@ inline void byte_dots(const int8_t* weights, const int8_t* q, int64_t count, int
   UNROLL for (auto& sum : sums) sum = zero_ints();
   for (int64_t k = 0; k < whole; k += 64) {
     const __m512i inputs = load_bytes(q + k);
+    fetch_ahead<16>(weights, count, k, 64);
     UNROLL for (int i = 0; i < 16; ++i) sums[i] = dot(sums[i], flipped(load_bytes(weights + i * count + k)), inputs);
   }
   if (whole < count) {

@@ -216,16 +216,6 @@ inline void fold(int64_t count, const Add& add) {
     for (int64_t i = 0; i < step && i + step < count; ++i) add(i, i + step);
 }
 
-// Into the second cache, before they are read: `bytes` of each of N rows, or at the end of rows of the N behind. Rows of the
-// 27B in 4 bits are 4 KB apart, and the first cache keeps eight lines at such a distance.
-template <int N>
-inline void fetch_ahead(const void* rows, int64_t stride, int64_t at, int64_t bytes) {
-  constexpr int64_t AHEAD = 1024;
-  const uint8_t* from = static_cast<const uint8_t*>(rows) + at + AHEAD + (at + AHEAD < stride ? 0 : (N - 1) * stride);
-  for (int i = 0; i < N; ++i)
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + i * stride + line, 0, 2);
-}
-
 // 128 inputs of TILE_OUTPUTS weights: each `dot` takes four inputs of 16 outputs.
 struct Tile {
   alignas(64) uint32_t fours[INTEGER_VECTORS][GROUP / 4][LANES];
@@ -338,7 +328,7 @@ inline void one_row_4(const Product& p, const Rows& x, int64_t row, float* y, in
       const int8_t* q = x.q.data() + (row * G + g) * GROUP;
       Ints dots;
       if (outputs == LANES) {
-        if (G > 16) fetch_ahead<LANES>(weight, stride, g * (GROUP / 2), GROUP / 2);  // shorter rows need none
+        fetch_ahead<LANES>(weight, stride, g * (GROUP / 2), GROUP / 2);
         dots = nibble_dots(weight + g * (GROUP / 2), stride, q);
       } else {
         int32_t found[LANES] = {};
