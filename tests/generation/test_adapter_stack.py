@@ -19,6 +19,7 @@ from torch import nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
+from plug.distributed.processes import Processes
 from plug.errors import PlugError, UsageError
 from plug.generation.adapter_stack import AdapterStack
 from plug.generation.async_engine import AsyncEngine
@@ -227,6 +228,9 @@ def test_what_does_not_fit_is_refused(lively_model: Plug, tiny_tokenizer: PlugTo
     assert not stack.adapters
     with pytest.raises(UsageError, match="takes_adapters"):
         Generator(lively_model, tiny_tokenizer).add_adapter(good)
+    two = Processes(rank=0, world_size=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"多个进程.*plug merge"):
+        Generator(processes=two, takes_adapters=True)
 
 
 def test_the_last_adapter_that_goes_leaves_no_memory(

@@ -76,10 +76,11 @@ class Generator:
             time; 0 keeps none. None is 128 MiB on a CPU, else 0.
         stacks_weights: as in `PreparedModel`.
         takes_adapters: `add_adapter` may be called; texts with different adapters share a batch.
+            Not with a share of a model.
 
     Raises:
-        UsageError: no such model or device, an encoder alone, a tokenizer that does not fit, or
-            ``reuse_bytes`` out of range.
+        UsageError: no such model or device, an encoder alone, a tokenizer that does not fit,
+            ``reuse_bytes`` out of range, or ``takes_adapters`` with a share of a model.
         PlugError: as `plug.load`, and in calls where the device has no memory left.
     """
 
@@ -101,6 +102,16 @@ class Generator:
     ) -> None:
         if reuse_bytes is not None:
             check_int("reuse_bytes", reuse_bytes, 0)
+        self.is_sharded = (
+            is_sharded(model)
+            if isinstance(model, Plug)
+            else processes is not None and processes.world_size > 1
+        )
+        if self.is_sharded and takes_adapters:
+            raise UsageError(
+                "模型分在多个进程上时不能带着 takes_adapters。"
+                "请先合并适配器（plug merge --model … --adapter … --to 新目录），再用新目录。"
+            )
         if isinstance(model, Plug):
             if adapter is not None:
                 raise UsageError(
@@ -135,7 +146,6 @@ class Generator:
                 takes_adapters=takes_adapters,
                 stacks_weights=stacks_weights,
             )
-        self.is_sharded = is_sharded(model)
         self._calls = 0  # running now; counted for sharded models alone
         self._idle: deque[ModelRunner] = deque(maxlen=1)  # of the last call, for the next
         ours = (tokenizer.cls_token_id, tokenizer.sep_token_id)
