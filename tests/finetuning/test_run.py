@@ -328,6 +328,23 @@ def test_two_processes_take_the_step_of_one(
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_texts_that_are_not_read_to_their_end_are_counted(
+    task: str, settings: Make, write_lines: Callable[..., Path]
+) -> None:
+    """Sources of 13 to 16 tokens with [CLS] and [SEP], of which 16 are read."""
+    names = {"classification": ("text", "label"), "generation": ("src_txt", "tgt_txt")}[task]
+    texts = ["山" * length for length in (13, 14, 15, 16)]
+    rows = [dict(zip(names, (text, "花庙"[i % 2]), strict=True)) for i, text in enumerate(texts)]
+    run = settings(task, write_lines("long.jsonl", rows), source_length=16)
+
+    told = finetune(run, device="cpu").facts["train_notes"]
+
+    assert "source_length=16" in told
+    assert "2 处（如" in told
+    assert "第 3 行" in told
+
+
 def test_transformers_loads_the_result(settings: Make, data: Callable[..., Path]) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
