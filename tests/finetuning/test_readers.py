@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from plug.errors import PlugError, UsageError
-from plug.finetuning.readers import GenerationExample, LabellingExample
+from plug.finetuning.readers import GenerationExample, LabellingExample, read_labelling
 from plug.finetuning.rows import read_rows
 from plug.finetuning.tasks import TASKS, find_task, read_examples
 from plug.textfiles import Notes
@@ -281,11 +282,36 @@ def test_blank_tokens_and_marks_of_column_files(tmp_path: Path) -> None:
         {"tokens": ["一", None], "tags": ["O", "O"]},
         {"tokens": ["一", "二", "三"], "tags": ["O", "O"]},
         {"tokens": 5, "tags": ["O"]},
+        {"tokens": "['一' '二']", "tags": "['O' 'O']"},  # an array of numpy
+        {"tokens": "['一', '二']", "tags": "[0, 1]"},
+        {"tokens": "['一', '二']", "tags": "[0 1]"},
+        {"tokens": "[]", "tags": "[]"},
+        {"tokens": "一,二", "tags": "B-A,I-A"},
     ],
 )
 def test_what_are_no_tokens_and_tags(row: dict[str, Any], write_lines: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="第 1 行"):
         read("labelling", write_lines("a.jsonl", [row]))
+
+
+@pytest.mark.parametrize("write", [str, json.dumps])
+def test_lists_that_a_table_holds_as_text(write: Callable[[Any], str], tmp_path: Path) -> None:
+    rows = [(["'", '"', "\\", ","], ["O", "B-人", "I-人", "O"]), (["北", " "], ["B-地", "O"])]
+    path = tmp_path / "a.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("tokens", "tags"), *((write(a), write(b)) for a, b in rows)])
+    notes = Notes()
+
+    found = list(read_labelling(path, notes))
+
+    assert [([*each.tokens], [*(each.tags or ())]) for each in found] == rows
+    assert "读作列表：4 处" in notes.lines()[0]
+
+
+def test_tokens_between_blanks_may_be_brackets(write_lines: Callable[..., Path]) -> None:
+    rows = [{"tokens": "[ 注 ]", "tags": "O O O"}, {"tokens": "[1] 见 [2]", "tags": "O O O"}]
+    found = read("labelling", write_lines("a.jsonl", rows))
+    assert [each.tokens for each in found] == [("[", "注", "]"), ("[1]", "见", "[2]")]
 
 
 @pytest.mark.parametrize("form", ["dataset", "parquet"])

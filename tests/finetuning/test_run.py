@@ -273,6 +273,33 @@ def test_r_drop_fgm_and_scratch_run_and_change_the_outcome(
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
 
 
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("classification", {}),
+        ("classification", {"r_drop": 1.0}),
+        ("labelling", {"label_smoothing": 0.1}),
+        ("reading", {}),
+        ("generation", {}),
+    ],
+)
+def test_an_example_counts_alike_in_a_batch_that_is_not_full(
+    task: str, changes: dict[str, float], settings: Make, data: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Twenty examples: steps of 12 and 8 at once, or of batches of 6 and 6, then 6 and 2."""
+    norms = []
+    for size, count in ((12, 1), (6, 2)):
+        run = settings(
+            task, data(task), batch_size=size, gradient_accumulation_steps=count, **changes,
+            output=str(tmp_path / str(size)),
+        )  # fmt: skip
+        finetune(run, device="cpu")
+        lines = map(json.loads, Path(run.output, "log.jsonl").read_text().splitlines())
+        norms.append([(line["loss"], line["grad_norm"]) for line in lines if "loss" in line])
+    assert len(norms[0]) == 2
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.2}], ids=["plain", "smoothed"])
 def test_two_processes_take_the_step_of_one(
@@ -299,6 +326,23 @@ def test_two_processes_take_the_step_of_one(
     )
     assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_texts_that_are_not_read_to_their_end_are_counted(
+    task: str, settings: Make, write_lines: Callable[..., Path]
+) -> None:
+    """Sources of 13 to 16 tokens with [CLS] and [SEP], of which 16 are read."""
+    names = {"classification": ("text", "label"), "generation": ("src_txt", "tgt_txt")}[task]
+    texts = ["山" * length for length in (13, 14, 15, 16)]
+    rows = [dict(zip(names, (text, "花庙"[i % 2]), strict=True)) for i, text in enumerate(texts)]
+    run = settings(task, write_lines("long.jsonl", rows), source_length=16)
+
+    told = finetune(run, device="cpu").facts["train_notes"]
+
+    assert "source_length=16" in told
+    assert "2 处（如" in told
+    assert "第 3 行" in told
 
 
 def test_transformers_loads_the_result(settings: Make, data: Callable[..., Path]) -> None:

@@ -27,6 +27,7 @@ from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.trainer import (
     ChildTuning,
     FinetuneTrainer,
+    filled_up,
     learning_rate_scales,
     moved_uphill,
     symmetric_divergence,
@@ -54,7 +55,7 @@ def test_rates_fall_layer_by_layer_from_the_top(config: PlugConfig) -> None:
 def test_the_divergence_is_that_of_the_definition() -> None:
     first, second = torch.randn(2, 4, 3, dtype=torch.float64).float()
     p, q = first.softmax(-1), second.softmax(-1)
-    expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
+    expected = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).sum() / 2
     torch.testing.assert_close(symmetric_divergence(first, second), expected)
     assert symmetric_divergence(first, first) == 0
 
@@ -101,6 +102,14 @@ def test_the_loss_of_r_drop_is_that_of_two_passes(
     torch.testing.assert_close(plain, cross_entropy(logits, batch["labels"]))
     torch.testing.assert_close(smoothed, expected)
     torch.testing.assert_close(twice, 2 * plain)
+
+
+def test_what_fills_up_the_last_batches_is_read_and_not_learnt() -> None:
+    tokens = [{"input_ids": [1] * length, "labels": [2] * length} for length in (5, 3, 4)]
+    reading = [{"input_ids": [1, 2], "token_type_ids": [0, 1], "start_positions": 1}]
+    assert filled_up(tokens, 4) == [*tokens, {"input_ids": [1] * 3, "labels": [IGNORE_INDEX] * 3}]
+    assert filled_up(tokens, 3) == tokens
+    assert filled_up(reading, 2)[1] == {**reading[0], "start_positions": IGNORE_INDEX}
 
 
 def test_child_tuning_keeps_a_share_and_the_mean() -> None:

@@ -39,6 +39,7 @@ class Classification(Kind[ClassificationExample, LabelPrediction]):
     """Reads the encoder's first position; pairs stand as [CLS] a [SEP] b [SEP]."""
 
     model_class = "PlugForSequenceClassification"
+    reads_all = False
 
     @classmethod
     def labels_of(cls, examples: Sequence[ClassificationExample], source: str) -> list[str]:

@@ -33,6 +33,7 @@ class Generation(Kind[GenerationExample, TokenIds]):
     """
 
     model_class = "PlugForConditionalGeneration"
+    reads_all = False
 
     def check(self, examples: Sequence[GenerationExample], *, training: bool) -> None:
         """A target longer than the limit cannot be learnt; it can be scored."""

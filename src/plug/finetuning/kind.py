@@ -44,6 +44,7 @@ class Kind(ABC, Generic[ExampleT, PredictionT]):
 
     model_class: ClassVar[str]
     by_character: ClassVar[bool] = False  # whether texts are cut into characters, not pieces
+    reads_all: ClassVar[bool] = True  # in windows; else what is over ``source_length`` is cut off
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 Weights in floats take the adapter in float32 and are rounded once. Into 8 or 4 bits a weight is
 dequantised if need be, takes the adapter, and is quantised again: outputs change, by how much is
-measured.
+measured. Where it was in as many bits before, it is rounded at random (`Scheme.requantize`).
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class _Merging:
             {name: shape for name, shape in weight_shapes(kept).items() if name not in added.head},
         )
         self._layers = set(quantized_names(plain))
+        self._generator = torch.Generator().manual_seed(0)  # a merge gives the same every time
         self.specs: dict[str, TensorSpec] = {}
         for name, shape in self._shapes.items():
             layer, _, part = name.rpartition(".")
@@ -187,30 +188,33 @@ class _Merging:
             elif layer not in self._layers or part != "weight":
                 yield from map_tensors({name: self._places[name]})
             else:
-                weight = self._weight(layer)
-                if self._scheme is None:
-                    yield name, weight
-                else:
-                    for own, tensor in self._scheme.quantize(weight).items():
-                        yield f"{layer}.{own}", tensor
+                for own, tensor in self._layer(layer).items():
+                    yield f"{layer}.{own}", tensor
 
-    def _weight(self, layer: str) -> Tensor:
-        """A layer's weight with the adapter in it; rounded if floats are written."""
-        if self._old_scheme is None:
-            name = f"{layer}.weight"
-            weight = dict(map_tensors({name: self._places[name]}))[name]
-        else:
-            out, inputs = self._shapes[f"{layer}.weight"]
-            places = {
-                f"{layer}.{own}": self._places[f"{layer}.{own}"]
-                for own in self._old_scheme.tensors(out, inputs)
-            }
-            parts = {name.removeprefix(f"{layer}."): tensor for name, tensor in map_tensors(places)}
+    def _layer(self, layer: str) -> dict[str, Tensor]:
+        """A layer's weight with the adapter in it, rounded to what is written."""
+        old = {} if self._old_scheme is None else self._old_scheme.tensors(*self._shape(layer))
+        places = {f"{layer}.{own}": self._places[f"{layer}.{own}"] for own in old or ("weight",)}
+        parts = {name.removeprefix(f"{layer}."): tensor for name, tensor in map_tensors(places)}
+        low_rank = self._added.layers.get(layer)
+        if low_rank is None and self._scheme == self._old_scheme:
+            return parts
+        weight = parts["weight"]
+        if self._old_scheme is not None:
             weight = self._old_scheme.dequantize(parts, torch.float32)
         if self._scheme is not None:
             weight = weight.float()
-        low_rank = self._added.layers.get(layer)
-        return weight if low_rank is None else low_rank.merged(weight)
+        if low_rank is not None:
+            weight = low_rank.merged(weight)
+        if self._scheme is None:
+            return {"weight": weight}
+        if self._scheme == self._old_scheme:
+            return self._scheme.requantize(weight, parts, self._generator)
+        return self._scheme.quantize(weight)
+
+    def _shape(self, layer: str) -> tuple[int, int]:
+        out, inputs = self._shapes[f"{layer}.weight"]
+        return out, inputs
 
 
 def _model(config: PlugConfig, added: Adapter) -> nn.Module:

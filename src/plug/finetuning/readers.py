@@ -10,6 +10,9 @@ file is refused with the place. Nothing is left out or guessed in silence.
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -320,13 +323,14 @@ def _token_and_tag(line: str, place: str) -> tuple[str, str]:
 def read_labelling(path: Path, notes: Notes | None = None) -> Iterator[LabellingExample]:
     """The user's own: rows with `tokens` and `tags` (or `ner_tags`, as `datasets` calls them).
 
-    Both are lists, or texts with blanks between.
+    Both are lists, texts with blanks between, or lists as pandas writes them to a table.
     """
+    notes = notes or Notes()
     for place, row in read_rows(path, notes):
         if "tokens" not in row:
             raise UsageError(f"{place}没有“tokens”这一列，有的是 {shown(sorted(row))}。")
-        tokens = _list_of_text(row["tokens"], "tokens", place)
-        tags = _list_of_text(row.get("tags", row.get("ner_tags")) or [], "tags", place)
+        tokens = _list_of_text(row["tokens"], "tokens", place, notes)
+        tags = _list_of_text(row.get("tags", row.get("ner_tags")) or [], "tags", place, notes)
         if tags and len(tags) != len(tokens):
             raise UsageError(f"{place}有 {len(tokens)} 个 tokens，却有 {len(tags)} 个 tags。")
         if not tokens or not all(tokens):
@@ -334,9 +338,19 @@ def read_labelling(path: Path, notes: Notes | None = None) -> Iterator[Labelling
         yield LabellingExample(tokens=tokens, tags=tags or None, place=place)
 
 
-def _list_of_text(value: object, column: str, place: str) -> tuple[str, ...]:
+def _list_of_text(value: object, column: str, place: str, notes: Notes) -> tuple[str, ...]:
     if isinstance(value, str):
-        value = value.split()
+        written = trim(value)
+        if _LOOKS_LIKE_LIST[column].fullmatch(written):
+            value = _written_list(written, column, place)
+            notes.add("写成文字的列表（如 ['北', '京']）读作列表", place)
+        elif column == "tags" and (marks := [mark for mark in ",，;；" if mark in written]):
+            raise UsageError(
+                f"{place}的“tags”是 {shown(written)}，用了 {marks[0]!r}。"
+                "写成文字时，tokens 和 tags 的各项之间都要用空格。"
+            )
+        else:
+            value = written.split()
     if not isinstance(value, list):
         raise UsageError(f"{place}的“{column}”应是列表，却是 {shown(value)}。")
     if column == "tags":
@@ -353,6 +367,36 @@ def _list_of_text(value: object, column: str, place: str) -> tuple[str, ...]:
         if not is_text(each):
             raise UsageError(f"{place}的“{column}”里有一项不是文字：{shown(each)}。")
     return tuple(each.strip() for each in value) if column == "tags" else tuple(value)
+
+
+_LOOKS_LIKE_LIST = {  # a token may be "[1]", but no tag is
+    "tokens": re.compile(r"\[\s*\]|\[['\"].*['\"]\]", re.DOTALL),
+    "tags": re.compile(r"\[\s*\]|\[['\"\d\[].*\]", re.DOTALL),
+}
+_QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_LIST_OF_QUOTED = re.compile(rf"\[(?:{_QUOTED}(?:\s*,\s*{_QUOTED})*)?\s*\]", re.DOTALL)
+
+
+def _written_list(text: str, column: str, place: str) -> list[str | int]:
+    """The items of a list that is written as text: as JSON, or as Python shows lists.
+
+    Raises:
+        UsageError: it is neither, such as an array of numpy, which has no commas.
+    """
+    try:
+        if isinstance(value := json.loads(text), list):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    try:
+        if _LIST_OF_QUOTED.fullmatch(text):
+            return [ast.literal_eval(each) for each in re.findall(_QUOTED, text, re.DOTALL)]
+    except (ValueError, SyntaxError):
+        pass
+    raise UsageError(
+        f"{place}的“{column}”像是写成文字的列表，却读不懂：{shown(text)}。"
+        "请写成 JSON 的列表，或在各项之间用空格。"
+    )
 
 
 def read_squad(path: Path, notes: Notes | None = None) -> Iterator[QuestionExample]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ from plug.files import (
 from plug.finetuning.adapted_layers import adapt_layers
 from plug.finetuning.checkpoints import Checkpoints, check_checkpoint, last_checkpoint
 from plug.finetuning.fused_backward import check_optimizer
-from plug.finetuning.kind import Collator, find_kind
+from plug.finetuning.kind import Collator, Kind, find_kind
 from plug.finetuning.lora import adapt, check_base, multiplies_in_fp8, save_adapter
 from plug.finetuning.memory import Case, decide
 from plug.finetuning.predict import read_run, write_predictions
@@ -201,6 +202,7 @@ def _run(
             f"微调只用第一个 GPU。要用 {device}，请设 CUDA_VISIBLE_DEVICES={chosen.index}。"
         )
     features = kind.features(examples)
+    _note_cut(kind, examples, features, notes)
     case = _case(config, directory, task, features, chosen)
     layout = find_layout(settings, case, chosen)
     is_sharded = layout.is_sharded
@@ -464,6 +466,24 @@ def _note_traditional(examples: Sequence[Example], tokenizer: PlugTokenizer, not
         if is_cut_into_bytes(text_of(example), tokenizer):
             notes.add(
                 "多是繁体，而模型的词表里没有这些字，会学得差。请先转成简体（opencc -c t2s）",
+                example.place,
+            )
+    notes.log()
+
+
+def _note_cut(
+    kind: Kind[Any, Any], examples: Sequence[Example], features: Sequence[Any], notes: Notes
+) -> None:
+    """Count the examples of which the model does not read the end, and warn of them."""
+    if kind.reads_all:
+        return
+    most, longer = kind.source_length, copy(kind)
+    longer.source_length = most + 1
+    full = [e for e, f in zip(examples, features, strict=True) if len(f["input_ids"]) == most]
+    for example, feature in zip(full, longer.features(full), strict=True):
+        if len(feature["input_ids"]) > most:
+            notes.add(
+                f"比 source_length={most} 个词元长，只读开头（--source-length 可以加大）",
                 example.place,
             )
     notes.log()

@@ -23,11 +23,13 @@ from plug.distributed.norms import clip_shards, norm_of
 from plug.errors import PlugError
 from plug.finetuning import sharded_state
 from plug.finetuning.fused_backward import FusedAdafactor, FusedAdamW8bit
+from plug.finetuning.kind import Features
 from plug.finetuning.settings import FinetuneSettings
 from plug.finetuning.sharding import without_wrapper
 from plug.hf.base import cross_entropy
 from plug.model.heads import IGNORE_INDEX
 
+_INPUTS = ("input_ids", "token_type_ids")  # of `Features`; the others are labels
 _FUSED = {"adafactor": FusedAdafactor, "adamw8bit_fused": FusedAdamW8bit}
 
 
@@ -52,7 +54,12 @@ class FinetuneTrainer(Trainer):
     ) -> None:
         self.write_beside = write_beside
         self.is_sharded = is_fully_sharded(options["model"])
+        if features := options.get("train_dataset"):
+            args = options["args"]
+            options["train_dataset"] = filled_up(features, args.train_batch_size * args.world_size)
+        self.example_count = len(features or ())
         super().__init__(**options)
+        self.model_accepts_loss_kwargs = True  # every loss is a mean over the step, not a batch
         self.score = score
         self.settings = settings
         self.is_fused = settings.is_fused  # steps are taken in the backward pass
@@ -69,9 +76,11 @@ class FinetuneTrainer(Trainer):
 
     def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Sampler[int]:
         """Texts of like length together; the order is the same for any number of processes."""
-        args = self.args
+        args, dataset = self.args, self.train_dataset
+        assert isinstance(dataset, list)
         together = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedSampler(together, dataset=self.train_dataset, generator=self.order)
+        lengths = [len(each["input_ids"]) for each in dataset[: self.example_count]]
+        return _FilledUp(len(dataset), together, lengths=lengths, generator=self.order)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As `Trainer`'s; on a CPU, and of shards there, torch's own norm would be too small."""
@@ -200,6 +209,15 @@ class FinetuneTrainer(Trainer):
                 super().training_step(model, inputs, *args)
         return loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As `Trainer`'s: the batches of a step, and how many labels, or answers, it has."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if items is None and batches:  # it counts `labels` alone
+            device = self.args.device
+            counts = [_answers(batch).ne(IGNORE_INDEX).sum().to(device) for batch in batches]
+            items = self.accelerator.gather(torch.stack(counts).sum()).sum()
+        return batches, items
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -207,28 +225,73 @@ class FinetuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; smoothed, or of two passes and their divergence, as the settings say.
+        """The mean over the step's labels, or answers, in all of its batches and processes.
+
+        It is smoothed, or of two passes and their divergence, as the settings say.
 
         Source: R-Drop is Liang et al. 2021, arXiv:2106.14448, equation 4: both passes' negative
         log-likelihoods, plus alpha times the mean of the two divergences. Smoothing is Szegedy et
         al. 2016, arXiv:1512.00567, section 7.
         """
         smoothing, r_drop = self.settings.label_smoothing, self.settings.r_drop
-        if not (smoothing or r_drop):
+        answers = _answers(inputs)
+        if answers.dim() > 1 and not (smoothing or r_drop):  # labels of tokens
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # The items are those of all processes, whose gradients are then averaged. Classification is
-        # not told of them; there each process has as many.
+        # The items are those of all processes, whose gradients are then averaged.
         processes, items = self.accelerator.num_processes, num_items_in_batch
+        counted = answers.ne(IGNORE_INDEX)
         if items is None:
-            items = inputs["labels"].ne(IGNORE_INDEX).sum() * processes
+            items = counted.sum() * processes
         if r_drop:
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
         outputs = model(**inputs)
-        # With R-Drop each item stands twice: the sum is both passes' negative log-likelihoods.
-        loss = cross_entropy(outputs.logits, inputs["labels"], items, smoothing) * processes
+        if "labels" in inputs:
+            # With R-Drop each item stands twice: the sum is both passes' negative log-likelihoods.
+            loss = cross_entropy(outputs.logits, inputs["labels"], 1, smoothing)
+        else:
+            loss = outputs.loss * counted.sum()
         if r_drop:
-            loss = loss + r_drop * symmetric_divergence(*outputs.logits.chunk(2))
+            first, second = outputs.logits.chunk(2)
+            loss = loss + r_drop * symmetric_divergence(first[counted], second[counted])
+        loss = loss / items * processes
         return (loss, outputs) if return_outputs else loss
+
+
+class _FilledUp(LengthGroupedSampler):
+    """The examples in the order of `LengthGroupedSampler`, then those of `filled_up`."""
+
+    def __init__(self, total: int, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.total = total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from super().__iter__()
+        yield from range(len(self.lengths), self.total)
+
+
+def filled_up(features: list[Features], multiple: int) -> list[Features]:
+    """The features, and as many without labels as make their number a multiple of ``multiple``.
+
+    So each process gets as many batches as the others. Accelerate would repeat examples, which
+    would count twice.
+    """
+    shortest = min(features, key=lambda each: len(each["input_ids"]))
+    empty = {
+        name: value if name in _INPUTS else _ignored(value) for name, value in shortest.items()
+    }
+    return [*features, *[empty] * (-len(features) % multiple)]
+
+
+def _ignored(labels: Any) -> Any:
+    return [IGNORE_INDEX] * len(labels) if isinstance(labels, list) else IGNORE_INDEX
+
+
+def _answers(inputs: dict[str, Any]) -> Tensor:
+    """Labels of a batch, (batch,) or of tokens; of reading, where the answers begin."""
+    return inputs["labels" if "labels" in inputs else "start_positions"]
 
 
 @contextmanager
@@ -248,9 +311,14 @@ def moved_uphill(weight: nn.Parameter, length: float) -> Iterator[None]:
 
 
 def symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Mean of both Kullback-Leibler divergences between logits (batch, labels), in nats."""
+    """Sum over rows of the mean of both Kullback-Leibler divergences between logits, in nats.
+
+    Args:
+        first: (rows, labels).
+        second: as many.
+    """
     p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
-    both = [F.kl_div(a, b, log_target=True, reduction="batchmean") for a, b in ((p, q), (q, p))]
+    both = [F.kl_div(a, b, log_target=True, reduction="sum") for a, b in ((p, q), (q, p))]
     return torch.stack(both).mean()
 
 

@@ -11,6 +11,7 @@ of each. A change needs a new `VERSION`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,69 @@ class Scheme:
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """`tensors` of a weight (out, in) of any float dtype; works on some rows at a time."""
-        rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
+        return self._in_parts(weight, lambda rows: self._quantize_rows(weight[rows].float()))
+
+    def _in_parts(
+        self, weight: Tensor, quantize: Callable[[slice], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`tensors` of a weight, of whose rows ``quantize`` gives some."""
+        count = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
         # Not parts to be joined at the end: what was used between those would stay taken.
         found = {
             name: torch.empty(shape, dtype=dtype, device=weight.device)
             for name, (dtype, shape) in self.tensors(*weight.shape).items()
         }
-        for begin in range(0, len(weight), rows):
-            for name, part in self._quantize_rows(weight[begin : begin + rows].float()).items():
-                found[name][begin : begin + rows] = part
+        for begin in range(0, len(weight), count):
+            rows = slice(begin, begin + count)
+            for name, part in quantize(rows).items():
+                found[name][rows] = part
         return found
+
+    def requantize(
+        self, weight: Tensor, before: dict[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`tensors` of a weight that has moved a little from what ``before`` stands for.
+
+        Rounded to the nearest, weights that move by less than half a step would go back to where
+        they were, and what moved them would be lost. Here scales stay, and a weight between two
+        levels becomes one of them at random, the closer one more often, so that sums over many
+        weights are right. Groups whose range is another one now are quantised anew.
+
+        Args:
+            weight: (out, in), on the CPU.
+            before: `tensors` of the weight that it was.
+            generator: of the random numbers.
+        """
+        return self._in_parts(
+            weight,
+            lambda rows: self._requantize_rows(
+                weight[rows].float(),
+                {name: tensor[rows] for name, tensor in before.items()},
+                generator,
+            ),
+        )
+
+    def _requantize_rows(
+        self, weight: Tensor, before: dict[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        anew = self._quantize_rows(weight)
+        groups = weight.unflatten(1, (-1, self.group_size or weight.shape[1]))
+        scale = before["scale"].float().view(*groups.shape[:2], 1)
+        place = groups / scale.where(scale > 0, 1)
+        least, most = -127, 127
+        if self.group_size is not None:
+            place = (groups - before["center"].float()[..., None]) / scale.where(scale > 0, 1) + 8
+            least, most = 0, 15
+        stays = (place.amin(2) >= least - 0.5) & (place.amax(2) <= most + 0.5)
+        stays &= anew["scale"].float().view_as(stays) > scale[..., 0] / 2  # else steps are coarse
+        drawn = torch.rand(place.shape, generator=generator).add_(place).floor_()
+        drawn.clamp_(least, most)
+        if self.group_size is None:
+            weights = torch.where(stays, drawn.flatten(1).to(torch.int8), anew["weight"])
+            return {"weight": weights, "scale": before["scale"].where(stays[:, 0], anew["scale"])}
+        codes = drawn.where(stays[..., None], unpack_nibbles(anew["weight"]).view_as(drawn).float())
+        kept = {name: before[name].where(stays, anew[name]) for name in ("scale", "center")}
+        return {"weight": pack_nibbles(codes.flatten(1).to(torch.uint8)), **kept}
 
     def _quantize_rows(self, weight: Tensor) -> dict[str, Tensor]:
         if self.group_size is None:
