@@ -65,6 +65,15 @@ WRITING = [
     card(IN_TURN, "decode_27b.json results int4"),
     card("decode_27b.json peer", "decode_27b.json peer"),
 ]
+CARDS = [
+    [
+        f"{rounded(run['peak_gb'], 1)} GB",
+        *(rounded(run[f"batch{batch}_tokens_per_s"]) for batch in (1, 32, 128)),
+    ]
+    for kind in ("bf16", "8bit")
+    for count in (1, 2)
+    for run in [measured(f"eight_cards.json cards {count} write results {kind}")]
+]
 FINE_TUNING = [
     tuned("results full"),
     tuned("results lora"),
@@ -90,8 +99,8 @@ def tables(page: str) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
 def test_figures_of_the_readme_are_the_measured_ones(page: str) -> None:
-    writing, fine_tuning = tables(page)
-    for rows, expected in ((writing, WRITING), (fine_tuning, FINE_TUNING)):
+    writing, cards, fine_tuning = tables(page)
+    for rows, expected in ((writing, WRITING), (cards, CARDS), (fine_tuning, FINE_TUNING)):
         assert len(rows) == len(expected)
         assert [row[-len(cells) :] for row, cells in zip(rows, expected, strict=True)] == expected
 
