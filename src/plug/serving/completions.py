@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from starlette.responses import JSONResponse
 
 import plug
+from plug.generation.detokenizer import text_stream
 from plug.serving.errors import bad_request
 from plug.serving.guard import ClientGone, record_of
 from plug.serving.jobs import Choice, End, Job, Piece
@@ -238,6 +239,7 @@ class Logprobs:
         self._reply = reply
         self._prompt = choice.prompt if reply.echo else ()
         self._offset = 0
+        self._stream = text_stream(reply.model.tokenizer)  # without what stop strings hold back
 
     def of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """What stands at `logprobs` for these pieces; the echoed prompt comes first."""
@@ -267,13 +269,16 @@ class Logprobs:
         logprobs: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        for token_id in self._prompt:
-            tokens.append(model.token_text(token_id))
-            logprobs.append(None)
-            top.append(None)
-            offsets.append(self._offset)
-            self._offset += len(tokens[-1])
-        self._prompt = ()
+        if self._prompt:
+            echoed = model.tokenizer.decoder_stream()
+            for token_id in self._prompt:
+                tokens.append(model.token_text(token_id))
+                logprobs.append(None)
+                top.append(None)
+                offsets.append(self._offset)
+                self._offset += len(echoed.push(token_id))
+            self._offset = len(model.decode(self._prompt))
+            self._prompt = ()
         for piece in pieces:
             for token_id, logprob, alternatives in zip(
                 piece.token_ids, piece.logprobs, piece.alternatives, strict=True
@@ -282,7 +287,7 @@ class Logprobs:
                 logprobs.append(logprob)
                 top.append({model.token_text(each.token_id): each.logprob for each in alternatives})
                 offsets.append(self._offset)
-            self._offset += len(piece.text)
+                self._offset += len(self._stream.push(token_id))
         return {
             "tokens": tokens,
             "token_logprobs": logprobs,
