@@ -141,6 +141,36 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_damaged_model_is_refused_in_its_own_name(
+    base: Path, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rounded to integers, NaN would become numbers; floats in their place would count as such."""
+    adapter = train("generation", base, epochs=1.0)
+    layer = "encoder.layers.0.feed_forward.fc1"
+    for bits in (None, 8, 4):
+        damaged = tmp_path / f"damaged-{bits}"
+        save(load(base), damaged, tokenizer=PlugTokenizer.load(base))
+        if bits is not None:
+            damaged = tmp_path / f"integers-{bits}"
+            quantize_directory(base, damaged, bits=bits)
+        weights = damaged / "model.safetensors"
+        tensors = load_file(weights)
+        part = f"{layer}.weight" if bits is None else f"{layer}.scale"
+        cases = {
+            f"{damaged.name} 里有 NaN 或无穷大：{part}": {part: tensors[part] * torch.nan},
+            f"{layer}.weight 是 torch": {
+                f"{layer}.weight": tensors[f"{layer}.weight"].to(
+                    torch.int8 if bits is None else torch.float32
+                )
+            },
+        }
+        for complaint, changes in cases.items():
+            save_file(tensors | changes, weights)
+            for wanted in (8, 4, None):
+                with pytest.raises(PlugError, match=complaint):
+                    merge_directory(damaged, adapter, tmp_path / "merged", bits=wanted)
+
+
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_labels_that_do_not_fit_the_head_are_refused(
     task: str, base: Path, train: Callable[..., Path], tmp_path: Path

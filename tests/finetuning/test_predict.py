@@ -67,7 +67,11 @@ def test_a_damaged_run_file_is_refused(change: dict[str, Any], complaint: str, t
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("source_length", 10**6, "source_length=1000000 应在 16 到 96 之间"),
+        (
+            "source_length",
+            10**6,
+            r"json 与模型 .* 不符：source_length=1000000 应在 16 到 96 之间",
+        ),
         ("source_length", 0, "source_length=0 不是训练时的值"),
         ("source_length", 1.5, "source_length=1.5 应是整数"),
         ("num_beams", 2**70, "num_beams=.* 应在 1 到 64 之间"),
@@ -94,6 +98,11 @@ def test_a_run_from_before_there_was_an_option_is_read(tuned: Path) -> None:
     (tuned / RUN_FILE).write_text(json.dumps(run))
     with pytest.raises(PlugError, match="cards"):
         read_run(tuned)
+
+
+def test_texts_in_place_of_examples_are_refused(tuned: Path) -> None:
+    with pytest.raises(UsageError, match="predict_text"):
+        Predictor(tuned)(["今天天气很好"])
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

@@ -211,6 +211,13 @@ def test_what_is_no_adapter_of_ours_is_refused(base: Path, make: Any, tmp_path: 
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
     with pytest.raises(PlugError, match="两个矩阵不全"):
         load(base, adapter=directory)
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, weights)
+    with pytest.raises(PlugError, match=r"lora_.* 是整数"):
+        load(base, adapter=directory)
+    for nothing in ({}, {"base_model.model.classifier.weight": torch.zeros(2, 128)}):
+        save_file(nothing, weights)
+        with pytest.raises(PlugError, match="没有适配器的矩阵"):
+            load(base, adapter=directory)
     save_file(tensors | {"base_model.model.classifier.weight": torch.zeros(2, 128)}, weights)
     with pytest.raises(UsageError, match="plug predict --adapter"):
         load(base, adapter=directory)

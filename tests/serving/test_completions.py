@@ -7,6 +7,12 @@ from typing import Any
 import openai
 import pytest
 
+from plug.serving.completions import Logprobs, Reply
+from plug.serving.jobs import Choice, Piece
+from plug.serving.models import ServedModel
+from plug.serving.record import Record
+from plug.tokenization import PlugTokenizer
+
 
 @pytest.fixture
 def api(client: Any) -> Iterator[openai.OpenAI]:
@@ -118,6 +124,26 @@ def test_echo_puts_the_prompt_before_the_text(client: Any) -> None:
 
     assert answer["choices"][0]["text"] == "看花今天"
     assert first["choices"][0]["text"] == "看花"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_text_offsets_are_places_in_the_text(
+    is_streamed: bool, tiny_tokenizer: PlugTokenizer
+) -> None:
+    """Of characters of several bytes, and of tokens that a stop string holds back, too."""
+    model = ServedModel("m", tiny_tokenizer, max_source_tokens=96, token_count=320)
+    reply = Reply(model, Record("r"), is_chat=False, logprobs=0, echo=True)
+    prompt, ids = tiny_tokenizer.encode("😀看花"), tiny_tokenizer.encode("很好，龘我")
+    shown = ["很", "", "", "", "", "好，龘", "我"]  # with the stop string "好，龘龘"
+    pieces = [
+        Piece(*each, [0.0], [[]]) for each in zip(shown, [[each] for each in ids], strict=True)
+    ]
+
+    logprobs = Logprobs(reply, Choice(0, prompt, seed=1))
+    groups = [[each] for each in pieces] if is_streamed else [pieces]
+    parts = [logprobs.of(group)["text_offset"] for group in groups]
+
+    assert [each for part in parts for each in part] == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 7]
 
 
 def test_timings_where_they_are_asked_for(client: Any) -> None:

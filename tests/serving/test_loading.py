@@ -95,7 +95,15 @@ def test_a_text_is_that_of_generate(real: Any, base: Path) -> None:
     for choice, result in zip(answer["choices"], expected, strict=True):
         found = choice["logprobs"]
         assert found["token_logprobs"] == pytest.approx([x.logprob for x in result.logprobs])
-        assert [len(each) for each in found["top_logprobs"]] == [2] * len(result.token_ids)
+        for token, logprob, top, each in zip(
+            found["tokens"],
+            found["token_logprobs"],
+            found["top_logprobs"],
+            result.logprobs,
+            strict=True,
+        ):
+            assert top[token] == logprob
+            assert len(top) == 2 + (logprob < min(likely for _, likely in each.top))
 
 
 def test_a_stream_joins_to_the_whole_text(real: Any, base: Path) -> None:
@@ -212,6 +220,9 @@ def test_a_field_that_the_model_refuses_is_named(real: Any) -> None:
     assert real.post("/v1/completions", body)[1]["error"]["param"] == "logit_bias"
 
 
+USER = {"role": "user", "content": "花"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
@@ -227,6 +238,10 @@ def test_a_field_that_the_model_refuses_is_named(real: Any) -> None:
         ("/v1/answer", {"question": " ", "context": "花"}, 400),
         ("/v1/completions", {"prompt": "😀"}, 400),
         ("/v1/completions", {"prompt": "花", "num_beams": 2, "stop": "x"}, 400),
+        ("/v1/completions", {"prompt": "花", "num_beams": 2, "n": 2}, 400),
+        ("/v1/completions", {"prompt": "花", "num_beams": 2, "best_of": 2}, 400),
+        ("/v1/chat/completions", {"messages": [USER], "num_beams": 2, "n": 2}, 400),
+        ("/v1/chat/completions", {"messages": [USER | {"content": " "}]}, 400),
         ("/v1/completions", {"prompt": "花", "logit_bias": {"9999": 1}}, 400),
         ("/v1/models/load", {"name": "labelling"}, 403),
         ("/v1/models/unload", {"name": "base"}, 404),
@@ -236,7 +251,10 @@ def test_what_a_model_cannot_do(real: Any, path: str, body: dict[str, Any], stat
     found, answer, _ = real.post(path, body)
 
     assert found == status
-    assert answer["error"]["message"].endswith("。")
+    error = answer["error"]
+    assert error["message"].endswith("。")
+    if "completions" in path:
+        assert error["param"] in body
 
 
 def test_special_tokens_in_a_text_stay_text(real: Any) -> None:

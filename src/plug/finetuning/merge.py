@@ -7,7 +7,7 @@ measured. Where it was in as many bits before, it is rounded at random (`Scheme.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,10 @@ from plug.checkpoints.directory import (
 from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import CONFIGURATION_FILE, write_finetuned_configuration
 from plug.checkpoints.weights import (
+    Place,
     TensorSpec,
     WeightWriter,
+    check_finite,
     check_names_and_shapes,
     finite,
     map_tensors,
@@ -44,7 +46,7 @@ from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantize_modules, quantized_names
-from plug.quantization.scheme import Scheme, read_scheme
+from plug.quantization.scheme import Scheme, check_saved, read_scheme
 from plug.tokenization import PlugTokenizer
 
 # What both models read for the comparison: news, advice, a poem, a recipe, a question.
@@ -115,7 +117,7 @@ def merge_directory(
     entry = None if scheme is None else scheme.to_dict()
     with new_directory(target) as new:
         with WeightWriter(new, merging.specs) as writer:
-            for name, tensor in finite(adapter, merging.tensors()):
+            for name, tensor in merging.tensors():
                 writer.write(name, tensor)
         write_configs(new, config, merging.specs, entry)
         if kind is not None:
@@ -145,6 +147,7 @@ class _Merging:
     def __init__(
         self, base: Path, config: PlugConfig, added: Adapter, scheme: Scheme | None
     ) -> None:
+        self._directory = base
         self._added, self._scheme, self._old_scheme = added, scheme, read_scheme(base / CONFIG_FILE)
         with torch.device("meta"):
             plain = _model(config, added)
@@ -163,6 +166,9 @@ class _Merging:
             {name: place.spec.shape for name, place in self._places.items()},
             {name: shape for name, shape in weight_shapes(kept).items() if name not in added.head},
         )
+        for name, wanted in kept.state_dict().items():
+            if name in self._places:
+                check_saved(base, name, self._places[name].spec.dtype, wanted.dtype)
         self._layers = set(quantized_names(plain))
         self._generator = torch.Generator().manual_seed(0)  # a merge gives the same every time
         self.specs: dict[str, TensorSpec] = {}
@@ -186,7 +192,7 @@ class _Merging:
             if name in self._added.head:
                 yield name, self._added.head[name]
             elif layer not in self._layers or part != "weight":
-                yield from map_tensors({name: self._places[name]})
+                yield from self._base({name: self._places[name]})
             else:
                 for own, tensor in self._layer(layer).items():
                     yield f"{layer}.{own}", tensor
@@ -195,7 +201,7 @@ class _Merging:
         """A layer's weight with the adapter in it, rounded to what is written."""
         old = {} if self._old_scheme is None else self._old_scheme.tensors(*self._shape(layer))
         places = {f"{layer}.{own}": self._places[f"{layer}.{own}"] for own in old or ("weight",)}
-        parts = {name.removeprefix(f"{layer}."): tensor for name, tensor in map_tensors(places)}
+        parts = {name.removeprefix(f"{layer}."): tensor for name, tensor in self._base(places)}
         low_rank = self._added.layers.get(layer)
         if low_rank is None and self._scheme == self._old_scheme:
             return parts
@@ -206,11 +212,16 @@ class _Merging:
             weight = weight.float()
         if low_rank is not None:
             weight = low_rank.merged(weight)
+            check_finite(self._added.directory, [(f"{layer}.weight", weight)])
         if self._scheme is None:
             return {"weight": weight}
         if self._scheme == self._old_scheme:
             return self._scheme.requantize(weight, parts, self._generator)
         return self._scheme.quantize(weight)
+
+    def _base(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the adapted model; NaN would be rounded to numbers, or be the adapter's."""
+        return finite(self._directory, map_tensors(places))
 
     def _shape(self, layer: str) -> tuple[int, int]:
         out, inputs = self._shapes[f"{layer}.weight"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +15,14 @@ from plug.checkpoints.headers import read_places
 from plug.checkpoints.weights import check_names_and_shapes, finite, map_tensors
 from plug.errors import PlugError
 from plug.finetuning.kind import Kind
-from plug.loading.adapters import Adapter, attach, read_adapter
+from plug.loading.adapters import Adapter, attach, check_shapes, read_adapter, shapes_of
 from plug.loading.estimate import Room, weight_bytes
 from plug.loading.load import load
 from plug.loading.memory import free_memory
 from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
 from plug.quantization.linear import quantize_modules
-from plug.quantization.scheme import is_quantized, read_scheme
+from plug.quantization.scheme import check_saved, is_quantized, read_scheme
 
 # Parts of a pre-trained model that a classifier's directory may hold, and nothing reads.
 UNREAD = ("decoder.", "mlm_head.", "sentence_head.")
@@ -114,12 +113,13 @@ def load_classifier(
 ) -> EncoderClassifier:
     """The encoder and its head in float32, with an adapter if there is one (as `load_plain`)."""
     added = None if adapter is None else read_adapter(adapter, directory)
-    if added is not None:
-        check_head(added, num_labels)
     with torch.device("meta"):
         model = EncoderClassifier(PlugConfig.from_file(directory / CONFIG_FILE), num_labels)
         if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
             quantize_modules(model, scheme)
+    if added is not None:
+        check_head(added, num_labels)
+        check_shapes(added, shapes_of(model))
     places = {
         name: place for name, place in read_places(directory).items() if not name.startswith(UNREAD)
     }
@@ -132,21 +132,14 @@ def load_classifier(
         shapes | {name: tuple(tensor.shape) for name, tensor in head.items()},
         {name: tuple(tensor.shape) for name, tensor in wanted.items()},
     )
-    weights = ((name, _kept(name, each, wanted)) for name, each in map_tensors(places))
+    for name, place in places.items():
+        check_saved(directory, name, place.spec.dtype, wanted[name].dtype)
+    weights = (
+        (name, each if is_quantized(name, wanted[name].dtype) else each.float())
+        for name, each in map_tensors(places)
+    )
     state = dict(finite(directory, weights)) | {name: each.float() for name, each in head.items()}
     model.load_state_dict(state, assign=True)
     if added is not None:
         attach(model, replace(added, head={}))
     return model.eval()
-
-
-def _kept(name: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
-    """``tensor`` in float32; a part of a quantised weight as it is, checked to be that part."""
-    if not is_quantized(name, wanted[name].dtype):
-        return tensor.float()
-    if tensor.dtype != wanted[name].dtype:
-        raise PlugError(
-            f"权重 {name} 是 {tensor.dtype}，应为 {wanted[name].dtype}。"
-            "请检查 config.json 的 quantization 与权重是否配套。"
-        )
-    return tensor

@@ -69,7 +69,13 @@ class Predictor:
         batch_size: int = 32,
         on_progress: OnProgress | None = None,
     ) -> list[Any]:
-        """A prediction for each example."""
+        """A prediction for each example, as `read` gives them.
+
+        Raises:
+            UsageError: they are texts.
+        """
+        if any(isinstance(each, str) for each in examples):
+            raise UsageError("这里要的是 read(…) 读出的例子。文字请用 predict_text(…)，一次一段。")
         return self.kind.predict(
             self.model, examples, batch_size=batch_size, on_progress=on_progress
         )
@@ -136,7 +142,15 @@ def kind_of(
             f"{directory} 里 {RUN_FILE} 的 labels 与 {CONFIG_FILE} 的 id2label 不同。"
             "请重新微调，或从备份恢复。"
         )
-    settings.check_lengths(PlugConfig.from_file(directory / CONFIG_FILE).max_position_embeddings)
+    try:
+        settings.check_lengths(
+            PlugConfig.from_file(directory / CONFIG_FILE).max_position_embeddings
+        )
+    except UsageError as error:
+        raise PlugError(
+            f"{adapter or directory} 里的 {RUN_FILE} 与模型 {directory} 不符：{error}"
+            "请重新微调，或从备份恢复。"
+        ) from None
     return make_kind(
         find_task(settings.task).kind,
         load_tokenizer(directory),

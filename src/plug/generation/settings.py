@@ -193,14 +193,14 @@ class GenerationSettings:
             )
         if self.mode == "original" and self.num_beams == 1:
             self._refuse(
-                "mode='original' 由原版的规则决定何时结束（写满 out_length 的 80% 之后），不能再给",
+                "mode='original'：原版的规则决定何时结束（写满 out_length 的 80% 之后）",
                 "请去掉它，或用 mode='plug'。",
                 min_length=self.min_length is not None,
                 ignore_eos=self.ignore_eos,
             )
         if self.num_beams > 1:
             self._refuse(
-                f"束搜索（num_beams={self.num_beams}）不支持",
+                f"束搜索（num_beams={self.num_beams}）",
                 "请去掉其中一个。",
                 prompt_lookup_num_tokens=self.prompt_lookup_num_tokens is not None,
                 presence_penalty=self.presence_penalty != 0,
@@ -263,7 +263,7 @@ class GenerationSettings:
                     )
 
     @staticmethod
-    def _refuse(reason: str, way_out: str, **given: bool) -> None:
+    def _refuse(kind: str, way_out: str, **given: bool) -> None:
         for name, is_given in given.items():
             if is_given:
-                raise UsageError(f"{reason} {name}。{way_out}")
+                raise UsageError(f"{name} 不能用于{kind}。{way_out}")

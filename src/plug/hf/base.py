@@ -29,7 +29,7 @@ from plug.model.heads import IGNORE_INDEX
 from plug.model.layers import DecoderLayer, Embeddings, EncoderLayer
 from plug.model.plug import Encoder, PlugParts, initialize_weights
 from plug.quantization.linear import QuantizedLinear, quantize_modules
-from plug.quantization.scheme import Scheme, scheme_of_entry
+from plug.quantization.scheme import Scheme, check_saved, scheme_of_entry
 
 # Parts that a directory may lack: transformers reports that they are newly initialised.
 _MAY_BE_NEW = ("classifier.", "decoder.", "mlm_head.", "sentence_head.")
@@ -344,11 +344,7 @@ def _restore_dtypes(model: PlugPreTrainedModel, directory: Path) -> None:
             specs = model.scheme.tensors(layer.out_features, layer.in_features)
             for part, (dtype, _) in specs.items():
                 place = places[f"{name}.{part}"]
-                if place.spec.dtype != dtype:
-                    raise PlugError(
-                        f"{directory} 的 {name}.{part} 是 {place.spec.dtype}，应为 {dtype}。"
-                        "请检查 config.json 的 quantization 与权重是否配套。"
-                    )
+                check_saved(directory, f"{name}.{part}", place.spec.dtype, dtype)
                 if layer.get_buffer(part).dtype != dtype:
                     wrong[f"{name}.{part}"] = place
     for full_name, tensor in map_tensors(wrong):

@@ -174,10 +174,17 @@ def read_adapter(directory: str | Path, base: Path) -> Adapter:
                 f"{directory} 里的 {shown(name)} 不认识。"
                 "请用 peft 载入它，再保存 merge_and_unload() 返回的模型。"
             )
+        if not tensor.dtype.is_floating_point:
+            raise PlugError(
+                f"{directory} 里的 {shown(name)} 是整数（{tensor.dtype}），应为浮点数。"
+                "请重新取得适配器。"
+            )
         if suffix is None:
             found.head[own] = tensor
         else:
             parts.setdefault(own.removesuffix(suffix), {})[suffix] = tensor.float()
+    if not parts:
+        raise PlugError(f"{directory} 里没有适配器的矩阵，它什么也不改变。请重新取得适配器。")
     for layer, tensors in parts.items():
         a, b = tensors.get(_PARTS[0]), tensors.get(_PARTS[1])
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not 0 < len(a) == b.shape[1]:

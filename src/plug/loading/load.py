@@ -18,7 +18,7 @@ from plug.checkpoints.headers import locate_weights
 from plug.checkpoints.weights import DTYPES, Place, TensorSpec, check_finite, finite, map_tensors
 from plug.distributed import tensor_parallel
 from plug.distributed.processes import Processes
-from plug.errors import PlugError, UsageError
+from plug.errors import UsageError
 from plug.loading import huge_pages
 from plug.loading.adapters import attach, read_adapter
 from plug.loading.estimate import STREAMED_AT_ONCE, Room
@@ -29,7 +29,7 @@ from plug.loading.transfer import Part, Transfer
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantize_modules, scheme_of
-from plug.quantization.scheme import is_quantized, read_scheme
+from plug.quantization.scheme import check_saved, is_quantized, read_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +151,8 @@ def _specs(
     specs = {}
     for name, wanted in model.state_dict().items():
         saved = places[name].spec
-        is_exact = is_quantized(name, wanted.dtype)
-        if saved.dtype.is_floating_point != wanted.is_floating_point() or (
-            is_exact and saved.dtype != wanted.dtype
-        ):
-            raise PlugError(
-                f"{directory} 的 {name} 是 {saved.dtype}，应为 {wanted.dtype}。"
-                "请检查 config.json 的 quantization 与权重是否配套。"
-            )
-        keeps = dtype is None or is_exact
+        check_saved(directory, name, saved.dtype, wanted.dtype)
+        keeps = dtype is None or is_quantized(name, wanted.dtype)
         specs[name] = saved if keeps or dtype is None else saved._replace(dtype=dtype)
     return specs
 

@@ -28,7 +28,7 @@ from plug.jsonfiles import read_json
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
 from plug.quantization.linear import quantized_names
-from plug.quantization.scheme import Scheme
+from plug.quantization.scheme import Scheme, check_saved
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -78,6 +78,8 @@ def quantize_directory(
             shapes = weight_shapes(Plug(config))
         places = locate_weights(directory, shapes)
         dtypes = {name: place.spec.dtype for name, place in places.items()}
+        for name, dtype in dtypes.items():
+            check_saved(directory, name, dtype, torch.float32)
         tensors = map_tensors(places)
     specs, names = _specs(config, scheme, dtypes)
     total = sum(spec.num_bytes for spec in specs.values())

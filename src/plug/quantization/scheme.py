@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plug.errors import UsageError
+from plug.errors import PlugError, UsageError
 from plug.jsonfiles import shown
 from plug.model.configuration import read_config_file
 
@@ -211,6 +211,26 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def is_quantized(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor of this name and dtype is a part of a quantised weight."""
     return not dtype.is_floating_point or name.endswith((".scale", ".center"))
+
+
+def check_saved(source: object, name: str, saved: torch.dtype, wanted: torch.dtype) -> None:
+    """Refuse integers where floats should be or the reverse, and parts of another format.
+
+    Args:
+        source: where the tensor is saved.
+        name: of the tensor.
+        saved: what it is there.
+        wanted: what it stands for; floats may be of another precision.
+
+    Raises:
+        PlugError: the two do not go together.
+    """
+    is_exact = is_quantized(name, wanted)
+    if saved.is_floating_point != wanted.is_floating_point or (is_exact and saved != wanted):
+        raise PlugError(
+            f"{source} 的 {name} 是 {saved}，应为 {wanted}。"
+            "请检查 config.json 的 quantization 与权重是否配套。"
+        )
 
 
 def read_scheme(config_file: Path) -> Scheme | None:

@@ -7,13 +7,15 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request, Response
 from starlette.responses import JSONResponse
 
 import plug
+from plug.generation.detokenizer import text_stream
+from plug.generation.settings import GenerationSettings
 from plug.serving.errors import bad_request
 from plug.serving.guard import ClientGone, record_of
 from plug.serving.jobs import Choice, End, Job, Piece
@@ -103,9 +105,10 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
     if best_of > body.n and body.stream:
         raise bad_request("best_of 大于 n 时不能用 stream=true。请去掉其中一个。", "best_of")
     _check_count(service, len(prompts), best_of)
-    # The best are told apart by their log-probabilities, even if nobody else asks for them.
-    logprobs = body.logprobs if body.logprobs is not None or best_of == body.n else 0
-    settings = body.generation_settings(service.settings.max_output_tokens, logprobs)
+    settings = body.generation_settings(service.settings.max_output_tokens, body.logprobs)
+    _refuse_beams(settings, "n" if best_of == body.n else "best_of", best_of)
+    if best_of > body.n and settings.logprobs is None:
+        settings = replace(settings, logprobs=0)  # they tell the best, even if nobody asks for them
     ids = [
         model.check_ids(each) if isinstance(each, list) else await service.encode(model, each)
         for each in prompts
@@ -144,7 +147,8 @@ async def chat(service: Service, request: Request, body: ChatBody) -> Response:
     if stops:
         body.add_stops(stops)
     settings = body.generation_settings(service.settings.max_output_tokens, logprobs)
-    ids = await service.encode(model, prompt)
+    _refuse_beams(settings, "n", body.n)
+    ids = await service.encode(model, prompt, "messages")
     include, continuous = body.wants_usage()
     reply = Reply(
         model,
@@ -238,6 +242,7 @@ class Logprobs:
         self._reply = reply
         self._prompt = choice.prompt if reply.echo else ()
         self._offset = 0
+        self._stream = text_stream(reply.model.tokenizer)  # without what stop strings hold back
 
     def of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """What stands at `logprobs` for these pieces; the echoed prompt comes first."""
@@ -267,22 +272,29 @@ class Logprobs:
         logprobs: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        for token_id in self._prompt:
-            tokens.append(model.token_text(token_id))
-            logprobs.append(None)
-            top.append(None)
-            offsets.append(self._offset)
-            self._offset += len(tokens[-1])
-        self._prompt = ()
+        if self._prompt:
+            echoed = model.tokenizer.decoder_stream()
+            for token_id in self._prompt:
+                tokens.append(model.token_text(token_id))
+                logprobs.append(None)
+                top.append(None)
+                offsets.append(self._offset)
+                self._offset += len(echoed.push(token_id))
+            self._offset = len(model.decode(self._prompt))
+            self._prompt = ()
         for piece in pieces:
             for token_id, logprob, alternatives in zip(
                 piece.token_ids, piece.logprobs, piece.alternatives, strict=True
             ):
                 tokens.append(model.token_text(token_id))
                 logprobs.append(logprob)
-                top.append({model.token_text(each.token_id): each.logprob for each in alternatives})
+                likeliest = {model.token_text(each.token_id): each.logprob for each in alternatives}
+                likeliest.setdefault(
+                    tokens[-1], logprob
+                )  # one more than was asked for, as at OpenAI
+                top.append(likeliest)
                 offsets.append(self._offset)
-            self._offset += len(piece.text)
+                self._offset += len(self._stream.push(token_id))
         return {
             "tokens": tokens,
             "token_logprobs": logprobs,
@@ -394,6 +406,16 @@ def _check_count(service: Service, prompts: int, each: int) -> None:
             f"一次请求要写 {prompts * each} 段文字（prompt 的个数 × n 或 best_of），"
             f"应在 1 到 {most} 之间。",
             "n" if prompts == 1 else "prompt",
+        )
+
+
+def _refuse_beams(settings: GenerationSettings, name: str, texts: int) -> None:
+    """Raise an `ApiError` where a beam search, which draws nothing, is to give several texts."""
+    if settings.num_beams > 1 and texts > 1:
+        raise bad_request(
+            f"束搜索（num_beams={settings.num_beams}）只有一种续写，{name}={texts} 没有意义。"
+            "请去掉其中一个。",
+            name,
         )
 
 

@@ -154,16 +154,25 @@ class Service:
 
     # --- writing ----------------------------------------------------------------------------------
 
-    async def encode(self, model: ServedModel, text: str) -> list[int]:
+    async def encode(self, model: ServedModel, text: str, param: str = "prompt") -> list[int]:
         """Token ids of a text to continue.
+
+        Args:
+            model: that continues it.
+            text: what it is.
+            param: the field that it comes from, for errors.
 
         Raises:
             ApiError: it is empty, too long, or has nothing that the vocabulary knows.
         """
-        self.check_length(text)
-        if len(text) <= _INLINE_CHARS:
-            return _translated(lambda: model.encode(text))
-        return await self.tokenize(lambda: model.encode(text))
+        self.check_length(text, param)
+        try:
+            if len(text) <= _INLINE_CHARS:
+                return _translated(lambda: model.encode(text))
+            return await self.tokenize(lambda: model.encode(text))
+        except ApiError as error:
+            error.param = param
+            raise
 
     async def tokenize(self, work: Callable[[], T]) -> T:
         """Run ``work`` in the thread for tokenising.
