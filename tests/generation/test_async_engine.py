@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -512,3 +514,15 @@ def test_texts_at_random_with_cancellations_are_what_they_are_alone(
             assert result.token_ids == generate(text, model=generator, **options).token_ids
 
     assert finished >= len(cases) - 12
+
+
+def test_a_program_may_end_with_an_open_engine(model_directory: Path) -> None:
+    program = f"""
+from plug.generation.async_engine import AsyncEngine
+engine = AsyncEngine({str(model_directory)!r}, rows=2)
+request = engine.submit("今天", out_length=9000, ignore_eos=True)
+next(iter(request))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr

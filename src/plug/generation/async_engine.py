@@ -8,6 +8,7 @@ request does not depend on the others, up to the rounding of sums ("Alone and in
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -263,6 +264,8 @@ class AsyncEngine:
         self._counted = 0.0  # seconds of the runner's encoding that `_encoding` has
         self._thread = threading.Thread(target=self._run, name="plug-async-engine", daemon=True)
         self._thread.start()
+        # Python ends threads in the middle of C++ when it ends, which aborts the process.
+        atexit.register(self.close)
 
     def submit(
         self,
@@ -336,6 +339,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """Cancel what is not done, and wait until the thread has ended."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             self._changed.notify()
