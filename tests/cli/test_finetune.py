@@ -140,6 +140,7 @@ def test_wrong_use_is_one_line(
         (("predict", "--model", model_directory, "花"), "不是微调过的模型"),
         (("predict", "--model", tuned), "二者选一"),
         (("predict", "--model", tuned, "花", "山"), "要给一段文字，却给了 2 段文字"),
+        (("predict", "--model", tuned, " "), "要给一段文字，却有空的"),
         (("predict", "--model", tuned, "--file", data, "--output", "no/x"), "目录不存在"),
         (("predict", "--model", tuned, "--file", data, "--output", data), "已存在，不会覆盖"),
         (("evaluate", "ocnli", "--model", tuned, "--data", data), "没有“sentence1”这一列"),

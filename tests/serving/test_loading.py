@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from plug.loading.save import save
 from plug.model.configuration import PRESETS, PlugConfig
 from plug.model.plug import Plug
 from plug.serving.loading import load_model, load_models, named_directories
+from plug.serving.models import ServedModel
 from plug.serving.settings import ServeSettings
 from plug.tokenization import PlugTokenizer
 
@@ -360,6 +362,32 @@ def test_adapters_share_a_server(
     assert refused[0] == 400
     assert "DoRA" in refused[1]["error"]["message"]
     assert dora.is_dir()
+
+
+def test_a_fine_tuned_writer_takes_adapters_too(
+    base: Path, adapter_directory: Callable[..., Path], serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    lengths = {"source_length": 32, "target_length": 8, "num_beams": 1}
+    run = {"settings": {"task": "generation"} | lengths, "labels": [], "label_names": {}}
+    shutil.copytree(base, tmp_path / "mine")
+    (tmp_path / "mine" / "finetuning.json").write_text(json.dumps(run))
+    own = str(adapter_directory("for-mine", 5))
+
+    def models(finetuned: dict[str, str], adapters: dict[str, str]) -> list[ServedModel]:
+        settings = ServeSettings(max_num_seqs=3)
+        directory = tmp_path / "mine"
+        found, _ = load_models(
+            "mine", directory, finetuned, adapters, settings, device=CPU, dtype=None
+        )
+        return found
+
+    with pytest.raises(UsageError, match=f"请用 --adapter one={own}"):
+        models({"one": own}, {})
+    body = {"prompt": "今天天气", "max_tokens": 20, "seed": 3, "model": "one"}
+    with serving(models({}, {"one": own})) as client:
+        _, answer, _ = client.post("/v1/completions", body)
+    expected = Generator(base, adapter=own)("今天天气", out_length=20, seed=3).text
+    assert answer["choices"][0]["text"] == expected
 
 
 def test_names_and_directories_of_the_command_line() -> None:

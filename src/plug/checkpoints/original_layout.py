@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from plug.checkpoints.directory import weight_shapes
 from plug.checkpoints.weights import Region
 from plug.errors import UsageError
 from plug.model.configuration import BOOKKEEPING_KEYS, PlugConfig
 from plug.model.plug import Plug
+from plug.model.without_memory import without_memory
 
 # Keys of the original's config.json and ours. What the original leaves out is the 27B's, both here
 # and there.
@@ -127,7 +126,7 @@ class Entry(NamedTuple):
 
 def tensor_table(config: PlugConfig) -> dict[str, Entry]:
     """Every tensor of a shard that the model uses, by its name in the original."""
-    with torch.device("meta"):
+    with without_memory():
         shapes = weight_shapes(Plug(config))
     modules = list(_AROUND_LAYERS)
     for count, layer, theirs, ours in (

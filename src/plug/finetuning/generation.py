@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from plug.distributed.fully_sharded import gathers_layers, with_own_parameters
 from plug.errors import UsageError
 from plug.evaluation.metrics import characters, rouge_l
@@ -19,6 +17,7 @@ from plug.finetuning.readers import SEPARATOR, GenerationExample
 from plug.generation.generator import Generator
 from plug.generation.settings import GenerationSettings
 from plug.model.plug import Plug
+from plug.model.without_memory import without_memory
 
 if TYPE_CHECKING:
     from plug.hf import PlugForConditionalGeneration
@@ -149,7 +148,7 @@ def as_plug(model: PlugForConditionalGeneration | Plug) -> Plug:
         # What is sharded stays in peft's layers: copies of them would not see weights gathered.
         peft_model: Any = model
         bare = peft_model.get_base_model() if gathers_layers(model) else without_peft(model)
-    with torch.device("meta"):
+    with without_memory():
         plug = Plug(bare.config.to_plug_config())
     for name, _ in list(plug.named_children()):
         setattr(plug, name, getattr(bare, name))

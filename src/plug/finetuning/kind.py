@@ -288,8 +288,10 @@ def exactly(parts: Sequence[str], least: int, most: int, meaning: str) -> Sequen
     """``parts``, if there are as many as wanted.
 
     Raises:
-        UsageError: otherwise.
+        UsageError: otherwise, or one is empty.
     """
-    if not least <= len(parts) <= most or not all(part.strip() for part in parts):
-        raise UsageError(f"这个任务要给{meaning}，却给了 {len(parts)} 段文字（不能为空）。")
+    if not all(part.strip() for part in parts):
+        raise UsageError(f"这个任务要给{meaning}，却有空的，或只有空白。请给出文字。")
+    if not least <= len(parts) <= most:
+        raise UsageError(f"这个任务要给{meaning}，却给了 {len(parts)} 段文字。")
     return parts

@@ -45,6 +45,7 @@ from plug.loading.load import load
 from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
+from plug.model.without_memory import without_memory
 from plug.quantization.linear import quantize_modules, quantized_names
 from plug.quantization.scheme import Scheme, check_saved, read_scheme
 from plug.tokenization import PlugTokenizer
@@ -149,7 +150,7 @@ class _Merging:
     ) -> None:
         self._directory = base
         self._added, self._scheme, self._old_scheme = added, scheme, read_scheme(base / CONFIG_FILE)
-        with torch.device("meta"):
+        with without_memory():
             plain = _model(config, added)
             kept = _model(config, added)
             if self._old_scheme is not None:

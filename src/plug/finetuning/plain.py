@@ -21,6 +21,7 @@ from plug.loading.load import load
 from plug.loading.memory import free_memory
 from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
+from plug.model.without_memory import without_memory
 from plug.quantization.linear import quantize_modules
 from plug.quantization.scheme import check_saved, is_quantized, read_scheme
 
@@ -113,7 +114,7 @@ def load_classifier(
 ) -> EncoderClassifier:
     """The encoder and its head in float32, with an adapter if there is one (as `load_plain`)."""
     added = None if adapter is None else read_adapter(adapter, directory)
-    with torch.device("meta"):
+    with without_memory():
         model = EncoderClassifier(PlugConfig.from_file(directory / CONFIG_FILE), num_labels)
         if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
             quantize_modules(model, scheme)

@@ -38,6 +38,7 @@ from plug.files import new_directory, recover, refuse_used, write_json
 from plug.jsonfiles import read_json
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
+from plug.model.without_memory import without_memory
 
 _WEIGHT = "model."  # before the names of weights in a sharded checkpoint of pre-training
 _WEIGHTS = "weights"  # directory of the weights in a sharded checkpoint of fine-tuning
@@ -179,7 +180,7 @@ def _check_shapes(directory: Path, specs: dict[str, TensorSpec]) -> None:
     """
     if not specs:
         raise PlugError(f"检查点 {directory} 里没有权重。请用更早的检查点。")
-    with torch.device("meta"):
+    with without_memory():
         expected = weight_shapes(Plug(PlugConfig.from_file(directory / CONFIG_FILE)))
     found = {name: spec.shape for name, spec in specs.items()}
     if (directory / "trainer_state.json").is_file():

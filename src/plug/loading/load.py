@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from plug.checkpoints.directory import CONFIG_FILE, find_model_directory, weight_shapes
 from plug.checkpoints.headers import locate_weights
@@ -28,6 +26,7 @@ from plug.loading.page_cache import read_ahead
 from plug.loading.transfer import Part, Transfer
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
+from plug.model.without_memory import without_memory
 from plug.quantization.linear import quantize_modules, scheme_of
 from plug.quantization.scheme import check_saved, is_quantized, read_scheme
 
@@ -132,7 +131,7 @@ def load(
 
 def _empty(directory: Path) -> Plug:
     """The model that the directory's `config.json` describes, without memory."""
-    with torch.device("meta"), _NoInitialization():
+    with without_memory():
         model = Plug(PlugConfig.from_file(directory / CONFIG_FILE))
         if (scheme := read_scheme(directory / CONFIG_FILE)) is not None:
             quantize_modules(model, scheme)
@@ -213,21 +212,3 @@ def _read(
         )
     check_finite(directory, weights.items())
     return weights
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Functions of `torch.nn.init` do nothing.
-
-    On the meta device they would have nothing to do, and import the compiler for it: a second.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))

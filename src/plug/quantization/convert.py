@@ -27,6 +27,7 @@ from plug.files import new_directory, refuse_used, write_json
 from plug.jsonfiles import read_json
 from plug.model.configuration import PlugConfig
 from plug.model.plug import Plug
+from plug.model.without_memory import without_memory
 from plug.quantization.linear import quantized_names
 from plug.quantization.scheme import Scheme, check_saved
 
@@ -74,7 +75,7 @@ def quantize_directory(
         refuse_quantized(directory)
         config = PlugConfig.from_file(directory / CONFIG_FILE)
         tokenizer = load_tokenizer(directory) if _has_tokenizer(directory) else None
-        with torch.device("meta"):
+        with without_memory():
             shapes = weight_shapes(Plug(config))
         places = locate_weights(directory, shapes)
         dtypes = {name: place.spec.dtype for name, place in places.items()}
@@ -116,7 +117,7 @@ def _specs(
     config: PlugConfig, scheme: Scheme, dtypes: dict[str, torch.dtype]
 ) -> tuple[dict[str, TensorSpec], set[str]]:
     """Every tensor to be written, and the names of the layers that are quantised."""
-    with torch.device("meta"):
+    with without_memory():
         model = Plug(config)
     layers = set(quantized_names(model))
     specs: dict[str, TensorSpec] = {}

@@ -72,6 +72,9 @@ def load_models(
                 f"--adapter {each} 不是适配器的目录：里面应有 adapter_config.json，"
                 "没有 config.json。完整的模型请用 --finetuned。"
             )
+    for each, own in finetuned.items():
+        if is_adapter(own):
+            raise UsageError(f"{own} 是 LoRA 适配器，不是模型。请用 --adapter {each}={own}。")
     rows, encoded = settings.max_num_seqs, settings.max_num_batched_tokens
     base = load_model(
         name,
@@ -85,7 +88,7 @@ def load_models(
 
     def load(name: str, own: str | Path) -> ServedModel:
         if is_adapter(own):
-            return load_adapter(name, own, base, directory, rows=rows, device=device)
+            return load_adapter(name, own, base, directory, device=device)
         return load_model(
             name, own, rows=rows, device=device, dtype=dtype, max_num_batched_tokens=encoded
         )
@@ -122,7 +125,14 @@ def load_model(
     """
     found = find_model_directory(directory)
     if (found / RUN_FILE).is_file():
-        return _load_finetuned(name, found, rows, device)
+        kind = kind_of(found)
+        if not isinstance(kind, Generation):
+            return _load_understanding(name, kind, found, device)
+        tuned = load_plain(kind, found, device)
+        generator = Generator(tuned, kind.tokenizer, takes_adapters=takes_adapters)
+        served = serve_plug(name, generator, rows, max_num_batched_tokens)
+        _ask_questions(served, kind)
+        return served
     tokenizer = PlugTokenizer.load(found)
     model = load(found, device=device, dtype=dtype, room=Room(batch_size=rows))
     if model.config.num_decoder_layers:
@@ -155,7 +165,6 @@ def load_adapter(
     base: ServedModel,
     base_directory: str | Path,
     *,
-    rows: int,
     device: torch.device,
 ) -> ServedModel:
     """A LoRA adapter as a model of its own. One that writes shares weights and steps with ``base``.
@@ -167,8 +176,7 @@ def load_adapter(
         directory: of `plug finetune --memory lora`, or of peft.
         base: loaded with ``takes_adapters``.
         base_directory: where ``base`` was loaded from.
-        rows: as in `load_model`, as is the next.
-        device: see ``rows``.
+        device: as in `load_model`.
 
     Raises:
         UsageError: it is of another model or of a kind that cannot be served.
@@ -177,7 +185,7 @@ def load_adapter(
     found, own = find_model_directory(base_directory), Path(directory).expanduser()
     kind = kind_of(found, adapter=own) if (own / RUN_FILE).is_file() else None
     if kind is not None and not isinstance(kind, Generation):
-        return _load_finetuned(name, found, rows, device, own)
+        return _load_understanding(name, kind, found, device, own)
     adapter = read_adapter(own, found)
     if not isinstance(base.engine, Engine):
         raise UsageError(f"模型 {base.name} 不能写作，适配器 {own} 用不上。请换 --model。")
@@ -234,15 +242,14 @@ def _ask_questions(served: ServedModel, kind: Generation) -> None:
     served.tuned_for = "questions"
 
 
-def _load_finetuned(
-    name: str, directory: Path, rows: int, device: torch.device, adapter: Path | None = None
+def _load_understanding(
+    name: str,
+    kind: Kind[Any, Any],
+    directory: Path,
+    device: torch.device,
+    adapter: Path | None = None,
 ) -> ServedModel:
-    kind = kind_of(directory, adapter=adapter)
     model = load_plain(kind, directory, device, adapter)
-    if isinstance(kind, Generation):
-        served = serve_plug(name, Generator(model, kind.tokenizer), rows)
-        _ask_questions(served, kind)
-        return served
     served = _empty(name, kind.tokenizer, PlugConfig.from_file(directory / CONFIG_FILE))
     served.tuned_for = _CAPABILITIES[kind.model_class]
     if isinstance(kind, Classification):
