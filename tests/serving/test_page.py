@@ -442,6 +442,24 @@ def test_a_question_to_an_answer(
 
 
 @in_browser
+def test_entities_are_marked_behind_a_character_of_two_halves(
+    browser: Any, scripted_model: Callable[..., Any], serving: Callable[..., Any]
+) -> None:
+    model = scripted_model("tags")
+    entity = {"text": "杭州", "label": "地", "start": 3, "end": 5}
+    model.tuned_for, model.tuned = "tag", lambda _parts: [{"entities": [entity]}]
+    with serving([model]) as client:
+        desk = Desk(browser, f"{client.url}/")
+        desk.page.click("#tab-read")
+        desk.page.fill("form [name=text]", "😀我在杭州买茶。")
+        desk.page.click("form .primary")
+        desk.page.locator(".results mark", has_text="杭州 地").wait_for()
+        assert desk.page.inner_text(".results li") == "😀我在杭州 地买茶。"
+        desk.context.close()
+    assert not desk.complaints
+
+
+@in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_widths_themes_and_accessibility(

@@ -77,13 +77,14 @@ async function ask(task, { model, text, labels, question, answer }) {
     const { data } = await call("v1/tag", { model, input: text });
     const { entities } = data[0];
     if (!entities.length) return nothing();
-    const shown = make("li");
+    const shown = make("li"), letters = [...text]; // the server counts characters, not halves of them
+    const cut = (begin, end) => letters.slice(begin, end).join("");
     let at = 0;
     for (const entity of entities) {
-      shown.append(text.slice(at, entity.start), make("mark", {}, text.slice(entity.start, entity.end), make("sub", { textContent: ` ${entity.label}` })));
+      shown.append(cut(at, entity.start), make("mark", {}, cut(entity.start, entity.end), make("sub", { textContent: ` ${entity.label}` })));
       at = entity.end;
     }
-    shown.append(text.slice(at));
+    shown.append(cut(at));
     return [shown];
   }
   if (task === "questions") {
