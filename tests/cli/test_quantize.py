@@ -77,7 +77,7 @@ def test_texts_to_calibrate_with(run_plug: Callable, tmp_path: Path) -> None:
 
     ran = run_plug("quantize", "--to", target, "--bits", 4, "--calibration", short)
     assert ran.status == 2
-    assert "只有 0 篇不短于 256 个词元，至少要 8 篇" in ran.err
+    assert "只有 0 篇不短于 256 个词元，至少要 8 篇，最好一百篇以上。各篇之间空一行" in ran.err
     ran = run_plug("quantize", "--to", target, "--bits", 8, "--calibration", short)
     assert "--calibration 只用于 --bits 4" in ran.err
     assert not target.exists()

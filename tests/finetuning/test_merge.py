@@ -17,6 +17,7 @@ from plug.finetuning.merge import merge_directory
 from plug.finetuning.predict import Predictor
 from plug.finetuning.run import finetune
 from plug.finetuning.settings import FinetuneSettings
+from plug.loading.adapters import fingerprint
 from plug.loading.load import load
 from plug.loading.save import save
 from plug.model.configuration import PRESETS
@@ -169,6 +170,20 @@ def test_a_damaged_model_is_refused_in_its_own_name(
             for wanted in (8, 4, None):
                 with pytest.raises(PlugError, match=complaint):
                     merge_directory(damaged, adapter, tmp_path / "merged", bits=wanted)
+
+
+def test_an_adapter_of_the_model_is_none_of_the_merged_one(
+    base: Path, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The two have the same biases and norms, and the adapter would be in the weights twice."""
+    adapter = train("generation", base, epochs=1.0)
+    merge_directory(base, adapter, tmp_path / "merged", compares=False)
+    quantize_directory(tmp_path / "merged", tmp_path / "small", bits=8)
+
+    for other in ("merged", "small"):
+        with pytest.raises(UsageError, match=f"不是在 .*{other} 上训练的"):
+            load(tmp_path / other, adapter=adapter)
+    assert fingerprint(tmp_path / "merged") == fingerprint(tmp_path / "small")
 
 
 @pytest.mark.parametrize("task", ["classification", "generation"])

@@ -88,6 +88,6 @@ def _calibrated(
     if len(examples) < LEAST_EXAMPLES:
         raise UsageError(
             f"校准的文本里只有 {len(examples)} 篇不短于 {source_length + target_length} 个词元，"
-            f"至少要 {LEAST_EXAMPLES} 篇，最好一百篇以上。请给更多的文本。"
+            f"至少要 {LEAST_EXAMPLES} 篇，最好一百篇以上。各篇之间空一行；请给更多或更长的文本。"
         )
     return calibrated(model, examples)

@@ -40,7 +40,14 @@ from plug.finetuning.plain import UNREAD, check_head, load_classifier, num_outpu
 from plug.finetuning.predict import kind_of, read_run
 from plug.finetuning.tasks import KindName, find_task
 from plug.jsonfiles import read_json
-from plug.loading.adapters import BASE_KEY, Adapter, check_shapes, read_adapter
+from plug.loading.adapters import (
+    BASE_KEY,
+    MERGED_KEY,
+    Adapter,
+    check_shapes,
+    merged_mark,
+    read_adapter,
+)
 from plug.loading.load import load
 from plug.model.classifier import EncoderClassifier
 from plug.model.configuration import PlugConfig
@@ -124,6 +131,7 @@ def merge_directory(
         if kind is not None:
             run = read_run(adapter)
             run.pop(BASE_KEY, None)
+            run[MERGED_KEY] = merged_mark(base, adapter)
             write_json(new / RUN_FILE, run)
             task = find_task(run["settings"]["task"])
             _write_task(new, kind, task.kind)

@@ -42,7 +42,6 @@ from plug.checkpoints.directory import (
     find_model_directory,
     load_tokenizer,
 )
-from plug.checkpoints.headers import read_places
 from plug.checkpoints.hub import write_finetuned_configuration
 from plug.checkpoints.weights import writing_errors
 from plug.device import find_device
@@ -231,7 +230,7 @@ def _run(
         )
         model = prepare(model, settings, chosen)
     if is_main:
-        base = {BASE_KEY: fingerprint(read_places(directory))} if is_adapter else {}
+        base = {BASE_KEY: fingerprint(directory)} if is_adapter else {}
         kept = {"settings": settings.to_dict(), **_asked(asked, settings)}
         kept |= {PROCESSES_KEY: layout.processes, DATA_KEY: prints}
         write_json(output / RUN_FILE, {**kept, **kind.to_dict(), **base})

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from plug.checkpoints.directory import ADAPTER_CONFIG, RUN_FILE
 from plug.checkpoints.headers import read_header, read_places
-from plug.checkpoints.weights import Place, finite, map_tensors, shorten
+from plug.checkpoints.weights import finite, map_tensors, shorten
 from plug.errors import PlugError, UsageError
 from plug.jsonfiles import read_json, shown
 from plug.quantization.linear import QuantizedLinear
@@ -33,6 +33,7 @@ from plug.quantization.products import Product
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_KEY = "base"  # of `finetuning.json`: the `fingerprint` of the model that was adapted
+MERGED_KEY = "merged"  # the same, of a model with an adapter in its weights: which one, in which
 _PREFIX = "base_model.model."  # of every name in peft's files
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # What peft can do besides and a product of two matrices cannot.
@@ -261,12 +262,13 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fingerprint(places: Mapping[str, Place]) -> str:
+def fingerprint(directory: Path) -> str:
     """What tells a model from others of its shape, however its layers are quantised.
 
     A hash of the weights that quantising leaves alone: biases, norms, and the first rows of the
-    word table, each in bfloat16.
+    word table, each in bfloat16. `plug merge` leaves them alone too, and says what it merged.
     """
+    places = read_places(directory)
     chosen = {
         name: place
         for name, place in sorted(places.items())
@@ -281,7 +283,21 @@ def fingerprint(places: Mapping[str, Place]) -> str:
         rounded = tensors[name][:_ROWS] if tensors[name].dim() > 1 else tensors[name]
         digest.update(name.encode())
         digest.update(rounded.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    digest.update(str(_run_of(directory).get(MERGED_KEY, "")).encode())
     return digest.hexdigest()[:32]
+
+
+def merged_mark(base: Path, adapter: Path) -> str:
+    """What `finetuning.json` says under `MERGED_KEY`."""
+    digest = hashlib.sha256(fingerprint(base).encode())
+    digest.update((adapter / ADAPTER_WEIGHTS).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _run_of(directory: Path) -> dict[str, Any]:
+    """Return `finetuning.json`; {} where there is none, or something else."""
+    run = read_json(directory / RUN_FILE) if (directory / RUN_FILE).is_file() else {}
+    return run if isinstance(run, dict) else {}
 
 
 class _Config(NamedTuple):
@@ -330,9 +346,9 @@ def _read_config(path: Path) -> _Config:
 
 def _check_base(directory: Path, base: Path) -> None:
     """Refuse an adapter that says it was trained on another model than ``base``."""
-    run = read_json(directory / RUN_FILE) if (directory / RUN_FILE).is_file() else {}
-    trained_on = run.get(BASE_KEY) if isinstance(run, dict) else None
-    if trained_on is not None and trained_on != fingerprint(read_places(base)):
+    run = _run_of(directory)
+    trained_on = run.get(BASE_KEY)
+    if trained_on is not None and trained_on != fingerprint(base):
         settings = run.get("settings")
         named = settings.get("model") if isinstance(settings, dict) else None
         raise UsageError(
