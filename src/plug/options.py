@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -426,3 +427,16 @@ def _shown(value: object) -> str:
         return f"{'-' if value < 0 else ''}(超过 30 位的整数)"
     shown = str(value) if isinstance(value, (int, float)) else repr(value)
     return shown if len(shown) <= 60 else shown[:59] + "…"
+
+
+def bytes_of(text: str, name: str) -> int:
+    """Return a size of memory in bytes: 24GB, 24G or 24 are 10^9 each; 24GiB is 2^30.
+
+    Raises:
+        UsageError: it is none; ``name`` says of what.
+    """
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(G|GB|GIB|M|MB|MIB|)\s*", text.upper())
+    units = {"M": 10**6, "MB": 10**6, "MIB": 2**20, "GIB": 2**30}
+    if found is None or not float(found[1]):
+        raise UsageError(f"{name} {text} 不是显存的大小。请写如 24GB 或 80GB。")
+    return int(float(found[1]) * units.get(found[2], 10**9))

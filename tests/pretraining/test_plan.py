@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from plug.cli.pretrain import app
 from plug.errors import UsageError
+from plug.model.accounting import total
+from plug.model.configuration import PRESETS
 from plug.pretraining.plan import lines_of, make_plan
 from plug.pretraining.plan_settings import CARDS, PlanSettings
 
@@ -74,7 +77,9 @@ def test_more_cards_recompute_less() -> None:
         ({"batch_tokens": 1000}, "batch_tokens=1000 太小"),
         ({"source_length": 4000}, "长度 4000 超过了 27b 的 max_position_embeddings=2048"),
         ({"cards": 0}, "cards=0"),
-        ({"card": "H101"}, "card='H101'"),
+        ({"card": "H101"}, "card='H101' 既不是 H100、.*，也不是显存的大小"),
+        ({"card": "24GB"}, "card='24GB' 训练的速度不知道。请用 --tflops"),
+        ({"preset": "28b"}, "preset='28b' 不是规格名（.*27b.*），那里也没有 config.json"),
         ({"characters": float("nan")}, "characters=nan"),
         ({"cards": 1024, "failure_hours": 1.0}, "训练不完：1024 张卡平均每 0.059 分钟坏一次"),
     ],
@@ -120,6 +125,26 @@ def test_the_speed_is_the_measured_one_unless_told() -> None:
     with pytest.raises(UsageError, match="27b 在 A100 上用 FP8 训练的速度没有实测"):
         plan(card="A100", fp8=True)
     assert plan(card="A100", fp8=True, tflops=300.0)["tflops"] == pytest.approx(300)
+
+
+def test_any_card_and_any_shape(tmp_path: Path) -> None:
+    wide = dataclasses.replace(PRESETS["mini"], num_hidden_layers=16)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(wide.to_dict()), encoding="utf-8")
+    settings = PlanSettings(preset=str(tmp_path), card="24GB", tflops=60.0, cards=4)
+    found = make_plan(settings)
+    assert found == make_plan(dataclasses.replace(settings, preset=str(file)))
+    assert found["parameters"] == total(wide).parameters
+    assert found["card_gb"] == 24
+    assert found["memory_gb"] <= 24
+    text = "\n".join(lines_of(settings, found))
+    assert "价钱未知（--price）" in text
+    assert text.endswith("（--restart-minutes）。")
+    priced = dataclasses.replace(settings, price=2.0)
+    assert make_plan(priced)["cost"] == pytest.approx(2 * found["card_hours"])
+    file.write_text("{}x", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"config\.json"):
+        make_plan(dataclasses.replace(settings, preset=str(tmp_path)))
 
 
 def test_the_command() -> None:

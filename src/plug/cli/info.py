@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -182,8 +181,10 @@ def _tell_memory(
         shared: cards, and how many of them compute each layer together.
         as_json: print JSON.
     """
+    from plug.options import bytes_of
+
     cards, tensor = shared
-    room = None if card is None else _bytes_of(card)
+    room = None if card is None else bytes_of(card, "--card")
     source = _length("--source-length", lengths[0], 512 if use == "generate" else 384, config)
     target = _length("--target-length", lengths[1], 128, config)
     size = batch_size or (1 if use == "generate" else 16)
@@ -226,17 +227,6 @@ def _check_card(memory: str | None, card: str | None, cards: int, tensor: int) -
         raise UsageError(f"--cards {cards} 只用于训练：请加上 --memory finetune 或 pretrain。")
     if memory != "pretrain" and tensor > 1:
         raise UsageError(f"--tensor {tensor} 只用于预训练：请加上 --memory pretrain。")
-
-
-def _bytes_of(text: str) -> int:
-    """24GB, 24G or 24: 10^9 bytes each; 24GiB: 2^30."""
-    from plug.errors import UsageError
-
-    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(G|GB|GIB|M|MB|MIB|)\s*", text.upper())
-    units = {"M": 10**6, "MB": 10**6, "MIB": 2**20, "GIB": 2**30}
-    if found is None or not float(found[1]):
-        raise UsageError(f"--card {text} 不是显存的大小。请写如 24GB 或 80GB。")
-    return int(float(found[1]) * units.get(found[2], 10**9))
 
 
 def _row(name: str, need: Need | None, **more: Any) -> dict[str, Any]:

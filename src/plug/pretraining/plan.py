@@ -11,9 +11,9 @@ from typing import Any
 from plug.errors import UsageError
 from plug.loading.estimate import OVERHEAD_BYTES, Training, training_need
 from plug.model.accounting import total, training_flops
-from plug.model.configuration import PRESETS, PlugConfig
+from plug.model.configuration import PlugConfig
 from plug.pretraining.failures import best_interval
-from plug.pretraining.plan_settings import CARDS, PlanSettings
+from plug.pretraining.plan_settings import PlanSettings
 
 MASKED_SHARE = 0.15
 MOST_FILLED = 0.95  # of a card's memory; fragments take the rest
@@ -46,7 +46,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     Raises:
         UsageError: the cards do not hold the model, or a batch is too small for them.
     """
-    config, card = PRESETS[settings.preset], CARDS[settings.card]
+    config, card = settings.config, settings.kind
     lengths = settings.source_length, settings.target_length
     longest = max(lengths)
     if longest > config.max_position_embeddings:
@@ -108,7 +108,8 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
     """Return the plan in Chinese, what was assumed last."""
     layout = plan["layout"]
     tokens = layout["examples"] * (settings.source_length + settings.target_length)
-    card, shown = CARDS[settings.card], f"{_short(plan['tflops'])} TFLOP/s"
+    card, shown = settings.kind, f"{_short(plan['tflops'])} TFLOP/s"
+    cost = f"{plan['cost'] / 1e4:,.1f} 万元" if plan["price"] else "价钱未知（--price）"
     lines = [
         f"模型      {settings.preset}，{plan['parameters'] / 1e9:.1f}B 参数，"
         f"每个词元 {plan['flops_per_token'] / 1e9:.1f} GFLOP",
@@ -122,7 +123,7 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"时间      {plan['days']:.1f} 天（没有故障时 {plan['days_without_failures']:.1f} 天，"
         f"预计故障 {plan['failures']:.1f} 次）",
         f"检查点    每 {_short(plan['checkpoint_every_minutes'])} 分钟一次（模拟出的最短总时间）",
-        f"费用      {plan['card_hours']:,.0f} 卡时，{plan['cost'] / 1e4:,.1f} 万元",
+        f"费用      {plan['card_hours']:,.0f} 卡时，{cost}",
         "",
     ]
     if settings.tflops:
@@ -140,8 +141,9 @@ def lines_of(settings: PlanSettings, plan: dict[str, Any]) -> list[str]:
         f"一张卡 {settings.failure_hours:,.0f} 小时坏一次（--failure-hours）",
         f"检查点停 {settings.checkpoint_seconds:g} 秒（--checkpoint-seconds）",
         f"故障后 {settings.restart_minutes:g} 分钟恢复（--restart-minutes）",
-        f"一卡时 {plan['price']:g} 元（--price）",
     ]
+    if plan["price"]:
+        assumed.append(f"一卡时 {plan['price']:g} 元（--price）")
     listed = [f"  {each}；" for each in assumed[:-1]]
     return [*lines, "假设，可用选项改：", *listed, f"  {assumed[-1]}。"]
 
@@ -153,7 +155,7 @@ def _short(number: float) -> str:
 
 def _measured(settings: PlanSettings) -> float:
     """Model operations a second of a card while it trains this shape; 0: nobody has measured."""
-    card = CARDS[settings.card]
+    card = settings.kind
     if settings.preset != "27b":
         return 0.0
     return card.training_fp8 if settings.fp8 else card.training
@@ -162,7 +164,7 @@ def _measured(settings: PlanSettings) -> float:
 def _rate(settings: PlanSettings) -> float:
     if measured := _measured(settings):
         return measured * (settings.scaling if settings.cards > 1 else 1.0)
-    return CARDS[settings.card].product * settings.mfu
+    return settings.kind.product * settings.mfu
 
 
 def _find_layout(settings: PlanSettings, config: PlugConfig, rate: float) -> Layout:
@@ -198,7 +200,7 @@ def _layouts(
     """For each number of shards that fits, the layout with the fewest recomputed layers."""
     layers = config.num_hidden_layers
     layers += config.num_decoder_layers if settings.target_length else 0
-    room = MOST_FILLED * CARDS[settings.card].memory - OVERHEAD_BYTES
+    room = MOST_FILLED * settings.kind.memory - OVERHEAD_BYTES
     accumulates = settings.batch_tokens > least * settings.cards * (
         settings.source_length + settings.target_length
     )

@@ -7,9 +7,12 @@ has an option, and is named as one in the plan.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from plug.model.configuration import PRESETS
-from plug.options import Bool, Choice, Float, Int, check_options, option
+from plug.checkpoints.directory import CONFIG_FILE
+from plug.errors import UsageError
+from plug.model.configuration import PRESETS, PlugConfig
+from plug.options import Bool, Choice, Float, Int, Text, bytes_of, check_options, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +21,8 @@ class Card:
 
     Attributes:
         memory: bytes that a program may use.
-        product: operations a second of a large product in bf16.
-        price: of an hour, in yuan; always an assumption.
+        product: operations a second of a large product in bf16; 0: not known.
+        price: of an hour, in yuan; always an assumption; 0: not known.
         training: model operations a second while one card alone trains the 27B; 0: not measured.
         training_fp8: likewise with products in FP8, of 4 + 1 layers of the 27B on one of two cards.
         source: where all of these were measured; empty: an assumption.
@@ -49,8 +52,16 @@ class PlanSettings:
         UsageError: a value is not accepted.
     """
 
-    preset: str = option("27b", Choice(tuple(PRESETS)), "规格名。", "the size")
-    card: str = option("H100", Choice(tuple(CARDS)), "显卡。", "the kind of card")
+    preset: str = option(
+        "27b", Text(4096),
+        f"规格名（{'、'.join(PRESETS)}），或模型目录、config.json 的路径。",
+        "the size: a preset's name, or the path of a model's directory or config.json",
+    )  # fmt: skip
+    card: str = option(
+        "H100", Text(64),
+        f"显卡（{'、'.join(CARDS)}），或显存的大小，如 24GB（还要给 tflops）。",
+        "the kind of card, or the memory of another kind, such as 24GB (with `tflops`)",
+    )  # fmt: skip
     cards: int = option(64, Int(1, 2**20), "几张。", "how many")
     characters: float = option(
         3e10, Float(1e3, 1e15), "训练多少字，如 3e10。", "Chinese characters to train on"
@@ -109,3 +120,35 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        _ = self.config
+        if not (self.kind.product or self.tflops):
+            raise UsageError(
+                f"card={self.card!r} 训练的速度不知道。请用 --tflops 给出每张卡每秒的模型 TFLOP，"
+                f"或用 {'、'.join(CARDS)}。"
+            )
+
+    @property
+    def config(self) -> PlugConfig:
+        """The shape that is trained."""
+        if self.preset in PRESETS:
+            return PRESETS[self.preset]
+        path = Path(self.preset)
+        file = path / CONFIG_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise UsageError(
+                f"preset={self.preset!r} 不是规格名（{'、'.join(PRESETS)}），"
+                f"那里也没有 {CONFIG_FILE}。"
+            )
+        return PlugConfig.from_file(file)
+
+    @property
+    def kind(self) -> Card:
+        """The kind of card; of one that is not in the table, only the memory is known."""
+        if self.card in CARDS:
+            return CARDS[self.card]
+        try:
+            return Card(bytes_of(self.card, "card"), 0.0, 0.0)
+        except UsageError:
+            raise UsageError(
+                f"card={self.card!r} 既不是 {'、'.join(CARDS)}，也不是显存的大小。请写如 24GB。"
+            ) from None
