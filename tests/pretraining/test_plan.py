@@ -79,6 +79,7 @@ def test_more_cards_recompute_less() -> None:
         ({"cards": 0}, "cards=0"),
         ({"card": "H101"}, "card='H101' 既不是 H100、.*，也不是显存的大小"),
         ({"card": "24GB"}, "card='24GB' 训练的速度不知道。请用 --tflops"),
+        ({"preset": "长" * 300}, "不是规格名"),
         ({"preset": "28b"}, "preset='28b' 不是规格名（.*27b.*），那里也没有 config.json"),
         ({"characters": float("nan")}, "characters=nan"),
         ({"cards": 1024, "failure_hours": 1.0}, "训练不完：1024 张卡平均每 0.059 分钟坏一次"),
@@ -140,6 +141,7 @@ def test_any_card_and_any_shape(tmp_path: Path) -> None:
     text = "\n".join(lines_of(settings, found))
     assert "价钱未知（--price）" in text
     assert text.endswith("（--restart-minutes）。")
+    assert found["cost"] is None
     priced = dataclasses.replace(settings, price=2.0)
     assert make_plan(priced)["cost"] == pytest.approx(2 * found["card_hours"])
     file.write_text("{}x", encoding="utf-8")

@@ -97,7 +97,7 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         "checkpoint_every_minutes": interval * 60,
         "days": with_failures / HOURS_A_DAY,
         "card_hours": with_failures * settings.cards,
-        "cost": with_failures * settings.cards * price,
+        "cost": with_failures * settings.cards * price if price else None,
         "tflops": rate / 1e12,
         "price": price,
         "measured_in": card.source if _measured(settings) and not settings.tflops else "",

@@ -133,8 +133,12 @@ class PlanSettings:
         if self.preset in PRESETS:
             return PRESETS[self.preset]
         path = Path(self.preset)
-        file = path / CONFIG_FILE if path.is_dir() else path
-        if not file.is_file():
+        try:
+            file = path / CONFIG_FILE if path.is_dir() else path
+            is_there = file.is_file()
+        except OSError:  # too long for a path
+            is_there = False
+        if not is_there:
             raise UsageError(
                 f"preset={self.preset!r} 不是规格名（{'、'.join(PRESETS)}），"
                 f"那里也没有 {CONFIG_FILE}。"
